@@ -149,7 +149,9 @@ def test_ranks_of_a_node_that_do_not_share_a_disk_are_noticed(tmp_path: Path) ->
     drafts = [checkpoints.draft(attempt, 1, Region(0, 0, 0)), JoinedDraft(tmp_path / "other", Region(0, 4096, 0))]
     names = ["audio-00000.safetensors", "audio-00001.safetensors"]
     files = {name: write_tensors(draft, name, tensors) for draft, name in zip(drafts, names, strict=True)}
-    with pytest.raises(OSError, match=r"node-00000.joined lacks what another rank wrote: all ranks must share"):
+    with pytest.raises(
+        OSError, match=r"node-00000.joined lacks the bytes that another rank wrote: all ranks must share"
+    ):
         checkpoints.commit(attempt, Manifest(1, {}, files, {}))
     assert checkpoints.steps() == []
 

@@ -1,4 +1,4 @@
-"""Access to the state of Adam, regardless of its implementation.
+"""A common interface to the state of different implementations of Adam.
 
 All implementations store moments per parameter. Some count the updates per parameter, others per parameter group.
 """
@@ -30,7 +30,8 @@ def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def num_updates(optimizer: Any, parameter: Tensor) -> int:
-    """Return the number of updates of a parameter. Call `moments` first, because it creates missing state."""
+    """Return the number of updates of a parameter. The caller must call `moments` first, which creates missing
+    state."""
     if isinstance(optimizer, _PER_PARAMETER):
         return int(optimizer.state[parameter]["step"])
     return int(_group_of(optimizer, parameter).get("step", 0))
@@ -39,7 +40,7 @@ def num_updates(optimizer: Any, parameter: Tensor) -> int:
 def set_num_updates(optimizer: Any, parameter: Tensor, step: int) -> None:
     """Set the number of updates of a parameter to `step`."""
     if isinstance(optimizer, _PER_PARAMETER):
-        # The value is set in place, because a tensor that parameters share would be advanced by each of their updates.
+        # The value is set in place. If parameters shared a new tensor, each of their updates would advance it.
         optimizer.state[parameter]["step"].fill_(float(step))
     else:
         _group_of(optimizer, parameter)["step"] = step

@@ -1,4 +1,4 @@
-"""Attempts of a run. An attempt is one start of the run's ranks, and only the newest may commit checkpoints."""
+"""Attempts of a run. An attempt is one start of the run's ranks. Only the newest attempt may commit checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Attempt:
     """The identity of one attempt."""
 
     number: int
-    """The position among the attempts of the run, counted from 1."""
+    """The number of the attempt in the run, counted from 1."""
     token: str
     """A random hexadecimal string, which distinguishes attempts that started at the same time."""
 
@@ -52,7 +52,7 @@ class Attempt:
         return f"{kind}-{step:08d}-{self.number:04d}-{self.token}"
 
     def written(self, manifest: Manifest) -> list[str]:
-        """Return the files of a checkpoint except the frozen files that earlier saves wrote."""
+        """Return the names of a checkpoint's files, except frozen files that earlier saves wrote."""
         own = self.folder(FROZEN, manifest.step)
         return [name for name in manifest.files if frozen_folder_of(name) in (None, own)]
 

@@ -3,7 +3,7 @@
 ZeRO-3 flattens each parameter and cuts it into slices of equal size, one for each rank of the parameter's own group
 (`ds_process_group`). The last slices are padded. Ranks outside the group hold no part of it. The slices of trainable
 parameters are stored one after another in the fp32 buffer of their sub-group, and Adam's moments in buffers of the same
-layout. The slice of a frozen parameter is `ds_tensor`.
+layout. A frozen parameter is not in these buffers, and its slice is the tensor `ds_tensor`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _PREFIX = "audio."
 
 
 def shards(engine: AudioEngine) -> list[Shard]:
-    """Return everything that this rank holds, as views of the engine's memory. Call `refresh` after writing to them.
+    """Return all shards that this rank holds, as views of the engine's memory.
+
+    After writing to the views, every rank must call `refresh`.
 
     Raises:
         UserError: If the engine keeps parameters or optimizer state on NVMe.
@@ -91,7 +93,7 @@ def _slices_of_group(zero: Any, i: int, parameters: list[Any]) -> dict[int, tupl
 
 
 def _adam_of(zero: Any, i: int) -> Any:
-    # With a partial offload, sub-groups on the accelerator have an optimizer of their own.
+    # With a partial offload, DeepSpeed uses a second optimizer for the sub-groups on the accelerator.
     partial = zero.offload_optimizer and zero.subgroup_to_device[i] != "cpu"
     return zero.backup_optimizer if partial else zero.optimizer
 
@@ -119,7 +121,7 @@ def _buffers(tower: nn.Module) -> Iterator[Shard]:
 
 
 def _is_first_holder(tower: nn.Module, path: str) -> bool:
-    """Return whether this rank is the first of the ranks that hold the module at `path`.
+    """Return whether this rank is the first among the ranks that hold the module at `path`.
 
     These are the ranks in the process group of the module's parameters. If the module has no parameters, those of the
     nearest enclosing module are used.

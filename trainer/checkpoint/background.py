@@ -1,4 +1,4 @@
-"""One save, from a copy in host memory to a committed checkpoint, on a background thread of every rank.
+"""Saving in the background. A thread of every rank turns a copy of the state in host memory into a checkpoint.
 
 The threads of all ranks communicate over a process group that nothing else uses. If one of them fails, the save fails
 on all ranks, and training continues.
@@ -57,7 +57,8 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "safetensors
 
 @dataclass(frozen=True)
 class Frozen:
-    """The frozen tensors that have been saved, and the files that contain them, to which later checkpoints refer."""
+    """The frozen tensors that have been saved, and the files that contain them. Later checkpoints refer to these
+    files."""
 
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
@@ -79,7 +80,7 @@ class Content:
     generators: Mapping[str, Tensor]
     """The states of the random generators by name."""
     extra: Mapping[str, Any]
-    """The state of the trainer itself as JSON. Only that of rank 0 is written."""
+    """The state of the trainer itself as JSON. Only the state of rank 0 is written."""
     frozen: Frozen
     """The frozen tensors that have been saved already."""
 
@@ -100,13 +101,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Written:
-    """What one rank wrote, as it is sent to rank 0."""
+    """A description of the files that one rank wrote, which is sent to rank 0."""
 
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
-    """The entries of `trainer.checkpoint.layout.entries_of`."""
+    """The result of `trainer.checkpoint.layout.entries_of`."""
     sliced: Mapping[range, int]
-    """The counts of `trainer.checkpoint.layout.sliced_elements`."""
+    """The result of `trainer.checkpoint.layout.sliced_elements`."""
 
 
 SENT_KINDS = (Outcome, Frozen, Written, FileEntry, TensorEntry, Rect, Slices)
@@ -127,12 +128,12 @@ class Place:
     heartbeat: Callable[[str], None] = lambda what: None
     """A function that is called with a description of every file before it is written."""
     nodes: Ints | None = None
-    """[ranks] the number of each rank's node, if the ranks of a node write to joined files; None for files of each
-    rank."""
+    """[ranks] the number of each rank's node, if the ranks of a node write to joined files; None if each rank writes
+    separate files."""
 
 
 class Save:
-    """A save that runs in the background; `outcome` is set once `wait` has returned.
+    """A save that runs in the background. `outcome` is None until the save has ended.
 
     Collective: every rank of the world must create this object.
     """
@@ -159,7 +160,7 @@ class Save:
         try:
             self.outcome = self._write_together()
         except Exception as error:
-            # Usually another rank was lost. Training notices that on its own, but the failed save must be logged.
+            # Usually another rank died. The training loop detects this, but the failed save must be logged here.
             self.outcome = Outcome(self.url, _text(error))
         if self.outcome.failure is not None and self.place.rank == 0:
             log.error("CHECKPOINT NOT SAVED: %s: %s", self.url, self.outcome.failure)
@@ -188,7 +189,8 @@ class Save:
             if not failures:
                 assert draft is not None
                 outcome = self._commit(draft, [part for _, part in parts if part is not None])
-            if outcome.failure is not None:  # As soon as other ranks know it, they may write to a new draft.
+            if outcome.failure is not None:
+                # The draft is deleted before other ranks learn of the failure and write to a new draft.
                 place.checkpoints.discard(place.attempt, self.content.step)
         return broadcast_value(outcome, place.group, SENT_KINDS)
 
@@ -221,7 +223,8 @@ class Save:
         return files
 
     def _region(self, files: Mapping[str, Mapping[str, Tensor]], nodes: Ints) -> Region:
-        """Return the part of the joined files that this rank writes. It begins after those of the node's lower ranks.
+        """Return the part of the joined files that this rank writes. It follows the parts of the lower ranks of the
+        node.
 
         Collective: every rank of `Place.group` must call it.
         """
@@ -229,12 +232,12 @@ class Save:
         everyone = all_gather_numbers(np.array(sizes, dtype=np.int64), self.place.group)
         mine = nodes[self.place.rank]
         before = everyone[: self.place.rank][nodes[: self.place.rank] == mine]
-        # Ranks do not share a page, so that each page is written by one rank.
+        # Every part begins on a new page, so that each page is written by only one rank.
         own, frozen = (-(-before // _PAGE_BYTES) * _PAGE_BYTES).sum(axis=0).tolist()
         return Region(int(mine), own, frozen)
 
     def _sync(self, draft: Draft | None, failure: str | None, nodes: Ints) -> str | None:
-        """Let the first rank of each node sync the joined files when all ranks have written their parts.
+        """Sync the joined files on the first rank of each node, after all ranks have written their parts.
 
         Collective: every rank of `Place.group` must call it.
 
@@ -267,7 +270,7 @@ class Save:
 
         Args:
             draft: The draft that all ranks have written to.
-            parts: What each rank returned from `_write`.
+            parts: The results of `_write` on all ranks.
         """
         place, content = self.place, self.content
         try:

@@ -7,11 +7,11 @@ contains these objects:
     step-00000042-0003-1f3a55e0/audio-00000.…        files of a checkpoint, or of a save that was never committed
     frozen-00000042-0003-1f3a55e0/audio-00000.…      frozen weights that checkpoints share
 
-To change anything, a process reads the newest catalogue and writes one with the next number, if none exists yet. If
-several processes try this at once, one succeeds and the others read again. Hence a commit, a removal and the start of
-an attempt each consist of writing one small object, and an attempt that is not the newest cannot commit anything.
-Objects in folders that the catalogue does not name are invisible to readers. The newest attempt deletes its own
-leftovers and those of earlier attempts, but never those of a later attempt.
+To change anything, a process reads the newest catalogue and writes a catalogue with the next number, unless one exists.
+If several processes try this at once, one succeeds and the others start again. A commit, a removal and the start of an
+attempt therefore each consist of writing one small object, and an attempt that is not the newest cannot commit
+anything. Objects in folders that the catalogue does not name are invisible to readers. The newest attempt deletes its
+own leftovers and those of earlier attempts, but never those of a later attempt.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Catalogue:
 
 
 class BucketDraft:
-    """The objects of a save that no catalogue names yet. Large objects are uploaded in parallel parts."""
+    """The objects of a save that no catalogue names yet. The parts of a large object are uploaded in parallel."""
 
     def __init__(self, store: Store, folder: str) -> None:
         self._store, self._folder = store, folder
@@ -234,8 +234,8 @@ class BucketCheckpoints:
             if not self._store.put_if_absent(_catalogue_name(wanted.number), wanted.dumps()):
                 continue
             numbers = self._numbers()
-            # A slow process may reuse a number that was removed meanwhile. Some servers (Swift) accept two simultaneous
-            # writes, of which the later one survives.
+            # The write is checked, because a slow process may reuse a number whose catalogue has been deleted. Some
+            # servers (Swift) also accept two simultaneous writes, and keep the later one.
             if numbers[-1] == wanted.number and self._newest() == wanted:
                 break
         with self._lock:

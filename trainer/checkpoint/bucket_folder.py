@@ -1,4 +1,4 @@
-"""The files of a checkpoint in a bucket. They are read in blocks; while one block is used, the next is fetched."""
+"""The files of a checkpoint in a bucket. They are read in blocks. While one block is used, the next is fetched."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ TOKENIZER = "tokenizer.model"
 
 
 class Checkpoints(Protocol):
-    """All checkpoints of one run. Every rank has its own object, but only rank 0 changes anything other than drafts."""
+    """All checkpoints of one run. Every rank has its own object. All ranks write to drafts, and only rank 0 may call
+    other methods that change something."""
 
     @property
     def url(self) -> str:
@@ -37,7 +38,8 @@ class Checkpoints(Protocol):
         ...
 
     def folder(self, step: int) -> Folder:
-        """Return the files of the checkpoint after `step` steps. If it does not exist, reading its manifest fails."""
+        """Return the files of the checkpoint after `step` steps. If the checkpoint does not exist, reading its manifest
+        fails."""
         ...
 
     def begin_attempt(self) -> Attempt:
@@ -50,7 +52,7 @@ class Checkpoints(Protocol):
         Args:
             attempt: The attempt that writes.
             step: The number of steps completed.
-            region: The part of the joined files of its node that this rank writes; None for files of its own.
+            region: The part of its node's joined files that this rank writes; None if the rank writes separate files.
         """
         ...
 
@@ -163,7 +165,7 @@ def sign_checkpoint(folder: Folder, key: bytes) -> bool:
     try:
         Manifest.loads(text, key)
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # It is read again below, where the same error is raised unless a missing signature is the only one.
+        pass  # The manifest is read again below. Any error except a missing signature is then raised again.
     else:
         return False
     manifest = read_manifest(folder, check_signature=False)
@@ -177,7 +179,7 @@ def read_extra(folder: Folder) -> dict[str, Any]:
     """Return the `extra` values that were passed to `CheckpointManager.save`.
 
     Raises:
-        UserError: If the file is not what `CheckpointManager.save` writes.
+        UserError: If the file was not written by `CheckpointManager.save`.
         OSError, EOFError: If the file cannot be read.
     """
     where = f"{folder.url}/{STATE}"

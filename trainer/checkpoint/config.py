@@ -60,12 +60,12 @@ class CheckpointConfig:
 
 
 def kept_steps(config: CheckpointConfig, steps: Sequence[int], scores: Mapping[int, float]) -> set[int]:
-    """Return the steps whose checkpoints are kept.
+    """Return the steps whose checkpoints must be kept.
 
     Args:
         config: The rules.
         steps: The steps of all checkpoints in ascending order.
-        scores: The values of `best_metric` by step; steps without one are allowed.
+        scores: The values of `best_metric` by step. Steps without a value may be missing.
     """
     kept = set(steps[-config.keep_last :])
     if config.keep_every_steps:

@@ -1,4 +1,4 @@
-"""The differences between the weights of two checkpoints, which may have been written by different topologies."""
+"""Comparison of the weights of two checkpoints, which may have been written by different topologies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Difference:
 
 
 def diff(first: Reader, second: Reader) -> Difference:
-    """Compare the weights of two checkpoints; at most two tensors are in memory at once."""
+    """Compare the weights of two checkpoints, with at most two tensors in memory at once."""
     a, b = first.manifest.tensors, second.manifest.tensors
     common = [name for name in a if name in b and a[name].shape == b[name].shape]
     changed = {}

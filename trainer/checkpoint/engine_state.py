@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Engines(Protocol):
-    """The two engines whose state is saved; `trainer.training.step.Step` implements it."""
+    """An object with the two engines whose state is saved, such as `trainer.training.step.Step`."""
 
     @property
     def audio(self) -> AudioEngine: ...

@@ -25,7 +25,7 @@ def get_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """Restore the states that `get_states` returned on the rank with the same position in an identical rank grid."""
+    """Restore states that `get_states` returned on the same rank of an identical rank grid."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     with megatron_calls():

@@ -1,4 +1,5 @@
-"""The contents of a checkpoint: rectangles of named tensors, addressed by global offset rather than by rank.
+"""The contents of a checkpoint, which are rectangles of named tensors. They are addressed by global offset, not by
+rank.
 
 Every tensor is viewed as a matrix [rows, cols]: the first dimension is the rows, and all other dimensions together are
 the columns. The part of a tensor that a rank holds, for example its ZeRO-3 partition, consists of a few rectangles of
@@ -44,8 +45,8 @@ _CHECKSUM = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 class Slices:
     """Slices of equal size into which a tensor is cut, one for each rank of a group, as by ZeRO-3.
 
-    The description has the same size for any number of ranks. A checkpoint of ten thousand ranks has millions of such
-    slices, which cannot all be listed.
+    The size of this description does not depend on the number of ranks. A checkpoint of ten thousand ranks has millions
+    of slices, which would be too many to list.
     """
 
     ranks: range
@@ -75,7 +76,7 @@ class Shard:
     step: int | None
     """The number of updates that the optimizer has made to the tensor; None if the tensor is not trained."""
     saved_here: bool = True
-    """False if the same values are saved by another rank that holds them."""
+    """False if another rank that holds the same values saves them."""
     frozen: bool = False
     """True if the tensor never changes in this run, so that all checkpoints can share one copy."""
     slices: Slices | None = None
@@ -92,17 +93,18 @@ class TensorEntry:
     step: int | None
     """The number of updates that the optimizer has made to the tensor; None if the tensor is not trained."""
     listed: tuple[tuple[str, Rect], ...]
-    """The file and the rectangle of each piece, unless the tensor is cut into slices; in that case, this is empty."""
+    """The file and the rectangle of each piece; empty if the tensor is cut into slices."""
     slices: Slices | None = None
     """The slices that the tensor is cut into, or None if its pieces are listed."""
     family: str = ""
-    """The family of the files that contain the slices, with the folder of frozen weights if they are in one."""
+    """The family of the files that contain the slices. If the tensor is frozen, the folder of frozen weights precedes
+    it."""
 
     def pieces(self, wanted: Rect | None = None) -> Iterator[tuple[str, Rect]]:
         """Return the file and the rectangle of each piece that overlaps a rectangle of the tensor.
 
-        Together, the pieces contain every element once. The file contains the weights; `file_of_kind` returns the file
-        with the moments of the same piece.
+        All pieces together contain every element of the tensor once. The file is the one with the weights.
+        `file_of_kind` returns the file with the moments of the same piece.
 
         Args:
             wanted: The rectangle, or None for the whole tensor.
@@ -139,7 +141,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json`: everything needed to read a checkpoint and to verify it."""
+    """The content of `manifest.json`, which is needed to read a checkpoint and to verify it."""
 
     step: int
     topology: Mapping[str, int]
@@ -152,7 +154,7 @@ class Manifest:
         """Return the manifest as JSON text, which includes a checksum of its contents.
 
         Args:
-            key: The key with which it is signed; None for no signature.
+            key: The key with which the manifest is signed; None for no signature.
         """
         body = {
             "version": FORMAT_VERSION,
@@ -172,7 +174,7 @@ class Manifest:
 
         Args:
             text: The text.
-            key: The key with which it must be signed; None accepts it with any signature and without one.
+            key: The key with which the manifest must be signed. None accepts any signature, or none.
 
         Raises:
             ValueError: If the text was changed or is not a manifest.
@@ -278,7 +280,7 @@ def joined_file(folder: str | None, node: int) -> str:
 
 
 def is_frozen(entry: TensorEntry) -> bool:
-    """Return whether a tensor is stored in a folder of frozen weights. Such a folder has all of its pieces or none."""
+    """Return whether a tensor is stored in a folder of frozen weights, which then contains all of its pieces."""
     return frozen_folder_of(entry.family if entry.slices else entry.listed[0][0]) is not None
 
 
@@ -298,7 +300,7 @@ def entries_of(shards: Sequence[Shard], family: str, rank: int) -> dict[str, Ten
 
 
 def sliced_elements(shards: Sequence[Shard]) -> dict[range, int]:
-    """Return the number of elements in shards that are parts of slices, by the ranks that share the slices."""
+    """Return the number of elements in those shards that are slices, by the ranks that share the tensor."""
     counts: dict[range, int] = {}
     for shard in shards:
         if shard.slices is not None:
@@ -312,12 +314,12 @@ def merge_entries(
     """Merge the entries of all ranks into one entry per tensor.
 
     The ranks must agree on the shape, the kinds and the step of each tensor, and the sizes of its pieces must add up to
-    the size of the tensor. The slices of all tensors that the same ranks share must add up to the size of these
-    tensors. Whether the pieces overlap is not checked.
+    the size of the tensor. If ranks share tensors that are cut into slices, all of their slices must add up to the size
+    of these tensors. This function does not check whether pieces overlap.
 
     Args:
-        parts: What `entries_of` returned on each rank.
-        sliced: What `sliced_elements` returned on each rank, for the same shards.
+        parts: The result of `entries_of` on each rank.
+        sliced: The result of `sliced_elements` on each rank, for the same shards.
     """
     merged = _merge(item for part in parts for item in part.items())
     missing: dict[range, int] = {}
@@ -396,7 +398,7 @@ def _file_from_json(name: str, size: int, digest: str, stored_in: str | None = N
 
 
 def _file_name(name: str) -> str:
-    # The name is used as a path, which must not lead out of the checkpoint's folder.
+    # The name becomes a path, which must not leave the checkpoint's folder.
     if not _FILE_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not a checkpoint's file name")
     return name

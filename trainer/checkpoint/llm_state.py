@@ -26,12 +26,15 @@ PREFIX = "llm."
 
 
 def shards(engine: LLMEngine) -> list[Shard]:
-    """Return everything that this rank holds, as views of the engine's memory. Call `refresh` after writing to them."""
+    """Return all shards that this rank holds, as views of the engine's memory.
+
+    After writing to the views, every rank must call `refresh`.
+    """
     tied = engine.hf_config.tie_word_embeddings
     ranges = {id(p): (optimizer, main, start) for optimizer, p, main, start in _ranges(engine)}
     found: list[Shard] = []
     for name, parameter in engine.parameters():
-        # Every tensor-parallel rank holds the norms. The first and the last stage hold tied embeddings.
+        # Norms are held by every tensor-parallel rank, and tied embeddings by the first and the last stage.
         is_whole = tp_dim(name) is None
         saved_here = not (is_whole and engine.split(name)[0]) and not (tied and name == "output_layer.weight")
         if id(parameter) in ranges:
@@ -73,12 +76,12 @@ def refresh(engine: LLMEngine) -> None:
 
 
 def tensor_names(engine: LLMEngine) -> set[str]:
-    """Return the names of all tensors of the LLM; they are the same on every rank."""
+    """Return the names of all tensors of the LLM. The result is the same on every rank."""
     return {PREFIX + name for name in engine.shapes}
 
 
 def _ranges(engine: LLMEngine) -> Iterator[tuple[Any, nn.Parameter, Tensor, int]]:
-    """Yield each optimizer and model parameter with this rank's fp32 part of the parameter and the part's offset.
+    """Yield the optimizer, the model parameter, this rank's fp32 part of the parameter, and the offset of this part.
 
     The offset is the index of the part's first element in the flattened parameter.
     """
@@ -134,7 +137,7 @@ def _shards_of(
 
 
 def rect_of(index: tuple[slice, ...], whole: Rect) -> Rect:
-    """Return the rectangle of a tensor's matrix that slices of its first two dimensions select."""
+    """Return the rectangle that slices of the first two dimensions select from a tensor's matrix."""
     row, row_stop, _ = index[0].indices(whole.rows)
     col, col_stop, _ = (index[1] if len(index) > 1 else slice(None)).indices(whole.cols)
     return Rect(row, col, row_stop - row, col_stop - col)

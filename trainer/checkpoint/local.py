@@ -1,4 +1,4 @@
-"""The checkpoints of a run in a folder. Each is written to a draft folder, which a commit renames.
+"""The checkpoints of a run in a folder. A checkpoint is written to a draft folder, and a commit renames this folder.
 
 `attempt.json` contains the token of the newest attempt. A new attempt first writes its token there, and then deletes
 the drafts of earlier attempts. A commit first reads the token, and then renames the draft. If an earlier attempt reads
@@ -51,7 +51,8 @@ class LocalDraft:
 
 
 class JoinedDraft(LocalDraft):
-    """A draft folder in which the ranks of a node write their tensors to one file, each to a part of its own.
+    """A draft folder in which all ranks of a node write their tensors to one file. Each rank writes a separate part of
+    it.
 
     Args:
         path: The folder.
@@ -96,7 +97,8 @@ class LocalCheckpoints:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._frozen: dict[int, set[str]] = {}
-        """The folders of frozen weights that a checkpoint refers to, by its step, so that a save reads no manifest."""
+        """Step of a checkpoint → the folders of frozen weights that it refers to. They are kept here so that a save
+        need not read manifests."""
 
     @property
     def url(self) -> str:
@@ -136,7 +138,7 @@ class LocalCheckpoints:
             if not (aside / name).exists():
                 raise OSError(f"{name}, written by another rank, is not there: all ranks must share {self.path}")
             if (aside / name).stat().st_size < size:
-                raise OSError(f"{name} lacks what another rank wrote: all ranks must share {self.path}")
+                raise OSError(f"{name} lacks the bytes that another rank wrote: all ranks must share {self.path}")
         attempt.check(self._attempt(), self.url)
         own = attempt.folder(FROZEN, step)
         if (aside / own).exists():
@@ -166,7 +168,7 @@ class LocalCheckpoints:
                 try:
                     self._frozen[step] = _frozen_folders(read_manifest(self.folder(step)))
                 except DamagedError:
-                    return removed  # The damaged checkpoint may refer to any of the frozen files.
+                    return removed  # The damaged checkpoint may refer to any frozen file, so none can be deleted.
         used = {folder for step in self.steps() for folder in self._frozen[step]}
         for folder in self.path.glob(f"{FROZEN}-*"):
             if folder.name not in used:
@@ -222,9 +224,10 @@ def _rename(part: Path, final: Path) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Delete a folder, if it exists.
+    """Delete a folder if it exists.
 
-    It is renamed first, so that an interrupted deletion leaves no partial checkpoint and concurrent writers fail.
+    The folder is renamed first, so that an interrupted deletion leaves no partial checkpoint and concurrent writers
+    fail.
     """
     doomed = folder.parent / f"{ASIDE}old-{secrets.token_hex(4)}"
     try:
@@ -236,7 +239,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make a file, or the names in a folder, durable, so that they survive a power failure."""
+    """Sync a file, or the names of the files in a folder, so that they survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

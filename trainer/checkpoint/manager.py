@@ -1,4 +1,4 @@
-"""Saving, finding and loading of checkpoints that contain the state of both engines."""
+"""The manager that saves, finds and loads checkpoints of both engines."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ _NOTICEABLE_SEC = 0.1
 
 
 class CheckpointManager:
-    """Saves, finds and loads the checkpoints of a run for one attempt of the run.
+    """A manager that saves, finds and loads the checkpoints of a run, for one attempt of the run.
 
-    Collective: every rank of the world must create this object, and must call every method that does not say otherwise.
+    Collective: every rank of the world must create this object, and must call its methods unless their docstrings say
+    otherwise.
 
     Creating the object starts a new attempt. From then on, earlier attempts cannot commit checkpoints.
 
@@ -94,7 +95,7 @@ class CheckpointManager:
         Args:
             step: The number of steps completed.
             engines: The engines to save.
-            extra: Further values to store as JSON, which `load` returns. Only those of rank 0 are saved.
+            extra: Additional values to store as JSON, which `load` returns. Only the values of rank 0 are saved.
 
         Raises:
             FencedRunError: If a newer attempt of this run has started.
@@ -113,7 +114,8 @@ class CheckpointManager:
         return urls
 
     def failed(self) -> list[Outcome]:
-        """Return the saves that failed since the last call. Call `finished` first. This is not collective."""
+        """Return the saves that failed since the last call, if `finished` has been called before. This is not
+        collective."""
         failures, self._failures = self._failures, []
         return failures
 
@@ -288,7 +290,7 @@ class CheckpointManager:
     # ---- saving
 
     def _content(self, step: int, engines: Engines, extra: dict[str, Any]) -> Content:
-        """Copy everything that this rank saves to host memory, so that training may continue."""
+        """Copy the state that this rank saves to host memory, so that training can continue."""
         # Tensors that were saved as frozen are still frozen, because `Reader.check` rejects a run that trains them.
         wanted = {
             family: [s for s in shards if s.saved_here and not (s.frozen and s.name in self._frozen.tensors)]

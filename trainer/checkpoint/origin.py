@@ -1,4 +1,4 @@
-"""The weights from which a new run can start: a checkpoint, the newest checkpoint of a run, or an export.
+"""Access to the weights from which a new run can start: a checkpoint, the newest checkpoint of a run, or an export.
 
 They may be stored in a folder or in a bucket.
 """
@@ -35,7 +35,7 @@ class Origin(Protocol):
 
     url: str
     experts: tuple[str, ...]
-    """The names of the routed encoders, in order."""
+    """The names of the encoder experts, in order."""
 
     def names(self) -> Collection[str]:
         """Return the names of all tensors."""
@@ -58,7 +58,7 @@ class Origin(Protocol):
         ...
 
     def read_moment(self, name: str, kind: str, wanted: Rect, target: Tensor) -> None:
-        """Read a rectangle of a moment of a tensor in `learned` into `target` [rows, cols]."""
+        """Read a rectangle of a moment into `target` [rows, cols]. The tensor must be in `learned`."""
         ...
 
 
@@ -138,7 +138,11 @@ class ExportOrigin:
 
 
 def _expert_names(description: Any, where: str) -> tuple[str, ...]:
-    """Return the names of the encoder experts in the description of a model."""
+    """Return the names of the encoder experts in the description of a model.
+
+    Raises:
+        UserError: If the description has no valid names.
+    """
     try:
         names = tuple(e["name"] for e in description["audio"]["experts"])
     except (KeyError, TypeError) as error:
@@ -187,6 +191,6 @@ def open_origin(url: str, exported: bool) -> Origin:
         exported: Whether it is an export.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there are no weights, or they cannot be read.
     """
     return ExportOrigin(url) if exported else CheckpointOrigin(find_checkpoint(url))

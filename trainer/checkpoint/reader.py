@@ -1,4 +1,4 @@
-"""Verification of checkpoints, and reading of any rectangle of any tensor. Nothing is unpickled."""
+"""Verification of checkpoints, and reading of rectangles of their tensors. No data is unpickled."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from trainer.checkpoint.signing import SHA256_CHARACTERS, new_digest, signing_ke
 from trainer.checkpoint.tensor_file import TensorFile
 
 MANIFEST, STATE = "manifest.json", "state.json"
-_CHUNK_BYTES = 1 << 19  # A chunk of this size stays in the core's cache until it is hashed.
+_CHUNK_BYTES = 1 << 19  # A chunk of this size is still in the core's cache when it is hashed.
 _NUM_HASHERS = 4
 _ON_ITS_OWN = FileEntry(0, "")
-"""The place of a file that is stored under its own name."""
+"""The entry of a file that is stored under its own name."""
 _MALFORMED = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError, OSError, EOFError)
 """The exceptions that the parsing of a damaged manifest may raise."""
 
 
 class DamagedError(Exception):
-    """Raised when a checkpoint differs from what was written; the message names the file."""
+    """Raised when a file of a checkpoint is missing or was changed. The message names the file."""
 
 
 def read_manifest(folder: Folder, check_signature: bool = True) -> Manifest:
@@ -133,7 +133,7 @@ def hash_file(folder: Folder, name: str, cryptographic: bool = False, stored: Fi
 
 
 def _stored_bytes(folder: Folder, name: str, stored: FileEntry) -> int:
-    """Return the current size of a file, which is less than `stored.size_bytes` if it was cut off."""
+    """Return the current size of a file, which is less than `stored.size_bytes` if the file was truncated."""
     if stored.stored_in is None:
         return folder.size_bytes(name)
     return min(stored.size_bytes, max(0, folder.size_bytes(stored.stored_in) - stored.offset))
@@ -208,7 +208,7 @@ class Reader:
         return {n: e.step for n, e in self.manifest.tensors.items() if e.step is not None}
 
     def file(self, name: str) -> TensorFile:
-        """Open one of the safetensors files, or return the open one."""
+        """Open a safetensors file, or return it if it is already open."""
         if name not in self._open:
             try:
                 self._open[name] = TensorFile(self.folder, name, self.manifest.files[name])

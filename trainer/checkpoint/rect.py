@@ -31,7 +31,7 @@ class Rect(NamedTuple):
         return Rect(row, col, rows, cols) if rows > 0 and cols > 0 else None
 
     def within(self, outer: Rect) -> tuple[slice, slice]:
-        """Return the slices that select this rectangle from a matrix that contains exactly the elements of `outer`."""
+        """Return the slices that select this rectangle from a matrix with the elements of the rectangle `outer`."""
         row, col = self.row - outer.row, self.col - outer.col
         return slice(row, row + self.rows), slice(col, col + self.cols)
 
@@ -51,7 +51,7 @@ def rects_of_range(box: Rect, start: int, stop: int) -> Iterator[tuple[int, Rect
         stop: The number of the last element in the range, plus 1.
 
     Yields:
-        Pairs of an offset and a rectangle. The offset is the number of elements of the range before the rectangle.
+        Pairs of an offset and a rectangle. The offset is the number of elements in the range before the rectangle.
     """
     assert 0 <= start <= stop <= box.numel, (box, start, stop)
     at = start

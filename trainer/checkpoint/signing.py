@@ -1,8 +1,8 @@
-"""Signatures of checkpoints, which are optional and meant for storage to which others can write.
+"""Optional signatures of checkpoints, for storage to which other users can write.
 
-If the environment variable `EARSHOT_CHECKPOINT_KEY` is set, checkpoints are saved with an HMAC of the manifest, which
-contains a SHA-256 of every file, and checkpoints without a valid HMAC are refused. Whoever has the key can sign, so all
-runs that share a key trust each other.
+If the environment variable `EARSHOT_CHECKPOINT_KEY` is set, checkpoints are saved with an HMAC of the manifest, and the
+manifest contains a SHA-256 of every file. Checkpoints without a valid HMAC are then refused. Everyone who has the key
+can sign, so all runs that share a key trust each other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Digest(Protocol):
 
 
 def signing_key(environ: Mapping[str, str] = os.environ) -> bytes | None:
-    """Return the key with which checkpoints are signed; None if they are not.
+    """Return the key with which checkpoints are signed, or None if checkpoints are not signed.
 
     Raises:
         UserError: If the key is too short.
@@ -54,7 +54,7 @@ def sign(key: bytes, content: bytes) -> str:
 
 
 def is_signed(key: bytes, content: bytes, signature: object) -> bool:
-    """Return whether a signature is that of `content`."""
+    """Return whether `signature` is a valid signature of `content`."""
     return isinstance(signature, str) and hmac.compare_digest(sign(key, content).encode(), signature.encode())
 
 
@@ -62,6 +62,7 @@ def new_digest(cryptographic: bool) -> Digest:
     """Return a hash for the content of a file.
 
     Args:
-        cryptographic: True for SHA-256. False for XXH3-128, which is many times as fast and detects accidents only.
+        cryptographic: True for SHA-256. False for XXH3-128, which is many times as fast but detects only accidental
+            damage.
     """
     return hashlib.sha256() if cryptographic else xxhash.xxh3_128()

@@ -40,11 +40,13 @@ class HostBuffer:
         """Copy the values of shards to host memory.
 
         Returns:
-            The shards with the copied values. The next call overwrites them.
+            The shards with the copied values. The next call overwrites these values.
         """
         self._hold([value.numel() * value.element_size() for shard in shards for value in shard.values.values()])
         places, copies = iter(self._places), []
-        typed: dict[tuple[int, torch.dtype], Tensor] = {}  # A view of a chunk costs as much as a small copy.
+        typed: dict[
+            tuple[int, torch.dtype], Tensor
+        ] = {}  # Views are cached, because creating one takes as long as a small copy.
         for shard in shards:
             values = {}
             for kind, value in shard.values.items():
@@ -61,7 +63,7 @@ class HostBuffer:
         return copies
 
     def _hold(self, num_bytes: list[int]) -> None:
-        """Allocate memory for values of these sizes, unless it has been allocated by an earlier save."""
+        """Allocate memory for values of these sizes, unless an earlier save has allocated it."""
         if num_bytes == self._num_bytes:
             return
         self._num_bytes, self._chunks = num_bytes, []  # This frees the old chunks before new ones are allocated.

@@ -1,12 +1,12 @@
 """Initialization of a new run with the weights of another run, of one of its checkpoints, or of an export.
 
-Only weights are used, and Adam's moments if `checkpoint.start_optimizer` asks for them. Schedule, generators and data
-start from the beginning. Some parts of the model may be new: encoders, the heads of losses such as CTC, adapters,
-experts in the LLM's layers, and additional rows of the LLM's vocabulary. New parts keep their initial or pre-trained
-weights. The router's entries for an added encoder are the mean of its entries for the other encoders. They take effect
-gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step equals that of the original model. If the
-original model has no encoder experts, the router is new as well. With `model.router.join: add`, the loss of the first
-step is the same in this case, too.
+The new run takes the weights, and Adam's moments if `checkpoint.start_optimizer` is true. The schedule, the random
+generators and the data start from the beginning. Some parts of the model may be new: encoders, the heads of losses such
+as CTC, low-rank adapters, FFN experts in the LLM's layers, and additional rows of the LLM's vocabulary. New parts keep
+their initial or pre-trained weights. The router's entries for an added encoder are the mean of its entries for the
+other encoders. They take effect gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step equals that
+of the original model. If the original model has no encoder experts, the router is new as well. With `model.router.join:
+add`, the loss of the first step is the same in this case, too.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _BY_EXPERT = (
 _ROUTING = ("audio.router.", "audio.stream_projection.")
 """The prefixes of the tensors that a model has if and only if it has encoder experts."""
 _HEAD = re.compile(r"audio\.(\w+)_head\.")
-"""The tensors of a loss's head."""
+"""The pattern of the names of tensors in the head of a loss."""
 _FFN_EXPERT = re.compile(r"llm\..+\.experts\.([^.]+)\.")
-"""The tensors of an expert in the LLM's feed-forward layers, whose initial weights are those of its donor."""
+"""The pattern of the names of tensors of FFN experts. A new expert starts with the weights of its donor."""
 _BY_TOKEN = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
 """Tensors with one row per id of the LLM's vocabulary."""
 _KEYS = (
@@ -102,7 +102,7 @@ def fill_weights(
 
 @torch.no_grad()
 def fill_moments(origin: Origin, shards: Sequence[Shard]) -> int:
-    """Fill this rank's moments with those of `origin`, where it has any of the same shape. Others are not changed.
+    """Fill this rank's moments with the moments in `origin`. Tensors without moments of the same shape are not changed.
 
     Returns:
         The number of updates in the moments of `origin`.
@@ -124,7 +124,7 @@ def fill_moments(origin: Origin, shards: Sequence[Shard]) -> int:
 
 
 def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig) -> None:
-    """Check that the new model has all adapters of the origin's encoders and LLM; without them, it would be worse.
+    """Check that the new model has all low-rank adapters of the origin's encoders and LLM.
 
     Args:
         origin: the weights to start from.
@@ -132,7 +132,7 @@ def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig) -
         model: the new model.
 
     Raises:
-        UserError: If an adapter would be dropped silently.
+        UserError: If the new model lacks an adapter, whose training would otherwise be lost without a message.
     """
     kept = ("llm.", "audio.primary.", *(f"audio.experts.{e.name}." for e in model.experts))
     for name in origin.names():
@@ -162,7 +162,7 @@ def _rows(
         shard: A shard of the tensor.
         before: The names of the original encoder experts.
         now: The names of the current encoder experts.
-        added_encoder_warmup_steps: The recipe's value of this key.
+        added_encoder_warmup_steps: The value of `model.router.added_encoder_warmup_steps`.
 
     Returns:
         The whole tensor in fp32, [current encoder experts, …].
@@ -177,7 +177,7 @@ def _rows(
 
 
 def _num_new_rows(origin: Origin, shard: Shard) -> int:
-    """Return the number of rows that the model's tensor has in addition, or 0 if the shapes differ in any other way."""
+    """Return how many more rows the model's tensor has than the origin's, or 0 if other dimensions differ."""
     shape = origin.shape(shard.name)
     return shard.shape[0] - shape[0] if shape is not None and shape[1:] == shard.shape[1:] else 0
 

@@ -1,4 +1,4 @@
-"""Reading of parts of a safetensors file. Its format is described at https://github.com/huggingface/safetensors#format."""
+"""Reading of parts of safetensors files. For the format, see https://github.com/huggingface/safetensors#format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Span:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """The first byte in the file that is stored, `TensorFile.stored_in`."""
+    """The position of the first byte in the file `TensorFile.stored_in`."""
     num_bytes: int
 
 

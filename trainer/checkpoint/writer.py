@@ -35,7 +35,7 @@ class Draft(Protocol):
     """A checkpoint that is being written. Readers cannot see it before it is committed."""
 
     def write(self, name: str, content: Iterable[bytes | memoryview]) -> FileEntry:
-        """Write a file, and return its size, its checksum and its place.
+        """Write a file, and return its entry for the manifest.
 
         The file is durable when this method returns, unless it is a part of a joined file.
         """
@@ -47,7 +47,7 @@ class Draft(Protocol):
 
 
 class Hashed:
-    """An iterator over blocks of bytes in chunks. It counts and hashes the bytes."""
+    """An iterable over blocks of bytes, in chunks, that counts and hashes the bytes."""
 
     def __init__(self, content: Iterable[bytes | memoryview]) -> None:
         self._content, self._digest, self._size = content, new_digest(signing_key() is not None), 0
@@ -67,7 +67,7 @@ class Hashed:
 
 
 def write_tensors(draft: Draft, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write host tensors to a safetensors file one after another, without copying all of them at once.
+    """Write tensors in host memory to a safetensors file, one after another.
 
     The format is described at https://github.com/huggingface/safetensors#format.
     """
