@@ -40,7 +40,7 @@ class Prediction:
     hypothesis: str
     """The answer."""
     finished: bool
-    """True if the answer ended on its own, False if it was cut off at `eval.max_new_tokens`."""
+    """True if the answer ended with an end token, False if it was truncated at the largest number of new tokens."""
     audio_sec: float
     """The duration of the sample's audio in seconds."""
     meta: dict[str, Any]
@@ -55,7 +55,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def to_line(p: Prediction) -> str:
-    """Return a prediction as a line of JSON that contains everything needed for scoring."""
+    """Return a prediction as a line of JSON with all fields that scoring needs."""
     line = {
         "key": p.key,
         "task": p.meta["task"],

@@ -13,7 +13,7 @@ from trainer.scoring.metric import Metric
 from trainer.scoring.text import normalise, normalise_audiobench, normalise_former
 
 _MAX_LENGTH_RATIO = 2
-"""A hypothesis with more than this many times the words of its reference counts as a hallucination."""
+"""A hypothesis is a hallucination if the ratio of its number of words to that of its reference exceeds this value."""
 
 
 def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str]) -> list[Metric]:
@@ -21,10 +21,10 @@ def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages:
 
     `wer` is (S + D + I) / (S + D + H), where S, D, I and H are the numbers of substitutions, deletions, insertions and
     hits in all samples. It may exceed 1. `substitutions`, `deletions` and `insertions` are rates per reference word,
-    whose sum is `wer`. `cer` is the same ratio as `wer` for the characters of the normalized text, including spaces.
-    `hallucination_rate` is the share of hypotheses that are far longer than their reference. `wer_audiobench` is the
-    WER of the English samples with AudioBench's normalization, which expands numbers differently. `wer_former` is the
-    WER with the normalization of versions before 0.2, for comparisons with older runs.
+    whose sum is `wer`. `cer` is the ratio of `wer` computed for the characters of the normalized text, including
+    spaces. `hallucination_rate` is the share of hypotheses that are far longer than their reference. `wer_audiobench`
+    is the WER of the English samples with AudioBench's normalization, which expands numbers differently. `wer_former`
+    is the WER with the normalization of versions before 0.2, for comparisons with older runs.
 
     Args:
         references: the correct transcript of each sample.

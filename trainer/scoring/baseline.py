@@ -14,14 +14,14 @@ from trainer.scoring.text import normalise
 def majority_baseline(
     train_metas: Sequence[Mapping[str, Any]], test_metas: Sequence[Mapping[str, Any]], meteor: Meteor | None = None
 ) -> list[TaskScore]:
-    """Score the strategy of always giving the most frequent training answer to the same question.
+    """Score the strategy that always gives the most frequent training answer to the same question.
 
     A question is identified by its subset and instruction. If it does not occur in the training data, the strategy uses
-    all answers to the same type of question (`qtype`, `slot`) in the subset, else all answers in the subset, else all
-    answers of the task. Answers are counted after normalization. Among equally frequent answers, the first in
-    alphabetical order is given. If the sample has choices, only training answers that are among the choices are
-    counted. Otherwise, the answer is given as it was first written. For a transcription task, the score is the error
-    rate of the most frequent transcript.
+    all answers to the same type of question (`qtype`, `slot`) in the subset. If there are none, it uses all answers in
+    the subset, and otherwise all answers of the task. Answers are counted after normalization. Among equally frequent
+    answers, the first in alphabetical order is given. If the sample has choices, only training answers that are among
+    the choices are counted. Otherwise, the answer is given as it was first written. For a transcription task, the score
+    is the error rate of the most frequent transcript.
 
     Args:
         train_metas: manifest fields of the training samples.

@@ -1,4 +1,4 @@
-"""Multiple-choice answers: the choice that an answer names, and the macro-F1 over classes."""
+"""Multiple-choice answers: recognition of the choice that an answer names, and the macro-F1 over classes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _UNSPACED = re.compile(
 
 
 def chosen(text: str, choices: Sequence[str], language: str = "en") -> str | None:
-    """Return the choice that `text` names, or None if it names none or several.
+    """Return the choice that `text` names, or None if it names no choice or several.
 
     The answer and the choices are compared after normalization in their language and without articles. If choices are
     then equal or empty, such as "C" and "C++" or "5" and "-5", words are compared as they are written. An answer can
@@ -39,7 +39,7 @@ def chosen(text: str, choices: Sequence[str], language: str = "en") -> str | Non
       script without spaces. A choice does not count if it directly follows "not", or is part of a longer choice that
       the text contains.
 
-    An answer whose letter and words name different choices names none.
+    An answer whose letter and words name different choices names no choice.
 
     Args:
         text: the answer.
@@ -60,9 +60,9 @@ def chosen(text: str, choices: Sequence[str], language: str = "en") -> str | Non
 
 
 def words_of(choices: Sequence[str], language: str) -> Callable[[str], str]:
-    """Return a function that returns the words of `text`, separated by spaces, such that the choices differ in them.
+    """Return a function that maps a text to its words, separated by spaces, for the comparison with choices.
 
-    The words are normalized, unless this would make choices equal or empty.
+    The words are normalized, unless normalization would make choices equal or empty.
     """
 
     def normalised(text: str) -> str:
@@ -124,7 +124,7 @@ def macro_f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return how often each reference class was answered with each class, without zeros.
+    """Return how often each reference class was answered with each class. Counts of zero are omitted.
 
     The answer "" stands for answers that name no choice.
     """

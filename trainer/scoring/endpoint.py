@@ -39,11 +39,13 @@ class RequestFailed(Exception):
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None  # the key must not be sent to another address
+        return None  # The key must not be sent to another address.
 
 
 class _Deadline:
-    """Closes the connections of a request when its time is over. A socket's own timeout restarts with every byte.
+    """A limit on the total time of a request, whose connections are closed when the time is over.
+
+    A socket's own timeout would restart with every byte.
 
     Use it as a context manager around the request.
     """
@@ -81,7 +83,7 @@ class _Deadline:
             raise TimeoutError
 
     def connect(self, *arguments: Any, **options: Any) -> socket.socket:
-        """Do the same as `socket.create_connection`, and record the connection."""
+        """Call `socket.create_connection`, and record the connection."""
         connection = socket.create_connection(*arguments, **options)
         with self._lock:
             # TLS takes over the socket's descriptor, so a duplicate is kept.
@@ -134,9 +136,9 @@ def _is_here(host: str) -> bool:
 class Endpoint:
     """The address of a service, and settings for requests to it.
 
-    A request is retried after a timeout, a broken connection, a reply that is not JSON, or a status that means that the
-    service is busy (408, 409, 425, 429, 500, 502, 503, 504). The pause before the next attempt is the one that
-    `Retry-After` asks for, or else 1, 2, 4, … seconds, but at most `MAX_WAIT_SEC`.
+    A request is retried after a timeout, a broken connection, a reply that is not JSON, or a status code of a busy
+    service (408, 409, 425, 429, 500, 502, 503, 504). The pause before the next attempt is the one that `Retry-After`
+    requests, or 1, 2, 4, … seconds without this header, but at most `MAX_WAIT_SEC`.
 
     Raises:
         UserError: If the address is not an HTTP address or contains a password, or the key cannot be sent in a header.

@@ -1,4 +1,4 @@
-"""The types of a sample's fields, which are checked wherever samples or predictions are read."""
+"""Checks of the types of a sample's fields, for all code that reads samples or predictions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 ALL = "all"
-"""The key of scores over all subsets of a task. It can therefore not be the name of a subset."""
+"""The key of scores over all subsets of a task. A subset therefore cannot have this name."""
 
 TEXT_FIELDS = (
     "task",
@@ -29,7 +29,9 @@ NUMBER_FIELDS = ("duration",)
 
 
 def field_problem(fields: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the type of a field, or None if nothing is. Fields that are null or absent are valid.
+    """Return a description of the first field with a wrong type, or None if all fields are valid.
+
+    Fields that are null or absent are valid.
 
     Args:
         fields: The fields of a line of a manifest, or of a prediction. Fields that this program does not use may have

@@ -22,7 +22,7 @@ from trainer.scoring.text import answer_words
 
 @dataclass(frozen=True)
 class Command:
-    """What a spoken command asks for."""
+    """The intent and the slots of a spoken command."""
 
     intent: str
     slots: Counter[tuple[str, str]] = field(default_factory=Counter)

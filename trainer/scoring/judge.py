@@ -70,7 +70,7 @@ class Judged(Protocol):
         """The text of the request."""
 
     def read(self, reply: str) -> float | None:
-        """Return the value that the judge's reply ends with, or None if it is missing or out of range."""
+        """Return the value at the end of the judge's reply, or None if it is missing or out of range."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Judge:
         """Return the verdict on one item.
 
         Raises:
-            UserError: If `rate_all` would raise it.
+            UserError: For the same reasons as in `rate_all`.
         """
         body = self._request(item)
         return self._rate(item, body, self._path(body))

@@ -17,7 +17,7 @@ from trainer.scoring.metric import Metric
 from trainer.scoring.text import normalise
 
 _TURN = re.compile(r"^\s*([^\s:][^:\n]{0,39}):(?!\d)\s*(.*)$")
-"""Matches a line with a speaker's name of at most 40 characters and what was said. `10:30` does not contain a name."""
+"""The pattern of a line with a speaker's name of at most 40 characters and the spoken text. `10:30` is not a name."""
 
 
 def meeting_metrics(references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str]) -> list[Metric]:

@@ -14,9 +14,9 @@ class Meteor:
     """The METEOR metric (Banerjee & Lavie 2005), as Hugging Face's `evaluate` computes it with NLTK's `meteor_score`.
 
     Words match if they have the same form or Porter stem, or are WordNet synonyms. The parameters are alpha = 0.9,
-    beta = 3 and gamma = 0.5, and the best reference counts. Text is split by NLTK's word tokenizer. `evaluate` first
-    splits text into sentences with a trained model that NLTK downloads. Here, a sentence ends at ". ", "! " or "? ", so
-    the result may differ for text with abbreviations.
+    beta = 3 and gamma = 0.5, and the best reference counts. NLTK's word tokenizer splits the text. `evaluate` first
+    splits text into sentences with a trained model that NLTK downloads. In this class, a sentence ends at ". ", "! " or
+    "? ", so the result may differ for text with abbreviations.
 
     Args:
         wordnet: the folder returned by `find_wordnet`; it is read when the first score is computed.

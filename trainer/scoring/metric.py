@@ -23,7 +23,7 @@ def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of N samples. For any subset of the samples, it is `value` applied to the sum of their statistics."""
+    """One metric of N samples. For any subset of the samples, the metric is `value` of the sum of their statistics."""
 
     name: str
     statistics: NDArray[np.float64]

@@ -60,8 +60,8 @@ def score(
 ) -> list[TaskScore]:
     """Score one task: every metric over all samples, then over each subset.
 
-    A metric that applies to no sample of a subset has no score there, and an empty list of samples has no scores at
-    all. CIDEr's document frequencies always come from all samples. For the arguments, see `task_metrics`.
+    A metric that applies to no sample of a subset has no score for the subset. An empty list of samples has no scores.
+    CIDEr's document frequencies always come from all samples. For the arguments, see `task_metrics`.
     """
     return score_metrics(task, task_metrics(task, hypotheses, metas, meteor), metas)
 
@@ -106,8 +106,7 @@ def score_values(scores: Iterable[TaskScore]) -> dict[str, float]:
 
 
 def measure(metric: Metric, rows: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Return a metric's value and the bounds of its 95 % interval over the samples `rows`, of which there is at least
-    one."""
+    """Return a metric's value and the bounds of its 95 % interval over the samples `rows`, which must not be empty."""
     statistics = metric.statistics[rows]
     return float(metric.value(statistics.sum(0))), *interval(metric.value(resampled_sums(statistics)))
 

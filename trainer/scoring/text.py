@@ -79,10 +79,10 @@ def normalise_former(text: str, language: str = "en") -> str:
 def normalise_audiobench(text: str) -> str:
     """Normalize English text as AudioBench does (`preprocess_text_asr`, AudioLLMs/AudioBench at commit 9308801).
 
-    The result differs from that of `normalise` in numbers. They remain as Whisper's normalizer writes them, except that
-    0 to 19 and the tens up to 90 become words, and punctuation within numbers is removed. For example, "five seven"
-    becomes the single word "57". AudioBench's further steps for contractions and brackets are omitted, since they would
-    have no effect after Whisper's normalizer.
+    The result differs from the result of `normalise` in numbers. Numbers remain as Whisper's normalizer writes them,
+    except that 0 to 19 and the tens up to 90 become words, and punctuation within numbers is removed. For example,
+    "five seven" becomes the single word "57". AudioBench's further steps for contractions and brackets are omitted,
+    since they would have no effect after Whisper's normalizer.
     """
     plain = _SMALL_NUMBER.sub(lambda match: _NUMBER_WORDS[int(match[0])], _english()(text))
     plain = "".join(c for c in plain if not unicodedata.category(c).startswith("P"))

@@ -28,8 +28,8 @@ def translation_metrics(
     """Return `chrf` (chrF++) and `bleu` of translations, from 0 to 100; higher is better.
 
     chrF++ comes first, because BLEU says little about a single sentence. Both equal the corpus scores of sacrebleu
-    (Post 2018): `BLEU(tokenize=…)` with the tokenizer `13a`, `zh` for Chinese and `char` for other languages without
-    spaces or with a tokenizer that sacrebleu does not contain, and `CHRF(word_order=2)`.
+    (Post 2018): `BLEU(tokenize=…)` and `CHRF(word_order=2)`. The tokenizer of BLEU is `zh` for Chinese, `char` for the
+    other languages in `tokenizer_of` that are compared by characters, and `13a` otherwise.
 
     Args:
         references: the correct translations of each sample, at least one.

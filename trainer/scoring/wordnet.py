@@ -44,7 +44,7 @@ def wordnet_if_any(given: str | None, what: str) -> Path | None:
 
     Args:
         given: the folder; None as in `find_wordnet`.
-        what: what is done without METEOR, for the note.
+        what: a description of the work that is done without METEOR, for the note.
 
     Raises:
         UserError: If a folder is given that does not contain WordNet.
@@ -132,7 +132,7 @@ class WordNet:
 
 
 def _offsets(line: str) -> list[str]:
-    """Return the synset offsets in an index line, from which the word has been removed.
+    """Return the synset offsets in a line of an index whose word has been removed.
 
     The line contains the part of speech, the number of synsets, pointers, sense counts and, at the end, the offsets.
     """

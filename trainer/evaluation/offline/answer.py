@@ -42,8 +42,8 @@ class Windows:
 
         Args:
             origin: the model.
-            window_sec: the length of a window, in seconds; None selects that of the longest clip in training, but at
-                most 30 s.
+            window_sec: the length of a window, in seconds; None selects the length of the longest clip in training, but
+                at most 30 s.
             overlap_sec: the minimum overlap, in seconds; None selects `OVERLAP_SHARE` of a window.
 
         Raises:
@@ -74,7 +74,7 @@ class Decoding:
     batch_samples: int
     """The largest number of prompts that are decoded together."""
     batch_sec: float
-    """The largest amount of audio in a batch of prompts, in seconds, after padding to the longest one."""
+    """The largest amount of audio in a batch of prompts, in seconds, after padding to the longest prompt."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ class Question:
     key: str
     clips: tuple[Clip, ...]
     meta: dict[str, Any]
-    """The manifest fields; the model reads `messages` without the last answer, or else `instruction`."""
+    """The manifest fields. The model reads `messages` without the last answer, or `instruction` if there are no
+    messages."""
     in_windows: bool = False
-    """Whether a single long clip may be cut into windows whose answers are joined, which is only correct for
+    """Whether a single long clip may be cut into windows whose answers are joined. This is correct only for
     transcripts."""
 
 
@@ -107,7 +108,7 @@ class _Prompt:
 
 
 class Answerer:
-    """Answers questions with a model. An answer does not depend on the other questions in the same batch.
+    """A model that answers questions. An answer does not depend on the other questions in the same batch.
 
     Args:
         loaded: the model.
@@ -124,12 +125,13 @@ class Answerer:
     ) -> list[Prediction | SampleError]:
         """Return an answer to each question, or the reason why the question has no answer.
 
-        No audio is cut off to make a sample fit.
+        Audio is never truncated to make a sample fit.
 
         Args:
             questions: the questions.
-            progress: a function to call after every step of greedy decoding, with the tokens of the answer so far if
-                there is only one prompt, else with None; it may raise an exception to stop. None for no function.
+            progress: a function that is called after every step of greedy decoding; None for none. Its argument is the
+                list of tokens of the answer so far if there is only one prompt, and None otherwise. It may raise an
+                exception to stop the decoding.
         """
         failures: dict[int, SampleError] = {}
         prompts: list[_Prompt] = []

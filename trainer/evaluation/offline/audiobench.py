@@ -54,7 +54,7 @@ def earshot_model_loader(self: Any) -> None:
 def earshot_model_generation(self: Any, input: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Any:  # noqa: A002
     """Return the answer to one of AudioBench's samples, or a list of answers to a list of samples.
 
-    Recordings longer than a window are transcribed in overlapping windows. No audio is cut off.
+    Recordings longer than a window are transcribed in overlapping windows. No audio is truncated.
 
     Args:
         self: AudioBench's object, after `earshot_model_loader`.

@@ -1,4 +1,4 @@
-"""Batched text generation by greedy decoding, whose cache shrinks as answers end, or by beam search.
+"""Batched text generation by greedy decoding or beam search. The cache of greedy decoding shrinks when answers end.
 
 In shapes, B is the number of prompts, L the number of tokens in the longest prompt, H the LLM's width, G the number of
 key-value heads and D the width of a head.
@@ -27,7 +27,8 @@ _COMPACT_SHARE = 0.25
 """The fraction of the sequences in a batch that must have ended before they are removed. Each removal copies the
 cache."""
 _ENCODE_SEC = 480.0
-"""The largest amount of padded audio in one call of the encoders, in seconds. A longer clip is encoded on its own."""
+"""The largest amount of padded audio in one call of the encoders, in seconds. A longer clip is encoded in a separate
+call."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -79,10 +80,10 @@ def decode(
         inputs: the output of the model's processor, on the model's device. Prompts are padded on the left.
         max_new_tokens: the largest number of tokens in an answer.
         beams: the number of beams; 1 selects greedy decoding, more select the beam search of transformers' `generate`.
-        progress: a function to call after every step of greedy decoding; None for none.
+        progress: a function that is called after every step of greedy decoding; None for none.
 
     Returns:
-        The tokens of every answer, without the end token. An answer with `max_new_tokens` tokens was cut off.
+        The tokens of every answer, without the end token. An answer with `max_new_tokens` tokens was truncated.
     """
     ends = _ends(loaded.settings)
     if beams > 1:

@@ -48,7 +48,7 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """A short name for people."""
+        """A short name for reports, which consists of the name of the run and the last part of the URL."""
         return self.last_part if self.run_dir is None else f"{self.run_dir.name}, {self.last_part}"
 
     @property
@@ -96,7 +96,7 @@ def find_model(url: str | Path) -> Origin:
 
 
 def load_model(origin: Origin, dtype: torch.dtype, device: torch.device) -> Loaded:
-    """Load a model in evaluation mode. The code of this project is used; code in an exported folder is not executed.
+    """Load a model in evaluation mode with the code of this project. Code in an exported folder is not executed.
 
     Raises:
         UserError: If files are missing or damaged, or do not contain such a model.
@@ -164,7 +164,7 @@ def _load_export(path: Path, dtype: torch.dtype) -> Loaded:
 
 
 def _check_tokenizer(path: Path, wanted: str | None, found: str) -> None:
-    """Check that the tokenizer has the digest that the export contains; None if the export contains no digest."""
+    """Check that the tokenizer has the digest `wanted`, which is None if the export contains no digest."""
     if wanted not in (None, found):
         raise UserError(
             f"{path}: its tokenizer or its {PROCESSOR} is not what its weights were trained with (digest {found[:12]} "

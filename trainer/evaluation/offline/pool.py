@@ -14,12 +14,13 @@ from trainer.evaluation.offline.worker import Outcome, Request, Worker, serve
 AnswerJobs = Callable[[Sequence[Sequence[int]]], Iterator[list[Outcome]]]
 """A function that takes batches of sample indices and returns an iterator over the outcomes of each batch.
 
-The batches are yielded in the order in which they become ready. Exhaust the iterator before calling the function again.
+Batches are yielded in the order in which they are finished. The iterator must be exhausted before the function is
+called again.
 """
 _AHEAD = 2
 """The number of batches assigned to each worker: the one that it is answering and the one whose audio it is reading."""
 _JOIN_SEC = 10.0
-"""The time to wait for a worker to exit after its connection was lost, in seconds. Its exit code is known only then."""
+"""The time in seconds to wait for a worker to exit after its connection was lost. Its exit code is unknown before."""
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def open_workers(request: Request, num: int) -> Iterator[AnswerJobs]:
 
     Args:
         request: the evaluation.
-        num: the number of processes; if it is 1, no process is started, and the model is loaded in this one.
+        num: the number of processes. If it is 1, no process is started, and the current process loads the model.
 
     Raises:
         UserError: If the data or the model cannot be used, or a worker process ended unexpectedly.
@@ -84,7 +85,10 @@ def _outcomes(workers: Mapping[Connection, BaseProcess], jobs: Sequence[Sequence
 def _received(connection: Connection, process: BaseProcess) -> list[Outcome]:
     try:
         message: list[Outcome] | str = connection.recv()
-    except (EOFError, ConnectionResetError):  # It is reset if the worker died before it had read all its batches.
+    except (
+        EOFError,
+        ConnectionResetError,
+    ):  # A connection is reset if the worker died before it had read all of its batches.
         raise _ended(process) from None
     if isinstance(message, str):
         raise UserError(message)

@@ -1,4 +1,4 @@
-"""An evaluation that writes its predictions into a folder, and resumes from what the folder contains."""
+"""An evaluation that writes its predictions to a folder, and resumes from the predictions in the folder."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _run(request: Request, folder: Path, num_processes: int, on_progress: Callab
 
 
 def request_fields(request: Request, stored: StoredData) -> dict[str, Any]:
-    """Return the fields that determine the predictions. An evaluation is resumed only if all of these are unchanged."""
+    """Return the fields that determine the predictions. An evaluation is resumed only if all of them are unchanged."""
     if isinstance(stored, ShardData):
         content = stored.digest
     else:

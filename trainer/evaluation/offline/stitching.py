@@ -1,8 +1,8 @@
 """Overlapping windows of a long recording, and the joining of their transcripts.
 
-The overlap of two neighboring windows is in both transcripts. It is located by the longest sequence of words that
-occurs both near the end of one transcript and near the start of the next. Words between this sequence and the edge of a
-window may have been cut in two by the edge, so the transcript of the other window is used there.
+The overlap of two neighboring windows is in both transcripts. To locate it, the longest sequence of words is used that
+occurs both near the end of one transcript and near the start of the next. The edge of a window may cut a word in two.
+Between the common sequence and the edge, the transcript of the other window is therefore used.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import math
 import re
 from collections.abc import Sequence
 
-# Scripts without spaces between words (Thai, Lao, Burmese, Khmer, kana, Han): every character counts as a word.
+# In scripts without spaces between words (Thai, Lao, Burmese, Khmer, kana, Han), every character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _UNIT = re.compile(rf"[{_UNSPACED}]\s*|[^\s{_UNSPACED}]+\s*")
 _SLACK = 1.5
 """The factor by which speech in the overlap may be denser than in the whole window."""
 _SPARE_WORDS = 2
-"""The number of words that is added to the expected number of words in an overlap."""
+"""The number of words added to the expected number of words in an overlap."""
 
 
 def window_spans(num_samples: int, window: int, overlap: int) -> list[tuple[int, int]]:
@@ -110,7 +110,8 @@ def _reach(share: float, units: Sequence[str]) -> int:
 
 
 def _key(unit: str) -> str:
-    """Return a word without case and surrounding punctuation; punctuation alone is returned unchanged."""
+    """Return a word in lower case without surrounding punctuation. A word of punctuation alone is returned
+    unchanged."""
     plain = unit.strip().lower()
     return re.sub(r"^\W+|\W+$", "", plain) or plain
 

@@ -27,12 +27,12 @@ from trainer.scoring.declared import inherit_tasks
 from trainer.scoring.tasks import TASKS
 
 _READERS = 4
-"""The number of threads that decode the audio of the next batch while the current one is answered."""
+"""The number of threads that decode the audio of the next batch while the current batch is answered."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The request for an evaluation: everything that determines its predictions, and the sizes of its batches."""
+    """The request for an evaluation, with all settings that determine its predictions, and the sizes of its batches."""
 
     origin: Origin
     """The model."""
@@ -73,7 +73,8 @@ def open_wanted(request: Request) -> tuple[StoredData, list[int]]:
         The data, and the indices of the selected samples, longest audio first.
 
     Raises:
-        UserError: If the data cannot be opened, contains a key twice, or contains no sample of the requested tasks.
+        UserError: If the data cannot be opened, two selected samples have the same key, or no sample has one of the
+            requested tasks.
     """
     stored = open_stored(request.data, request.split)
     # A sample without a task is kept, so that it is reported as skipped.
@@ -96,7 +97,7 @@ def open_wanted(request: Request) -> tuple[StoredData, list[int]]:
 
 
 def batches(request: Request, stored: StoredData, indices: Sequence[int]) -> list[list[int]]:
-    """Divide samples into the batches that are answered together, without changing their order.
+    """Divide samples into batches that are answered together, in the given order.
 
     Args:
         request: the evaluation.
@@ -164,9 +165,9 @@ class Worker:
 
 
 def serve(connection: Connection, request: Request, index: int, num: int) -> None:
-    """Run a worker process: receive batches of sample indices over the connection, and send their outcomes back.
+    """Run a worker process, which receives batches of sample indices and sends their outcomes back.
 
-    None ends a sequence of batches. The text of a UserError is sent back as the last message.
+    The message None ends a sequence of batches. The text of a UserError is sent back as the last message.
 
     Args:
         connection: the connection to the process that started this one.

@@ -1,4 +1,4 @@
-"""The scorecard of an evaluation: a tree of plain values from which the tables, the page and the plots are made."""
+"""The scorecard of an evaluation, which is a tree of plain values for tables, the page and plots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.scoring.tasks import find_task
 from trainer.telemetry.expert_load import BANDS, BANDS_SEC, UNNAMED
 
 MAX_LISTED = 3000
-"""The largest number of samples that the page lists. Each task has an equal share, filled by its worst samples."""
+"""The largest number of samples that the page lists. Each task has an equal part of it, for its worst samples."""
 DIMENSIONS: Mapping[str, Callable[[Prediction], str]] = {
     "subset": lambda p: subset_of(p.meta),
     "language": lambda p: str(p.meta.get("language") or UNNAMED),
@@ -31,7 +31,8 @@ DIMENSIONS: Mapping[str, Callable[[Prediction], str]] = {
 """The properties by which the samples of a task are grouped, and the function that returns a sample's group."""
 
 ReadClips = Callable[[Sequence[str]], Iterable[tuple[str, Sequence[Any]]]]
-"""A function that takes keys of samples and yields the key and the clips (`[T]` at 16 kHz) of each readable sample."""
+"""A function that takes the keys of samples, and yields the key and the clips (`[T]` at 16 kHz) of each readable
+one."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,14 @@ def _sample(task: str, p: Prediction, value: float, lower_is_better: bool) -> di
 
 
 def _audio(samples: Sequence[dict[str, Any]], read_clips: ReadClips, num_bytes: int) -> dict[str, list[str]]:
-    """Return the clips of the worst samples as base64-encoded FLAC, up to `num_bytes`. The tasks take turns."""
+    """Return the clips of the worst samples as base64-encoded FLAC, up to `num_bytes`, taking tasks in turn."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
         if sample["seconds"] > 0:
             by_name.setdefault(sample["task"], []).append(sample)
     most = max(map(len, by_name.values()), default=0)
     turns = [own[i] for i in range(most) for own in by_name.values() if i < len(own)]
-    # This limits the number of clips to read, assuming that FLAC takes at least an eighth of the raw 16-bit samples.
+    # FLAC needs at least about an eighth of the raw 16-bit samples, which limits the number of clips worth reading.
     wanted, expected = [], 0.0
     for sample in turns:
         expected += sample["seconds"] * SAMPLE_RATE * 2 / 8

@@ -1,4 +1,4 @@
-"""The audio of samples, as the model received it, in a format that every browser plays."""
+"""The audio of samples as the model received it, in FLAC, which every browser plays."""
 
 from __future__ import annotations
 

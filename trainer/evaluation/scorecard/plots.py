@@ -14,7 +14,7 @@ from trainer.page.figure import SIZE_INCHES, dress, plain, save
 from trainer.scoring.fields import ALL
 
 _MAX_NUMBERED = 12
-"""The largest number of classes for which the counts are written into the cells of a confusion matrix."""
+"""The largest number of classes for which a confusion matrix shows counts in its cells."""
 
 
 def draw(tree: dict[str, Any], folder: Path) -> list[Path]:
