@@ -213,7 +213,7 @@ def prepare_once(recipe: Recipe, groups: Groups) -> tuple[Recipe, PreparedData]:
     missing. The other ranks wait and then read them.
 
     Raises:
-        UserError: If `prepare` raises it, or if the recipe names another tokenizer than that of the initial weights.
+        UserError: If `prepare` raises it, or if the recipe names a tokenizer that the initial weights do not use.
     """
     prepared = None
     owned: OwnedTokenizer | str | None = None

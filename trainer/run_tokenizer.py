@@ -232,7 +232,7 @@ def adopt(recipe: Recipe, owned: OwnedTokenizer) -> Recipe:
     A key that has its default value in the recipe is treated as not set.
 
     Raises:
-        UserError: If the recipe sets another value than that of the weights.
+        UserError: If the recipe sets a value with which the weights were not trained.
     """
     ours, default = recipe.data.tokenizer, TokenizerConfig()
     for key in _KEYS:

@@ -33,8 +33,8 @@ class EvalConfig:
     wordnet: str | None = None
     """The folder of WordNet 3.0, which METEOR of captions needs.
 
-    null stands for the folder in which system packages install WordNet. If it is not installed, captions are scored
-    without METEOR.
+    null stands for the environment variable `WNSEARCHDIR` or, if it is not set, the folders in which system packages
+    install WordNet. If there is no WordNet, captions are scored without METEOR.
     """
 
     def __post_init__(self) -> None:

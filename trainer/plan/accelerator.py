@@ -12,7 +12,7 @@ from model.errors import UserError
 
 GIB = 2**30
 
-# These are estimates, neither measured nor fitted to bench/published.csv. `bench.calibrate` measures those of a device.
+# These are estimates, neither measured nor fitted to bench/published.csv. `bench.calibrate` measures a device.
 H100_MATRIX = ((64.0, 0.17), (256.0, 0.50), (1024.0, 0.68), (4096.0, 0.74))
 A100_MATRIX = ((64.0, 0.35), (256.0, 0.66), (1024.0, 0.79), (4096.0, 0.84))
 """The default fractions of the peak rate that bf16 matmuls reach, in the format of `Accelerator.matrix`."""

@@ -174,7 +174,7 @@ def _llm(
 
     Every stage computes M micro-batches. A rank of the slowest stage is idle while the first micro-batch passes through
     the other PP - 1 stages forward and backward. With V virtual stages, this time is divided by V, and transfers
-    between stages overlap with computation, except for those of the first micro-batch.
+    between stages overlap with computation, except for the transfers of the first micro-batch.
     """
     mechanisms, parallel, config = rates.mechanisms, recipe.parallel, as_dense(model.llm)
     tp, pp = topology.tp, topology.pp

@@ -61,7 +61,7 @@ class Workload:
 def typical_workload(
     recipe: Recipe, topology: Topology, mean_audio_sec: float | None = None, text_tokens: int = DEFAULT_TEXT_TOKENS
 ) -> Workload:
-    """Return a global batch of clips with typical durations. Its size is that of the recipe's global batches.
+    """Return a global batch of clips with typical durations, with as many samples as the recipe's global batches.
 
     Args:
         recipe: The recipe of the run.
