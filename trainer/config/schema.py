@@ -33,7 +33,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """The dtype of parameters and activations.
 
-    Gradients are reduced in fp32 and optimizer states are stored in fp32 in either case.
+    In either case, optimizer states are stored in fp32, and gradients are reduced in fp32 unless
+    `parallel.grad_reduce_dtype` is bf16.
     """
     llm_tokens_per_microbatch: int = 4096
     """The largest number of tokens in one packed sequence (a pack). Lower it if the LLM runs out of memory.
