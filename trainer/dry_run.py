@@ -136,6 +136,7 @@ class Place:
 
     ranks: tuple[int, ...]
     experts: tuple[str, ...]
+    """The names of the encoder experts."""
     size: Size
     """The parameters of these experts."""
     flops: float

@@ -115,6 +115,7 @@ class PlacementAdvice:
     ep: int
     """The value of `parallel.expert`."""
     num_ranks: int
+    """The number of ranks of the run."""
     current: Placement | None
     """The current placement; None if nothing was measured or every rank holds all encoder experts."""
     suggested: Placement

@@ -35,6 +35,7 @@ class Traffic:
     """One kind of collective, summed over a step."""
 
     name: str
+    """The name of the collective in the output of the plan."""
     ranks: int
     """The number of ranks in each of its process groups."""
     bytes: float

@@ -70,6 +70,7 @@ class DataSummary:
 
     datasets: tuple[DatasetSummary, ...]
     max_skipped_fraction: float
+    """The value of `data.max_skipped_fraction`."""
 
     @property
     def skipped_fraction(self) -> float:

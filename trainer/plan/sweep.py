@@ -20,6 +20,7 @@ class Row:
     """One combination of values, and its plan."""
 
     values: tuple[str, ...]
+    """The value of each key of the sweep."""
     plan: Plan | None
     """The plan with these values; None if the recipe is invalid with them."""
     reason: str = ""

@@ -64,6 +64,7 @@ class Decision:
     """The decision whether a job is run again."""
 
     again: bool
+    """Whether the job is run again."""
     why: str
     """The reason, as one line."""
 
