@@ -54,7 +54,7 @@ def work(case: str) -> int:
     rank, _, device = connect(timeout_sec=600)
     groups = build_groups(build_topology(recipe.parallel, recipe.parallel.num_ranks), rank, device, recipe.seed)
     step = build_step(recipe, groups, recipe.data.tokenizer.train_vocab_size)
-    step.router_noise = lambda _number, batch: _as_planned(recipe, batch)  # type: ignore[method-assign]
+    step.router_noise = lambda _number, batch: _as_planned(recipe, batch)
     batch = _batch(recipe, workload, rank)
     for number in range(2):
         step(number, batch)

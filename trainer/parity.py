@@ -171,11 +171,11 @@ def favoured(step: Step, expert: int | None) -> Iterator[None]:
         found = drawn(number, batch)
         return None if found is None else found + strong
 
-    step.router_noise = noise  # type: ignore[method-assign, assignment]
+    step.router_noise = noise
     try:
         yield
     finally:
-        step.router_noise = drawn  # type: ignore[method-assign]
+        step.router_noise = drawn
 
 
 def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: int = 0) -> Difference:

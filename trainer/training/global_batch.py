@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from model.batch import Batch, Sample
 from model.config import ModelConfig
@@ -78,6 +79,21 @@ class GlobalBatch:
             self.notes[:, :0],
             0,
         )
+
+    def losses_by_task(self, sample_losses: Tensor) -> dict[str, tuple[float, int]]:
+        """Return the sum of the token losses and the number of target tokens, by task.
+
+        Args:
+            sample_losses: The sum [n] of the token losses of each sample, in host memory.
+        """
+        sums: dict[str, tuple[float, int]] = {}
+        names = task_names()
+        for task, loss, targets in zip(
+            self.tasks.tolist(), sample_losses.tolist(), self.num_targets.tolist(), strict=True
+        ):
+            total, tokens = sums.get(names[task], (0.0, 0))
+            sums[names[task]] = (total + loss, tokens + targets)
+        return sums
 
 
 References = Mapping[str, Sequence[Sample | None]]

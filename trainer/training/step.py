@@ -16,10 +16,10 @@ For every topology, the loss and the gradients equal those of `model.speech_llm.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ from trainer.training.global_batch import (
     references_of,
     target_rows,
 )
+from trainer.training.router_noise import RouterNoise, router_noise
 from trainer.training.send import send, send_text
 from trainer.training.spike_guard import SpikeGuard
 from trainer.training.stage_switch import StageSwitch
@@ -144,6 +145,7 @@ class Step:
         if mixture is not None:
             self.token_meter = TokenMeter(mixture, len(self.kinds.pairs) * len(MODALITIES), groups.device)
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
+        self.router_noise: RouterNoise = partial(router_noise, model, seed)
         self._expected_values = FIRST
 
     def __call__(
@@ -342,26 +344,6 @@ class Step:
         dist.all_reduce(tensor, group=self.groups.world)
         return tensor
 
-    def router_noise(self, step: int, batch: Batch) -> Tensor | None:
-        """Return standard normal noise [clips, gates, experts] for the router, or None if the recipe disables noise.
-
-        The noise depends on the seed, the step, the sample and the name of the expert. It does not depend on the rank
-        or on the other experts.
-        """
-        router = self.model.router
-        if router.noise_std == 0 or not batch.clip_owner or not self.model.experts:
-            return None
-        rows = []
-        for clip, owner in enumerate(batch.clip_owner):
-            text = f"{self.seed}/{step}/{batch.samples[owner].key}/{clip - batch.clip_owner.index(owner)}"
-            columns = []
-            for expert in self.model.experts:
-                digest = hashlib.sha256(f"{text}/{expert.name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-                columns.append(torch.randn(len(router.gates), generator=generator))
-            rows.append(torch.stack(columns, dim=1))
-        return torch.stack(rows)
-
     def update(self, step: int, mistrust: str | None, stop: StopRequest) -> Update:
         """Clip the gradients and update all weights (line 9), and count the ranks that were asked to stop.
 
@@ -414,18 +396,8 @@ class Step:
             step=step + 1,
             loss=sum(t.weight * means[t.name] for t in terms),
             losses=means,
-            task_losses=_by_task(whole, by_sample),
+            task_losses=whole.losses_by_task(by_sample),
             num_samples=len(whole),
             num_tokens=int(whole.num_tokens.sum()),
             audio_sec=float(whole.audio_samples.sum()) / SAMPLE_RATE,
         )
-
-
-def _by_task(whole: GlobalBatch, losses: Tensor) -> dict[str, tuple[float, int]]:
-    """Return the sum of the token losses and the number of target tokens, by task."""
-    sums: dict[str, tuple[float, int]] = {}
-    names = task_names()
-    for task, loss, targets in zip(whole.tasks.tolist(), losses.tolist(), whole.num_targets.tolist(), strict=True):
-        total, tokens = sums.get(names[task], (0.0, 0))
-        sums[names[task]] = (total + loss, tokens + targets)
-    return sums

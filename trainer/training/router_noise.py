@@ -1,0 +1,42 @@
+"""The noise that is added to the scores of the router of audio encoders during training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model.batch import Batch
+from model.config import ModelConfig
+
+RouterNoise = Callable[[int, Batch], Tensor | None]
+"""A function of the number of completed steps and a batch, which returns the noise [clips, gates, experts] or None."""
+
+
+def router_noise(model: ModelConfig, seed: int, step: int, batch: Batch) -> Tensor | None:
+    """Return standard normal noise [clips, gates, experts] for the router, or None if the recipe disables noise.
+
+    The noise depends on the seed, the step, the sample and the name of the expert. It does not depend on the rank or on
+    the other experts.
+
+    Args:
+        model: The model's config.
+        seed: The seed of the noise.
+        step: The number of steps completed before this one.
+        batch: This rank's part of the global batch.
+    """
+    router = model.router
+    if router.noise_std == 0 or not batch.clip_owner or not model.experts:
+        return None
+    rows = []
+    for clip, owner in enumerate(batch.clip_owner):
+        text = f"{seed}/{step}/{batch.samples[owner].key}/{clip - batch.clip_owner.index(owner)}"
+        columns = []
+        for expert in model.experts:
+            digest = hashlib.sha256(f"{text}/{expert.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            columns.append(torch.randn(len(router.gates), generator=generator))
+        rows.append(torch.stack(columns, dim=1))
+    return torch.stack(rows)
