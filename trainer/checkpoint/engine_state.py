@@ -35,12 +35,12 @@ class EngineState:
         return {"audio": audio_state.shards(engines.audio), "llm": llm_state.shards(engines.llm)}
 
     def tensor_names(self, engines: Engines) -> set[str]:
-        """Return the names of the tensors of the model that this rank knows."""
+        """Return the names of the audio side's tensors that this rank holds, and of all tensors of the LLM."""
         audio = {shard.name for shard in audio_state.shards(engines.audio)}
         return audio | {name for name, _ in engines.audio.named_parameters()} | llm_state.tensor_names(engines.llm)
 
     def set_steps(self, engines: Engines, steps: dict[str, int]) -> None:
-        """Set the number of updates that the optimizers have made to each tensor, by its name."""
+        """Set the number of updates of each trainable parameter. `steps` contains it by the name of the tensor."""
         audio_state.set_steps(engines.audio, steps)
         llm_state.set_steps(engines.llm, steps)
 
@@ -65,7 +65,8 @@ def check(reader: Reader, shards: Sequence[Shard], names: set[str]) -> None:
         names: The names of all tensors of the model.
 
     Raises:
-        UserError: If the checkpoint has a tensor that the model does not have, or lacks one, or has another shape.
+        UserError: If the checkpoint has a tensor that the model lacks, lacks a tensor of the model, or has a tensor of
+            another shape.
     """
     surplus = sorted(set(reader.manifest.tensors) - names)
     if surplus:

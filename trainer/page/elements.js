@@ -1,7 +1,7 @@
-// Shared by all HTML reports. A page must define `DIMENSIONS`, the labels of its filters by their names.
+// Functions that all HTML reports share. A page must define `DIMENSIONS`, which maps the names of its filters to labels.
 window.addEventListener("error", (event) => { document.documentElement.dataset.errors += event.message + "\n"; });
 
-// The maps of the data inherit nothing, so that a name such as `constructor` is found only if it is there.
+// Objects in the data have no prototype, so that a name such as `constructor` is found only if the data contains it.
 const data = JSON.parse(document.getElementById("data").textContent, (_, value) =>
   value !== null && typeof value === "object" && !Array.isArray(value) ? Object.assign(Object.create(null), value) : value);
 
@@ -36,11 +36,11 @@ const bar = (share, colour) => h("span", { class: "bar" }, h("i", { style: `widt
 const heading = (...titles) => h("thead", {}, h("tr", {}, titles.map((t, i) => h("th", { class: i && "number", scope: "col" }, t))));
 const section = (id, title, note, ...content) =>
   h("section", { id, "aria-labelledby": `${id}-title` }, h("h2", { id: `${id}-title` }, title), note && h("p", { class: "note" }, note), content);
-// A table that scrolls in its card if it is too wide. `label` says what it shows.
+// A table that scrolls in its card if it is too wide. `label` describes its content for screen readers.
 const scroll = (label, table) => [h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table),
   h("p", { class: "hint", "aria-hidden": "true" }, "← scroll for more columns →")];
 const nothing = (what) => h("p", { class: "empty" }, `No ${what} matches the filter. `, h("a", { href: "#" }, "Show all"));
-// The width in pixels of a chart in a card, at most `most`, so that its text keeps its size on narrow screens.
+// The width of a chart in pixels, at most `most`. It depends on the width of the card, so that text keeps its size.
 const chartWidth = (most) => Math.max(260, Math.min(most, (document.getElementById("main").clientWidth || most) - 44));
 // Mark the tables that are wider than their cards. A page calls this after rendering.
 function markOverflow() {

@@ -1,8 +1,8 @@
 """Deterministic load balancing, which is fast enough to run in every step.
 
-The problem is that of scheduling on equal machines with known costs (R. L. Graham, Bounds on multiprocessing timing
-anomalies, SIAM J. Appl. Math. 17, 1969). The longest-processing-time rule is applied in at most a few dozen vectorized
-rounds, so that planning for thousands of ranks takes milliseconds.
+The problem is equivalent to scheduling jobs of known costs on equal machines (R. L. Graham, Bounds on multiprocessing
+timing anomalies, SIAM J. Appl. Math. 17, 1969). The longest-processing-time rule is applied in at most a few dozen
+vectorized rounds, so that planning for thousands of ranks takes milliseconds.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ Floats = NDArray[np.float64]
 TOLERANCE = 0.02
 """The fraction of the mean load by which `spread_alike` may exceed the mean."""
 _MANY_ITEMS_PER_BIN = 16
-"""The number of items per bin above which the ends of bins are found faster one by one than all at once."""
+"""The number of items per bin above which `_runs_one_by_one` is faster than the vectorized search for the ends of
+bins."""
 _ROUNDS = 16
 _FEW_ITEMS, _FEW_ITEMS_PER_BIN = 8192, 64
-"""The numbers of items, in total and per bin, up to which the rule alone is fast enough.
+"""The numbers of items, in total and per bin, up to which the longest-processing-time rule alone is fast enough.
 
-It balances better than dealing items out first.
+The rule alone balances better than if items are dealt out first.
 """
 
 
@@ -52,10 +53,10 @@ def spread(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
 def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
     """Assign items to bins so that all bins have about the same total cost and contain items of similar cost.
 
-    For clips, this gives batches with little padding. In descending order of cost, each bin takes the next items up to
-    a load of the mean plus `TOLERANCE`. The remaining gaps, half an item on average, are filled with the cheapest
-    items, which no bin has taken yet. If there are many small items, all bins except the last use the whole tolerance,
-    and the last bin has a lower load.
+    If the items are clips, batches then contain little padding. In descending order of cost, each bin takes the next
+    items as long as its load exceeds the mean by at most the fraction `TOLERANCE`. The cheapest items, which no bin has
+    taken, then fill the remaining gaps, which have half the size of an item on average. If there are many small items,
+    all bins except the last one use the whole tolerance, and the last bin has a lower load.
 
     Args:
         costs: The non-negative cost of each of n items.
@@ -89,7 +90,7 @@ def place_experts(costs: Sequence[float], ep: int) -> tuple[int, ...]:
 
 
 def _runs(filled: Floats, num_bins: int, limit: float) -> Ints:
-    """Return the end index of each bin if every bin takes the next items up to the cost `limit`, but at least one.
+    """Return the end index of each bin if every bin takes the next items up to the cost `limit`, and at least one item.
 
     Args:
         filled: The running sum of the items' costs.
@@ -99,13 +100,13 @@ def _runs(filled: Floats, num_bins: int, limit: float) -> Ints:
     num, start = len(filled), 0
     if num > _MANY_ITEMS_PER_BIN * num_bins:
         return _runs_one_by_one(filled, num_bins, limit)
-    # For each item, the end of a bin that begins there. Only following these ends from bin to bin is not vectorized.
+    # `ends` contains the end of a bin that begins at each item. The loop below then only follows these ends.
     limits = np.full(num + 1, limit)
     limits[1:] += filled
     ends = np.searchsorted(filled, limits, side="right")
     np.maximum(ends[:num], np.arange(1, num + 1), out=ends[:num])
     ends[num] = num
-    # Following four bins at a time takes a quarter of the steps.
+    # The loop advances by four bins at once, which takes a quarter of the steps.
     second = ends[ends]
     fourth = second[second]
     end_of = fourth.data  # Reading single elements of a memoryview is several times faster.
@@ -115,7 +116,7 @@ def _runs(filled: Floats, num_bins: int, limit: float) -> Ints:
 
 
 def _runs_one_by_one(filled: Floats, num_bins: int, limit: float) -> Ints:
-    """Return what `_runs` returns. This is faster if there are many items per bin."""
+    """Compute the result of `_runs` bin by bin, which is faster if there are many items per bin."""
     sums, num = filled.data, len(filled)
     ends, start, before, step = [], 0, 0.0, 1
     for _ in range(num_bins):
@@ -133,9 +134,9 @@ def _runs_one_by_one(filled: Floats, num_bins: int, limit: float) -> Ints:
 
 
 def _deal(costs: Floats, order: Ints, bins: Ints, loads: Floats, limit: float) -> Ints:
-    """Deal items out to bins back and forth, but fill no bin beyond `limit`.
+    """Deal items out to bins in alternating order, and fill no bin beyond `limit`.
 
-    A bin keeps its costliest items up to `limit`, but at least one, so that the items that are left over are small.
+    A bin keeps its costliest items up to `limit`, and at least one item, so that the remaining items are small.
 
     Args:
         costs: The cost of each item.
@@ -145,7 +146,7 @@ def _deal(costs: Floats, order: Ints, bins: Ints, loads: Floats, limit: float) -
         limit: The largest load of a bin with more than one item.
 
     Returns:
-        The items that are left over, sorted from the costliest.
+        The remaining items, sorted from the costliest.
     """
     num_bins = len(loads)
     turns = -(-len(order) // num_bins)
@@ -167,7 +168,7 @@ def _fill(loads: Floats, bins: Ints, order: Ints, costs: Floats, mean: float) ->
     """Assign the items `order`, sorted from the costliest, and update `loads` and `bins` in place.
 
     In each round, the costliest item is assigned to the emptiest bin, the second to the second emptiest, and so on as
-    long as no bin exceeds the mean. A round assigns at least 1/_ROUNDS of the items. If that is one item, the method is
+    long as no bin exceeds the mean. A round assigns at least 1/_ROUNDS of the items. If it assigns one item, this is
     the longest-processing-time rule.
     """
     least = max(1, min(len(loads) // 2, len(order) // _ROUNDS))
@@ -183,7 +184,8 @@ def _fill(loads: Floats, bins: Ints, order: Ints, costs: Floats, mean: float) ->
 
 
 def stable_order(values: Ints, num_values: int) -> Ints:
-    """Return the indices that stably sort integers in [0, num_values). Up to 16 bits, sorting takes linear time."""
+    """Return the indices that stably sort integers in [0, num_values). Sorting integers of up to 16 bits takes linear
+    time."""
     return np.argsort(values.astype(np.min_scalar_type(num_values)), kind="stable")
 
 
@@ -202,7 +204,7 @@ def _descending(costs: Floats) -> Ints:
 
 
 def _emptiest_first(loads: Floats, count: int) -> Ints:
-    """Return at most `count` bins, the emptiest first. About equally full bins are in ascending order.
+    """Return at most `count` bins, the emptiest first. Bins with almost equal loads are in ascending order.
 
     The differences between loads are rounded to 16 bits, so that sorting takes linear time.
     """

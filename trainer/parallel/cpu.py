@@ -20,7 +20,7 @@ _depth = 0
 
 
 class _CudaMeans(TorchFunctionMode):
-    """A mode in which "cuda" means `device`.
+    """A mode in which the device "cuda" is replaced by `device`.
 
     `Tensor.cuda()` does nothing, and `Tensor.type()` returns `torch.cuda.*`.
     """
@@ -69,12 +69,13 @@ _STREAM = _Stream()
 
 
 def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Return the sizes of an all-to-all as NumPy values; Megatron converts only tensors on a GPU."""
+    """Return the sizes of an all-to-all as NumPy values, because Megatron converts only tensors on a GPU."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _uneven_gather(even: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Megatron's gather along dimension 0, padding the parts if they differ: gloo gathers only equal parts."""
+    """Wrap Megatron's gather along dimension 0 so that it pads parts of different sizes. gloo gathers only equal
+    parts."""
 
     def gather(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
         sizes = None if output_split_sizes is None else list(output_split_sizes)
@@ -89,7 +90,7 @@ def _uneven_gather(even: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uneven_scatter(even: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Megatron's reduce-scatter along dimension 0, padding the parts if they differ."""
+    """Wrap Megatron's reduce-scatter along dimension 0 so that it pads parts of different sizes."""
 
     def scatter(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
         sizes = None if input_split_sizes is None else list(input_split_sizes)
@@ -129,10 +130,10 @@ def _replacements(device: torch.device) -> tuple[tuple[Any, str, Callable[..., A
 def megatron_calls(device: torch.device = CPU) -> Iterator[None]:
     """Make Megatron calls work without CUDA within the block. Every Megatron call must be in such a block.
 
-    If there is a GPU, nothing is changed. Blocks may be nested; the outermost one decides which device "CUDA" means.
-
-    Attributes of `torch.cuda` are replaced in the whole process, so no other thread may run DeepSpeed meanwhile.
-    Megatron's "CUDA" generator is the CPU generator within the block: `model_parallel_cuda_manual_seed` reseeds it.
+    If there is a GPU, nothing is changed. Blocks may be nested, and the outermost block determines the device.
+    Attributes of `torch.cuda` are replaced in the whole process, so no other thread may run DeepSpeed at the same time.
+    Within the block, Megatron uses the CPU generator as its CUDA generator, so `model_parallel_cuda_manual_seed`
+    reseeds it.
 
     Args:
         device: The device that replaces CUDA.

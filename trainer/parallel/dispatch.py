@@ -1,7 +1,8 @@
-"""Planning of which rank encodes which clip, and of the clips and features that each rank sends and receives.
+"""The plan that assigns clips to encoder ranks, and determines the clips and features that each rank sends and
+receives.
 
-A clip is sent to one encoder rank of each encoder that must encode it, and to each rank only once even if several of
-its encoders need it. The features are sent back. Nothing is padded, and no capacity limit drops clips.
+A clip is sent to one encoder rank of each encoder that must encode it. It is sent to a rank only once, even if several
+encoders of the rank need it. The features are sent back. Nothing is padded, and no capacity limit drops clips.
 
 Shapes: N clips of all ranks, K encoders.
 """
@@ -36,7 +37,7 @@ class ClipLengths:
     """The length of each clip in audio samples, [N]."""
 
     def with_dummies(self, world: int, dummy_samples: int) -> ClipLengths:
-        """Return the lengths if every rank without a clip has one of `dummy_samples` audio samples."""
+        """Return the lengths with a clip of `dummy_samples` audio samples added on every rank without a clip."""
         without = np.flatnonzero(np.bincount(self.source_rank, minlength=world) == 0)
         places = np.searchsorted(self.source_rank, without)
         return ClipLengths(np.insert(self.source_rank, places, without), np.insert(self.samples, places, dummy_samples))
@@ -76,12 +77,12 @@ class DispatchPlan:
 def plan_dispatch(
     clips: ClipTable, costs: Sequence[ClipCost], places: Sequence[int], ep: int, world: int
 ) -> DispatchPlan:
-    """Plan which rank encodes which clip.
+    """Assign each clip to a rank for every encoder that must encode it.
 
     The ranks of an encoder get equal work, and each of them gets clips of similar length. The work is balanced for each
     encoder separately rather than in total. If weights are gathered per module, all encoder ranks gather them together,
-    so no rank can begin the calls of the next encoder early. If an encoder has too few clips to divide them evenly,
-    they are assigned to the ranks with the least work so far.
+    so no rank can begin the calls of the next encoder early. If the clips of an encoder cannot be divided evenly, the
+    ranks with the least work so far get more of them.
 
     Args:
         clips: The clips of all ranks.
@@ -126,7 +127,8 @@ def _encoder_ranks(cost: Floats, loads: Floats) -> Ints:
 class Dispatch:
     """One rank's part of a `DispatchPlan`.
 
-    Sender and receiver list their messages in the same order. Clips and features that stay on the rank are included.
+    The sender and the receiver of messages list them in the same order. Clips and features that stay on the rank are
+    included.
     """
 
     send_clips: tuple[int, ...]
@@ -134,15 +136,15 @@ class Dispatch:
     send_to: tuple[int, ...]
     """The destination rank of each clip in `send_clips`."""
     recv_lengths: tuple[int, ...]
-    """The audio samples of every received clip, in the order of `ClipTable`."""
+    """The number of audio samples of every received clip, in the order of `ClipTable`."""
     recv_from: tuple[int, ...]
     """The source rank of each received clip."""
     work: tuple[tuple[int, ...], ...]
     """For each encoder, the indices of the received clips that it must encode."""
     return_order: tuple[int, ...]
-    """The results to send back, as indices into the concatenated results of all encoders."""
+    """The computed feature sequences to send back, as indices into the concatenated results of all encoders."""
     return_to: tuple[int, ...]
-    """The destination rank of each result, in ascending order."""
+    """The destination rank of each feature sequence in `return_order`, in ascending order."""
     result_lengths: tuple[int, ...]
     """The number of frames of each received feature sequence, ordered by encoder rank, then encoder, then clip."""
     result_from: tuple[int, ...]
@@ -185,7 +187,8 @@ def dispatch_of(plan: DispatchPlan, rank: int) -> Dispatch:
 
 
 CALL_COST_SAMPLES = {"cpu": num_samples(1), "cuda": num_samples(10)}
-"""The overhead of an encoder call on each type of device, as the number of audio samples whose encoding costs the same.
+"""The overhead of an encoder call on each type of device, as the number of audio samples that can be encoded in that
+time.
 
 The overhead comes from ZeRO-3's hooks on all modules. On a CPU, it was measured to equal 1.2 to 2 s of audio for
 encoders of 1.5 to 2.2 M parameters. For larger encoders, it equals less audio. The value for CUDA is an estimate.
@@ -202,7 +205,7 @@ def group_by_length(
 
     Args:
         lengths: The lengths of the clips, in samples.
-        budget: The largest number of samples in a batch, including padding. A longer clip forms a batch on its own.
+        budget: The largest number of samples in a batch, including padding. A longer clip is a separate batch.
         call_cost: The cost of each batch in addition to its samples, in samples.
         windowing: The windowing of the encoder.
 

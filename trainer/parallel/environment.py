@@ -1,4 +1,5 @@
-"""Settings to make before the first CUDA call and the first process group. This module does not import torch."""
+"""Settings that must be made before the first CUDA call and the first process group. This module does not import
+torch."""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ _SETTINGS = {
 }
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ALLOCATOR = "expandable_segments:True"
-"""The allocator setting. Segments of fixed size would be fragmented, as the length of packs differs between steps."""
+"""The allocator setting. Segments of fixed size would become fragmented, since the length of packs differs between
+steps."""
 
 START_LIMIT = "EARSHOT_START_SEC"
 """The environment variable that sets the time in seconds within which the ranks of a job must have connected."""
 _PAIR_SEC = 8e-6
-"""The allowed time per pair of ranks, about twice the time that `bench.scale_start` measured on a busy machine."""
+"""The allowed time in seconds per pair of ranks. It is about twice the time that `bench.scale_start` measured on a busy
+machine."""
 _LAUNCH_SEC = 0.05
-"""The assumed time by which each process delays the start of the last one."""
+"""The assumed time in seconds by which each process delays the start of the last process."""
 
 PROCESS_DESCRIPTORS = 256
 """The assumed number of file descriptors for files, libraries, data workers and their pipes."""
@@ -74,22 +77,23 @@ def whole_number(environ: Mapping[str, str], name: str, default: int | None = No
 
 
 def meeting_limit_sec(num_ranks: int, environ: Mapping[str, str] = os.environ) -> float:
-    """Return the time within which all ranks must have found each other and connected.
+    """Return the time limit in seconds within which all ranks must have found each other and connected.
 
     A gloo group of N ranks makes N² requests to the store of rank 0, which take `_PAIR_SEC` each.
 
     Args:
         num_ranks: The number of ranks.
-        environ: The environment variables. `START_LIMIT` sets the time instead.
+        environ: The environment variables. If `START_LIMIT` is set, its value is returned instead.
     """
     return whole_number(environ, START_LIMIT, round(60 + _PAIR_SEC * num_ranks**2))
 
 
 def start_limit_sec(num_ranks: int, environ: Mapping[str, str] = os.environ) -> float:
-    """Return the time within which a job step of `num_ranks` processes must have started, connected and answered.
+    """Return the time limit in seconds within which the processes of a job step must have started, connected and
+    answered.
 
-    Besides connecting, every process is launched and reads its modules from a disk that all of them share, for which
-    the limit allows a minute and `_LAUNCH_SEC` per process.
+    In addition to `meeting_limit_sec`, the limit allows a minute and `_LAUNCH_SEC` per process. In this time, processes
+    are launched and read their modules from a shared disk.
     """
     return meeting_limit_sec(num_ranks, environ) + 60 + _LAUNCH_SEC * num_ranks
 
@@ -100,7 +104,7 @@ def raise_descriptor_limit() -> int:
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):  # macOS reports a hard limit that it does not allow
+        except (OSError, ValueError):  # macOS reports a hard limit that it does not accept.
             return soft
     return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
@@ -108,8 +112,8 @@ def raise_descriptor_limit() -> int:
 def needed_descriptors(num_ranks: int, cuda: bool) -> int:
     """Return the largest number of file descriptors that rank 0 may need at once. Other ranks need fewer.
 
-    All ranks connect to the store of rank 0. The world has a gloo group, in which any two ranks may be connected.
-    Checkpoints use another gloo group, in which ranks form rings and trees.
+    All ranks connect to the store of rank 0. In the gloo group of the world, rank 0 may be connected to every other
+    rank. In the gloo group of checkpoints, ranks are connected as rings and trees.
 
     Args:
         num_ranks: The number of ranks.
@@ -122,7 +126,7 @@ def needed_descriptors(num_ranks: int, cuda: bool) -> int:
 
 
 def low_limit(limit: int, num_ranks: int, cuda: bool) -> str | None:
-    """Return a warning if `limit` open files are too few for a run of `num_ranks` ranks; None if they suffice."""
+    """Return a warning if a limit of `limit` open files is too low for `num_ranks` ranks; None if it is sufficient."""
     needed = needed_descriptors(num_ranks, cuda)
     if limit >= needed:
         return None

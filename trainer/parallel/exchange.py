@@ -2,7 +2,7 @@
 
 All samples that move between ranks are moved by this module. `exchange` moves rows: it copies them into the order in
 which they are sent, and uses one collective. `deliver` moves whole sequences as point-to-point messages directly from
-their place in memory, which avoids this copy.
+where they are stored in memory, which avoids this copy.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class _Deliver(torch.autograd.Function):
             ctx.before_backward()
         parcels, rank = ctx.parcels, dist.get_rank(ctx.group)
         returning = []
-        for span, grad in zip(parcels.spans, grads, strict=False):  # the last gradient is the anchor's
+        for span, grad in zip(parcels.spans, grads, strict=False):  # The last gradient belongs to the anchor.
             returning += grad.split(list(parcels.recv_lengths[span.start : span.stop]))
         arriving = _carry(returning, parcels.recv_from, parcels.send_to, ctx.lengths, ctx.like, ctx.group)
         kept = iter([g for g, to in zip(returning, parcels.recv_from, strict=True) if to == rank])
@@ -162,7 +162,7 @@ def _carry(
     like: Tensor,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """Send sequences, and return the concatenation of those received from other ranks.
+    """Send sequences to other ranks, and return the concatenation of the sequences received from them.
 
     Collective: every rank of `group` must call it.
     """
@@ -191,7 +191,7 @@ FIRST = 64
 def gather_ragged(
     values: np.ndarray, group: dist.ProcessGroup | None, first: int = FIRST
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gather a 1-D int64 array from each rank, in the order of the ranks. Plans are made from these few integers.
+    """Gather a 1-D int64 array from each rank, in the order of the ranks. Plans are computed from these arrays.
 
     Collective: every rank of `group` must call it.
 
@@ -202,8 +202,8 @@ def gather_ragged(
             If an array is longer, a second collective gathers the rest.
 
     Returns:
-        The arrays as the rows of a matrix [ranks, at least the longest length], which is filled up with zeros, and the
-        length of each, [ranks].
+        The arrays as the rows of a matrix, which are padded with zeros to at least the longest length, and the lengths
+        of the arrays, [ranks].
     """
     begun = gather_padded(np.array([len(values), *values[:first]]), 1 + first, group)
     sizes, found = begun[:, 0], begun[:, 1:]
@@ -224,7 +224,7 @@ def gather_padded(values: np.ndarray, width: int, group: dist.ProcessGroup | Non
 
 
 def take_spans(rows: np.ndarray, first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return a span of each row of a matrix, concatenated.
+    """Return the concatenation of one span of each row of a matrix.
 
     Args:
         rows: The matrix [number of rows, width].
@@ -237,12 +237,12 @@ def take_spans(rows: np.ndarray, first: np.ndarray, counts: np.ndarray) -> np.nd
 
 
 def gather_distinct(texts: Sequence[str], group: dist.ProcessGroup) -> list[list[str]]:
-    """Return the distinct values of `texts` of all ranks, in the order of the first rank that has each.
+    """Return the distinct lists `texts` of all ranks, in the order of the first rank with each list.
 
     Collective: every rank of `group` must call it.
 
-    Only digests are gathered from all ranks. Each distinct value is sent once, so that names that thousands of ranks
-    have in common do not cost a copy per rank.
+    Only digests are gathered from all ranks, and each distinct list is sent once. The cost therefore does not grow with
+    the number of ranks that have the same list.
     """
     payload = json.dumps(list(texts)).encode()
     digest = np.frombuffer(hashlib.sha256(payload).digest(), dtype=np.int64)
@@ -252,14 +252,14 @@ def gather_distinct(texts: Sequence[str], group: dist.ProcessGroup) -> list[list
 
 
 def check_same_plan(what: str, plan: Sequence[Ints], group: dist.ProcessGroup) -> None:
-    """Check that all ranks made the same plan. With different plans, an exchange would hang.
+    """Check that all ranks computed the same plan. With different plans, an exchange would hang.
 
     Collective: every rank of `group` must call it.
 
     Args:
         what: The name of the plan, for the message.
         plan: The arrays of the plan.
-        group: All ranks that made the plan.
+        group: The ranks that computed the plan.
 
     Raises:
         RuntimeError: If the plan of any rank differs from that of rank 0. All ranks raise it, and the message lists the

@@ -51,15 +51,15 @@ class Groups:
 
     @property
     def without_context(self) -> Groups:
-        """These groups with a topology in which context-parallel ranks count as replicas.
+        """These groups, with a topology in which context-parallel ranks count as replicas.
 
-        It is for packs that are not divided among them.
+        It is used for packs that are not divided among context-parallel ranks.
         """
         return replace(self, topology=self.topology.without_context)
 
     @property
     def expert_place(self) -> ExpertCoordinates:
-        """The coordinates of this rank in the grid of the LLM's experts."""
+        """The coordinates of this rank in the grid of the LLM's FFN experts."""
         return self.topology.expert_coordinates(self.rank)
 
     @property
@@ -80,7 +80,7 @@ COLLECTIVE_TIMEOUT_SEC = 1800.0
 def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torch.device]:
     """Join the process group that the environment variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-    `trainer/parallel/meeting.py` explains where the ranks meet, and who else could connect there.
+    `trainer.parallel.meeting` explains how the ranks find each other, and which other processes could connect.
 
     Collective: every rank of the world must call it.
 
@@ -112,10 +112,10 @@ def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torc
 
 @contextlib.contextmanager
 def device_groups(device: torch.device) -> Iterator[None]:
-    """Restrict groups that are created within the block to tensors on `device`, unless they name a backend.
+    """Restrict groups that are created within the block to tensors on `device`, unless a backend is given explicitly.
 
-    Megatron and DeepSpeed send no other tensors. By default, a group would inherit both backends of the world, and gloo
-    would open sockets and start threads that are never used.
+    Megatron and DeepSpeed send only tensors on the device. By default, a group would inherit both backends of the
+    world, and gloo would open sockets and start threads that are never used.
     """
     original = dist.new_group
 
@@ -153,7 +153,7 @@ def build_groups(topology: Topology, rank: int, device: torch.device, seed: int)
             expert_model_parallel_size=topology.ffn_ep,
             expert_tensor_parallel_size=topology.expert_tp,
             virtual_pipeline_model_parallel_size=topology.vp if topology.vp > 1 else None,
-            create_gloo_process_groups=False,  # only Megatron's own checkpoints use them
+            create_gloo_process_groups=False,  # Only Megatron's own checkpoints use them.
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         replica = parallel_state.get_model_parallel_group()

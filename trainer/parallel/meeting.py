@@ -1,11 +1,11 @@
-"""The store by which ranks find each other, and who can reach it.
+"""The store through which ranks find each other, and its protection against other processes.
 
-torch's stores do not authenticate: whoever can connect to one can read and change it. Therefore, the ranks of one
-machine meet in a file that only their user can open, or at a port that only this machine can reach. Ranks of several
-machines meet at a port of the first, under names that contain the secret of their job.
+torch's stores have no authentication, so every process that can connect to a store can read and change it. Therefore,
+ranks on one machine use a file that only their user can open, or a port that only this machine can reach. Ranks on
+several machines use a port of the first machine, with names that contain the secret of their job.
 
-The store of torchrun outlives the ranks. After a restart it still contains the addresses of the former ranks, so the
-ranks of every start first agree on a name that no other start uses.
+The store of torchrun outlives the ranks. After a restart, the store still contains the addresses of the previous ranks.
+The ranks of every start therefore first agree on a name that no other start uses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch.distributed.rendezvous import rendezvous
 FILE = "EARSHOT_MEETING_FILE"
 """The environment variable with the path of the file in which ranks meet. The launcher of one machine sets it."""
 SECRET = "EARSHOT_JOB_SECRET"
-"""The environment variable with the secret that all ranks of a job share. `earshot job` draws one for every start."""
+"""The environment variable with the secret that all ranks of a job share. `earshot job` generates a new secret for
+every start."""
 _POLL_SEC = 0.05
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -37,13 +38,13 @@ def on_one_machine(environ: Mapping[str, str]) -> bool:
         return True
     if "LOCAL_WORLD_SIZE" in environ:
         return environ["LOCAL_WORLD_SIZE"] == environ["WORLD_SIZE"]
-    # A launcher that runs within an interactive step of one task may start ranks on other nodes.
+    # A launcher within an interactive step of one task may start ranks on other nodes, so the step must have all ranks.
     is_of_srun = environ.get("SLURM_STEP_NUM_TASKS") == environ["WORLD_SIZE"]
     return is_of_srun and environ.get("SLURM_STEP_NUM_NODES") == "1"
 
 
 def stay_on_this_machine(environ: MutableMapping[str, str]) -> None:
-    """Let gloo and NCCL use the loopback interface only, unless the user has chosen another."""
+    """Make gloo and NCCL use only the loopback interface, unless the user has chosen another interface."""
     for name in _INTERFACES:
         environ.setdefault(name, _LOOPBACK)
 
@@ -68,7 +69,7 @@ def open_store(rank: int, world: int, timeout: datetime.timedelta, environ: Mapp
         store = dist.FileStore(environ[FILE], world)
     elif on_one_machine(environ) and not is_of_torchrun:
         store = loopback_store(int(environ["MASTER_PORT"]), rank, world, timeout)
-    else:  # torchrun's agent already listens there, or rank 0 will
+    else:  # torchrun's agent listens at this port already, or rank 0 starts to listen.
         store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
     store.set_timeout(timeout)
     secret = environ.get(SECRET, "")
@@ -77,14 +78,14 @@ def open_store(rank: int, world: int, timeout: datetime.timedelta, environ: Mapp
 
 
 def _name_of_start(store: dist.Store, rank: int, world: int, timeout: datetime.timedelta) -> str:
-    """Agree on a name that no former start of these ranks has used.
-
-    Every other rank writes a number that it has drawn, and rank 0 answers under this number. Nothing that a former
-    start has left can be mistaken for this answer. Rank 0 repeats this until all ranks have confirmed the name, since
-    the numbers that it reads first may be those of former ranks. The number of restarts in torchrun's environment would
-    not do as a name, because it can differ between nodes.
+    """Agree on a name that no previous start of these ranks has used.
 
     Collective: every rank of the world must call it.
+
+    Every rank except rank 0 writes a random number, and rank 0 writes its answer under this number. An answer to a
+    previous start therefore cannot be mistaken for this answer. Rank 0 may first read numbers of previous ranks, so it
+    repeats this until all ranks have confirmed the name. The number of restarts in torchrun's environment cannot serve
+    as the name, because it may differ between nodes.
 
     Returns:
         The name, which is the same on all ranks.

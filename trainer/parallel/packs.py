@@ -1,4 +1,5 @@
-"""Planning of packs, the LLM's packed sequences: the position of each sample, and the rows to move between ranks."""
+"""The plan of packs, which are the LLM's packed sequences. It determines the position of each sample, and the rows to
+move between ranks."""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ class PackPlan:
     num_microbatches: int
     """The number of packs of each replica."""
     pack_tokens: int
-    """The number of rows of every pack, including padding. It is the same for all packs, as the pipeline needs."""
+    """The number of rows of every pack, including padding. The pipeline requires that it is the same for all packs."""
     replicas: int
     """The number of LLM replicas."""
     pack: Ints
-    """The pack of each sample, [n], which is replica · num_microbatches + micro-batch."""
+    """The number of each sample's pack, [n]. It is replica · num_microbatches + micro-batch."""
     num_tokens: Ints
     """The length of each sample in tokens, [n]."""
 
@@ -38,9 +39,9 @@ class PackPlan:
         return _starts(self.num_tokens, self.pack)
 
     def replica_rows(self, samples: Ints) -> Ints:
-        """Return the first row of each of some samples in the concatenation of its replica's packs.
+        """Return the first row of each of the given samples in the concatenation of its replica's packs.
 
-        Only the packs of these samples are computed, which takes far less time than those of all replicas.
+        Only the packs of these samples are computed, which takes far less time than for all replicas.
 
         Args:
             samples: The indices of the samples in the global batch, in any order.
@@ -73,10 +74,11 @@ class PackPlan:
         return np.cumsum(self.num_tokens) - self.num_tokens
 
     def with_lengths(self, kept: Ints, num_tokens: Ints, multiple: int) -> PackPlan:
-        """Return a plan for companions of the samples `kept`, each in the same replica and micro-batch as its sample.
+        """Return a plan for companion sequences of some samples. A companion has the replica and micro-batch of its
+        sample.
 
         Args:
-            kept: The indices of the samples that have a companion, in order.
+            kept: The indices of the samples that have a companion, in ascending order.
             num_tokens: The length of each companion, at least 1.
             multiple: The number of rows of a pack is a multiple of this.
         """
@@ -99,7 +101,7 @@ def plan_packs(
         multiple: The number of rows of a pack is a multiple of this, which must be a multiple of
             `Topology.row_multiple`. Larger values lead to fewer distinct pack lengths and more padding.
         packs_multiple: The number of packs of a replica is a multiple of this. The samples are spread over all packs,
-            so that more packs are shorter ones.
+            so a larger number of packs makes them shorter.
     """
     sizes = np.asarray(num_tokens, dtype=np.int64)
     limit = max(budget_tokens, int(sizes.max(initial=0)))
@@ -129,7 +131,7 @@ def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank:
     columns = (source_ranks[which], _source_rows(plan, source_ranks, which), plan.replica_rows(which))
     replica, length = plan.pack[which] // plan.num_microbatches, plan.num_tokens[which]
     targets = _end_ranks(topology)[replica]
-    # Other ranks send to all targets, but what they send to other ranks is of no interest here.
+    # Segments between two other ranks are not needed.
     chosen = (source_ranks[which] == rank)[:, None] | (targets == rank)
     item = np.nonzero(chosen)[0]
     src, src_row, dst_row = (column[item] for column in columns)
@@ -173,10 +175,10 @@ def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, r
 
 @cache
 def _slices(topology: Topology) -> tuple[Ints, Ints]:
-    """Return which ranks of a stage hold which rows of a pack that is divided into U units of equal length.
+    """Divide the rows of a pack into U units of equal length, and return the rank of a stage that holds each unit.
 
-    With context parallelism, there are TP units in each of the 2·CP chunks (`model.llm.context.ContextPart`). A slice
-    then consists of two units, also where it lies in both chunks of a rank.
+    With context parallelism, there are TP units in each of the 2·CP chunks (`model.llm.context.ContextPart`). A rank's
+    slice then consists of two units, which may be in different chunks.
 
     Returns:
         The index in `Topology.stage_ranks` of the rank that holds each unit, and the index of the unit in the rank's
@@ -215,7 +217,7 @@ def _samples_of(plan: PackPlan, source_ranks: Ints, topology: Topology, rank: in
 
 
 def _source_rows(plan: PackPlan, source_ranks: Ints, samples: Ints) -> Ints:
-    """Return the first row of each of some samples in the concatenation of its source rank's samples."""
+    """Return the first row of each of the given samples in the concatenation of its source rank's samples."""
     before = plan.tokens_before
     return before[samples] - before[np.searchsorted(source_ranks, source_ranks[samples])]
 

@@ -1,8 +1,8 @@
-"""Routes, which define the rows that each rank sends and receives in an exchange.
+"""Routes, which specify the rows that each rank sends and receives in an exchange.
 
 Plans are pure functions of a few integers that every rank knows, so every rank computes the same plan. Planning uses
-NumPy only and involves neither a device nor communication. The module `balance` gives all ranks equal work, `packs`
-places samples in the LLM's sequences, and `dispatch` decides which rank encodes which clip.
+NumPy only and involves neither a device nor communication. The module `balance` divides work evenly among ranks,
+`packs` determines the positions of samples in packed sequences, and `dispatch` assigns clips to encoder ranks.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Route:
 
 
 def route(segments: Segments, rank: int, world: int, num_out: int) -> Route:
-    """Return the route by which one rank moves `segments`.
+    """Return one rank's route for moving `segments`.
 
     Args:
         segments: The spans of all ranks.

@@ -63,14 +63,14 @@ class Coordinates(NamedTuple):
 
 
 class ExpertCoordinates(NamedTuple):
-    """The coordinates of a rank among the ranks of its pipeline stage, in the grid of the LLM's experts."""
+    """The coordinates of a rank in the grid of the LLM's FFN experts, among the ranks of its pipeline stage."""
 
     dp: int
-    """The copy of the experts. The copies sum their gradients."""
+    """The index of the rank's copy of the experts. Gradients are summed over all copies."""
     ep: int
-    """The part of a layer's experts."""
+    """The index of the rank's part of the list of experts in a layer."""
     tp: int
-    """The part of each of these experts."""
+    """The index of the rank's slice of each of these experts."""
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,22 @@ class Topology:
     ep: int = 1
     """The number of ranks that together hold every encoder expert once."""
     ffn_ep: int = 1
-    """The number of ranks over which the experts of an LLM layer are spread."""
+    """The number of ranks over which the FFN experts of an LLM layer are spread."""
     ffn_etp: int | None = None
-    """The number of ranks that share an expert of the LLM; None for `tp`."""
+    """The number of ranks that share an FFN expert; None for `tp`."""
 
     @property
     def expert_tp(self) -> int:
-        """The number of ranks that share an expert of the LLM."""
+        """The number of ranks that share an FFN expert."""
         return self.tp if self.ffn_etp is None else self.ffn_etp
 
     @property
     def experts_span_replicas(self) -> bool:
-        """True if LLM replicas share experts, so that they must compute the same number of forward passes."""
+        """True if LLM replicas share FFN experts, so that they must compute the same number of forward passes."""
         return self.ffn_ep * self.expert_tp > self.tp
 
     def expert_coordinates(self, rank: int) -> ExpertCoordinates:
-        """Return the coordinates of `rank` in the grid of the LLM's experts."""
+        """Return the coordinates of `rank` in the grid of the LLM's FFN experts."""
         rest, tp = divmod(rank % (self.world // self.pp), self.expert_tp)
         dp, ep = divmod(rest, self.ffn_ep)
         return ExpertCoordinates(dp, ep, tp)
@@ -113,9 +113,10 @@ class Topology:
 
     @property
     def without_context(self) -> Topology:
-        """The same ranks, in which every copy of the LLM's weights is a replica that processes whole packs.
+        """The topology of the same ranks in which every copy of the LLM's weights is a replica that processes whole
+        packs.
 
-        Context-parallel ranks hold the same weights. Where packs are not divided, they are replicas.
+        Context-parallel ranks hold the same weights. If packs are not divided among them, they act as replicas.
         """
         return replace(self, cp=1)
 
@@ -174,7 +175,8 @@ class Topology:
 
     @property
     def expert_replica_groups(self) -> tuple[tuple[int, ...], ...]:
-        """The groups of ranks that hold the same encoder experts and sum their gradients: every `ep`-th rank."""
+        """The groups of ranks that hold the same encoder experts. A group consists of every `ep`-th rank, and sums
+        gradients."""
         return tuple(tuple(range(start, self.world, self.ep)) for start in range(self.ep))
 
 
@@ -219,7 +221,11 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
 
 
 def _expert_tensor(parallel: ParallelConfig) -> int | None:
-    """Return `Topology.ffn_etp`, after a check of both sizes of the LLM's experts."""
+    """Check the sizes of FFN expert parallelism, and return `Topology.ffn_etp`.
+
+    Raises:
+        UserError: If a size is not a legal value.
+    """
     tensor, ep, etp = parallel.tensor, parallel.ffn_expert, parallel.ffn_expert_tensor
     etp = (1 if ep > 1 else tensor) if etp is None else etp
     legal = [tensor] if ep == 1 else sorted({1, tensor})

@@ -1,4 +1,4 @@
-"""Small collectives on the host whose number of rounds grows with the logarithm of the number of ranks.
+"""Collectives for small values on the host. Their number of rounds grows with the logarithm of the number of ranks.
 
 gloo's own collectives pass data around a ring, in which one rank after another waits for its neighbor. With ten
 thousand ranks, a ring takes about half a second even for one number.
@@ -35,11 +35,11 @@ def all_gather_numbers(values: np.ndarray, group: dist.ProcessGroup | None) -> n
 
 
 def gather_bytes(payload: bytes, group: dist.ProcessGroup | None) -> list[bytes] | None:
-    """Return the payloads of all ranks, in the order of the ranks, on rank 0 of `group`. Return None on all others.
+    """Return the payloads of all ranks, in the order of the ranks, on rank 0 of `group`; None on other ranks.
 
     Collective: every rank of `group` must call it.
 
-    The payloads may have different sizes. They travel along a binomial tree, so that rank 0 receives few messages.
+    The payloads may have different sizes. They are sent along a binomial tree, so that rank 0 receives few messages.
     """
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     parts = [payload]
@@ -66,9 +66,9 @@ def broadcast_bytes(payload: bytes | None, source: int, group: dist.ProcessGroup
     Collective: every rank of `group` must call it.
 
     Args:
-        payload: The payload on the rank that sends it; ignored on all others.
-        source: The rank within `group` that sends.
-        group: The ranks that receive it.
+        payload: The payload on the rank `source`; ignored on all other ranks.
+        source: The rank within `group` that sends its payload.
+        group: The ranks that take part; None for the world.
     """
     mine = payload if dist.get_rank(group) == source else None
     size = torch.tensor([len(mine) if mine is not None else 0])

@@ -1,9 +1,9 @@
-"""Collectives for small values that are not tensors. Nothing is pickled, so a value from another rank is only data.
+"""Collectives for small values that are not tensors. Values are not pickled, so that received data cannot execute code.
 
 A value is sent as a line of JSON, followed by the bytes of its arrays. Besides the types that JSON has, values
 may contain tuples, ranges, sets, bytes, dictionaries whose keys are not strings, NumPy arrays of numbers, and instances
-of the dataclasses and named tuples that the caller lists. In contrast, torch's own collectives for objects execute
-whatever code a message names.
+of the dataclasses and named tuples that the caller lists. In contrast, torch's own collectives for objects execute any
+code that a message refers to.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _NUMBERS = "biuf"
 
 
 def encode(value: Any, kinds: Kinds = ()) -> bytes:
-    """Return a value as bytes, from which `decode` makes an equal value.
+    """Encode a value as bytes that `decode` converts to an equal value.
 
     Raises:
-        TypeError: If the value contains anything that the module's docstring does not list.
+        TypeError: If the value contains a type that the module's docstring does not list.
     """
     arrays: list[bytes] = []
     head = json.dumps(_Writer(kinds, arrays).tree(value), separators=(",", ":")).encode()
@@ -38,7 +38,7 @@ def encode(value: Any, kinds: Kinds = ()) -> bytes:
 
 
 def decode(data: bytes, kinds: Kinds = ()) -> Any:
-    """Return the value that `encode` turned into `data`.
+    """Return the value that `encode` converted to `data`.
 
     Raises:
         ValueError: If `data` is not the result of `encode`.
@@ -88,7 +88,7 @@ def broadcast_value(value: T, group: dist.ProcessGroup | None, kinds: Kinds = ()
 
 
 class _Writer:
-    """Turns a value into a tree of JSON. A mapping with one key marks a type that JSON does not have."""
+    """A converter of values to JSON. It represents a type that JSON does not have by a mapping with one key."""
 
     def __init__(self, kinds: Kinds, arrays: list[bytes]) -> None:
         self._numbers = {kind: number for number, kind in enumerate(kinds)}
@@ -124,7 +124,7 @@ class _Writer:
 
 
 class _Reader:
-    """Turns a tree of `_Writer` back into a value."""
+    """A converter that turns the JSON of `_Writer` back into a value."""
 
     def __init__(self, kinds: Kinds, arrays: memoryview) -> None:
         self._kinds, self._arrays, self._offset = tuple(kinds), arrays, 0

@@ -1,4 +1,4 @@
-"""The web application: OpenAI's endpoints for a model, and a page to try it.
+"""The web application, which consists of OpenAI's endpoints for a model and a page to try the model in a browser.
 
     GET  /                          the page
     GET  /health                    200 once the model is loaded
@@ -6,7 +6,7 @@
     POST /v1/audio/transcriptions   a file → its transcript
     POST /v1/chat/completions       messages with text and audio → an answer
 
-Responses have OpenAI's fields, and the key `earshot` with the routing of each clip and the time.
+Responses have OpenAI's fields, and the additional field `earshot` with the routing of each clip and the compute time.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ from trainer.serving.service import TRANSCRIBE, Reply, Service, Stopped
 
 _PAGE = Path(__file__).with_name("page.html")
 MAX_WAITING = 16
-"""The largest number of requests that are read or wait for the model. Further requests are refused with status 503."""
+"""The largest number of requests that are being read, wait, or are answered. More requests are refused with status
+503."""
 _POLL_SEC = 0.2
-"""The time between two checks whether a client has closed its connection."""
+"""The time in seconds between two checks whether a client has closed its connection."""
 T = TypeVar("T")
 
 
@@ -51,7 +52,7 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
     Args:
         service: the model.
         hosts: the names by which clients may address the server. Other names are refused, so that a web page cannot
-            reach a server on this machine under a name of its own (DNS rebinding).
+            reach a server on this machine through a host name of the web page (DNS rebinding).
         key: the key that clients must send as `Authorization: Bearer KEY`; None for no key.
         max_request_bytes: the largest size of a request's body.
     """
@@ -133,12 +134,12 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
 
         def end(task: asyncio.Task[Any]) -> None:
             if not task.cancelled():
-                task.exception()  # Otherwise asyncio would log that nobody has read it if the client is gone.
+                task.exception()  # asyncio logs exceptions that nobody retrieves, for example if the client is gone.
             tell(None)
 
         task = asyncio.create_task(answer())
         task.add_done_callback(end)
-        # An error before the first part of the text has a status of its own.
+        # An error before the first part of the text can still be reported by the status of the response.
         part = await parts.get()
         if part is None:
             reply, streams = await task
@@ -151,7 +152,7 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
 
 
 class _Queue:
-    """A queue in which requests wait for the model. Audio is decoded only when it is the request's turn."""
+    """A queue in which requests wait for the model. The audio of a request is decoded when it is the request's turn."""
 
     def __init__(self) -> None:
         self._places, self._turn, self._thread = 0, anyio.Lock(), anyio.CapacityLimiter(1)
@@ -168,14 +169,14 @@ class _Queue:
             self._places -= 1
 
     async def run(self, request: Request, work: Callable[[threading.Event], T]) -> T:
-        """Return what `work` returns, which runs in a thread when it is the request's turn.
+        """Run `work` in a thread when it is the request's turn, and return its result.
 
         Args:
             request: the request, whose body has been read.
-            work: a function whose argument is set once its result is no longer wanted.
+            work: a function whose argument is an event that is set when its result is no longer wanted.
         """
         gone = threading.Event()
-        with anyio.CancelScope() as waiting:  # Cancelling it does not end a thread, which `gone` does.
+        with anyio.CancelScope() as waiting:  # Cancelling the scope does not end a thread, but setting `gone` does.
             watch = asyncio.create_task(_watch(request, gone, waiting))
             try:
                 async with self._turn:
@@ -201,7 +202,7 @@ async def _watch(request: Request, gone: threading.Event, waiting: anyio.CancelS
 
 
 class _Limit:
-    """A middleware that refuses requests whose body is too large, whether or not they declare its size."""
+    """A middleware that refuses requests with a body that is too large, even if they do not declare its size."""
 
     def __init__(self, app: ASGIApp, max_request_bytes: int) -> None:
         self._app, self._limit = app, max_request_bytes

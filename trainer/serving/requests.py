@@ -1,4 +1,4 @@
-"""Requests in OpenAI's format, turned into clips and the fields that the model reads.
+"""Conversion of requests in OpenAI's format to clips and the fields that the model reads.
 
 The format is that of OpenAI's API reference for `chat/completions` and `audio/transcriptions`.
 """
@@ -18,8 +18,8 @@ from trainer.data.metadata import MAX_CLIPS
 from trainer.evaluation.offline.answer import Clip
 
 MAX_AUDIO_SEC = 2 * 3600.0
-"""The largest amount of audio in a request. Compressed silence of hours is smaller than a megabyte, so the size of a
-request alone does not limit the memory."""
+"""The largest amount of audio in a request, in seconds. Hours of silence can be compressed to less than a megabyte, so
+a limit on the size of requests does not limit the memory."""
 _DATA_URL = "data:"
 
 
@@ -36,7 +36,7 @@ def decoded(audio: bytes, param: str, others: Sequence[Clip] = ()) -> Clip:
 
     Args:
         audio: the file.
-        param: the place of the file in the request.
+        param: the field of the request that contains the file, for the error message.
         others: the clips of the same request that were decoded before.
 
     Raises:
@@ -90,9 +90,10 @@ def read_messages(messages: Any, max_chars: int) -> tuple[list[Clip], dict[str, 
 
 
 def _fields(clips: Sequence[Clip], messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the fields that the model reads: `instruction` for one question that follows its clips, else `messages`.
+    """Return the fields that the model reads, which are either `instruction` or `messages`.
 
-    Training samples with an instruction have their clips first, so the same prompt results.
+    A single question that follows all of its clips becomes `instruction`. Training samples with an instruction also
+    begin with their clips, so the model gets the same prompt.
     """
     blocks = messages[0]["content"]
     kinds = [block["type"] for block in blocks]

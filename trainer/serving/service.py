@@ -20,10 +20,11 @@ from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, 
 
 TRANSCRIBE = "Transcribe the speech."
 _MOST_CHARS_PER_TOKEN = 64
-"""Text with more than this many characters per position of the LLM is refused without being tokenized."""
+"""The largest number of characters per position of the LLM. Longer text is refused before it is tokenized."""
 
 _SETTLED_CHARS = 4
-"""The number of characters after which no tokenizer removes the space before a word (`'ve` has three)."""
+"""The length of a word at which its leading space is certain to remain. Some tokenizers remove the space before
+contractions such as `'ve`, which have at most three characters."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,18 @@ class Reply:
 
     text: str
     finished: bool
-    """False if the answer was cut off at the maximum length."""
+    """False if the answer was truncated at the maximum length."""
     audio_sec: float
     num_windows: int
     """The number of windows into which a long recording was cut."""
     prompt_tokens: int
     """The number of tokens of the prompt, including audio tokens."""
     answer_tokens: int
-    """The number of tokens of the text, encoded again."""
+    """The number of tokens of `text` if it is tokenized again."""
     compute_sec: float
     routing: tuple[dict[str, dict[str, float]], ...]
-    """The weights of the chosen experts by name, for each gate of the router, for each clip or window in the order of
-    encoding. It is empty for a model without experts."""
+    """For each clip or window in the order of encoding: gate → name of each chosen encoder expert → its weight. Empty
+    for a model without encoder experts."""
 
     @property
     def details(self) -> dict[str, Any]:
@@ -62,12 +63,12 @@ class Stopped(Exception):
 
 
 class Service:
-    """A model that answers requests, one at a time. It may be called from any thread.
+    """A model that answers requests, one at a time. Its methods may be called from any thread.
 
     Args:
         url: an exported folder, a checkpoint, or a run.
-        max_new_tokens: the largest number of tokens in an answer; None for that of the training run.
-        device: where the model runs; None for a GPU if there is one.
+        max_new_tokens: the largest number of tokens in an answer; None for the value of the training run.
+        device: the device of the model; None for a GPU if there is one, and the CPU otherwise.
 
     Raises:
         UserError: If there is no model at `url`, or it is damaged.
@@ -99,10 +100,11 @@ class Service:
 
         Args:
             clips: the waveforms.
-            fields: the manifest fields of the request: `instruction`, or `messages` whose last one is any answer.
-            max_new_tokens: the largest number of tokens in the answer; at most, and by default, that of the service.
+            fields: the manifest fields of the request: `instruction`, or `messages` that end with an arbitrary answer.
+            max_new_tokens: the largest number of tokens in the answer. It is limited to the value of the service, which
+                is also the default.
             emit: a function that is called with each part of the text when it is generated. Together, the parts are the
-                whole text. A transcript of several windows is one part. None for no function.
+                whole text. A transcript of several windows is one part. None if the text is not needed in parts.
             unwanted: a function that says whether the answer is no longer wanted. It is called after every token.
 
         Raises:
@@ -155,16 +157,16 @@ class Service:
 
 
 class _Text:
-    """A text that grows, whose new parts are emitted as soon as later tokens cannot change them."""
+    """A growing text. A new part is emitted as soon as later tokens cannot change it."""
 
     def __init__(self, emit: Callable[[str], None] | None) -> None:
         self._emit, self._emitted = emit, ""
 
     def extend(self, text: str) -> None:
-        """Emit what is new in the text so far.
+        """Emit the new part of the text so far.
 
-        A character whose bytes are not complete is held back. So is the last word until it has `_SETTLED_CHARS`
-        characters, because some tokenizers remove the space before punctuation and contractions.
+        A character whose bytes are incomplete is not emitted yet. Neither is the last word before it has
+        `_SETTLED_CHARS` characters, because some tokenizers remove the space before punctuation and contractions.
         """
         word = text.rfind(" ")
         if len(text) - word - 1 < _SETTLED_CHARS:
@@ -175,8 +177,8 @@ class _Text:
     def finish(self, text: str) -> None:
         """Emit the rest of the whole text.
 
-        Bytes that are no valid UTF-8 may change a character that was emitted, if the tokenizer has byte fallback. What
-        follows the unchanged beginning is then emitted again.
+        With byte fallback in the tokenizer, bytes that are not valid UTF-8 may change a character that was already
+        emitted. The text after the unchanged beginning is then emitted again.
         """
         self._emitted = os.path.commonprefix((text, self._emitted))
         self._send(text)

@@ -19,8 +19,8 @@ from trainer.storage.store import MissingError, UnreachableError, check_size
 T = TypeVar("T")
 
 RETRY_SEC = 120.0
-"""The time in seconds for which a request is retried while the server is unreachable. After five minutes, the signature
-of a request may expire."""
+"""The time in seconds for which a request is retried while the server is unreachable. It must be below five minutes,
+after which the signature of a request may expire."""
 PART_BYTES = 16 << 20
 """The size of one part of a multipart upload; the last part may be smaller."""
 _CONCURRENT_PARTS = 4
@@ -37,7 +37,7 @@ class BucketStore:
         bucket: name of the bucket (for Azure, of the container).
         prefix: path below which all objects are stored; empty for the whole bucket.
         access: endpoint and credentials.
-        retry_sec: how long, in seconds, a request is retried while the server does not answer or answers with 5xx.
+        retry_sec: time in seconds for which a request is retried while the server does not answer or answers with 5xx.
 
     Raises:
         UserError: If obstore does not accept the endpoint or the credentials.
@@ -57,10 +57,12 @@ class BucketStore:
         client = {
             "allow_http": bool(access.endpoint and access.endpoint.startswith("http://")),
             "connect_timeout": timedelta(seconds=5),
-            "timeout": timedelta(seconds=60),  # This limits one attempt. Parts and ranges are small.
+            "timeout": timedelta(
+                seconds=60
+            ),  # This is the limit of one attempt, which transfers only a small part or range.
         }
         retry = {
-            "max_retries": 1000,  # The number is high, so that retry_timeout is the limit.
+            "max_retries": 1000,  # A high number makes retry_timeout the limit.
             "retry_timeout": timedelta(seconds=retry_sec),
             "backoff": {"init_backoff": timedelta(seconds=0.25), "max_backoff": timedelta(seconds=5), "base": 3},
         }
@@ -152,7 +154,7 @@ class BucketStore:
     def _error(self, name: str, error: Exception) -> UserError:
         """Return the one-line error for `error`.
 
-        obstore's own message has many lines and quotes the server's answer, so only status and code are taken from it.
+        obstore's own message has many lines and quotes the server's answer, so only its status and error code are used.
         """
         text = str(error)
         status, code = _STATUS.search(text), _CODE.search(text)
@@ -185,7 +187,7 @@ class BucketStore:
 
 
 class _ExistsError(UserError):
-    """Raised when an object with this name exists already."""
+    """Raised when an object with the same name already exists."""
 
 
 class _RangeError(UserError):

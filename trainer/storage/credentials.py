@@ -42,7 +42,7 @@ _AZ_FROM_ENV = (
 
 @dataclass(frozen=True)
 class Access:
-    """Endpoint and credentials with which a bucket is opened."""
+    """The endpoint and the credentials with which a bucket is opened."""
 
     source: str
     """The origin of the credentials, as a phrase for messages."""
@@ -53,9 +53,9 @@ class Access:
 
 
 def find_access(scheme: str, environ: Mapping[str, str] = os.environ) -> Access:
-    """Find endpoint and credentials for a kind of object store.
+    """Find the endpoint and the credentials for a kind of object store.
 
-    obstore reads most environment variables on its own; these are not repeated in `Access.options`.
+    obstore itself reads most environment variables, and `Access.options` does not repeat them.
 
     Args:
         scheme: `s3`, `gs` or `az`.
@@ -97,7 +97,7 @@ def _s3(environ: Mapping[str, str]) -> Access:
         return Access("no credentials (AWS_SKIP_SIGNATURE is set)", endpoint, {**options, "skip_signature": True})
     path = _credentials_path(environ)
     if "AWS_PROFILE" in environ or _section(path, profile):
-        # The file is read again every few minutes, since programs that renew short-lived keys write them to it.
+        # The file is read again every few minutes, because other programs may write renewed short-lived keys to it.
         options["credential_provider"] = _profile_reader(path, profile)
         options["credential_provider"]()
         return Access(f"credentials from profile '{profile}' in {path}", endpoint, options)

@@ -36,7 +36,7 @@ def open_store(url: str, retry_sec: float | None = None) -> Store:
 
     Args:
         url: local path, or `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`.
-        retry_sec: how long, in seconds, a bucket may be unreachable before a request fails; None for
+        retry_sec: time in seconds for which a bucket may be unreachable before a request fails; None for
             `bucket.RETRY_SEC`.
 
     Raises:
@@ -54,7 +54,7 @@ def open_store(url: str, retry_sec: float | None = None) -> Store:
         )
     if not parts.netloc:
         raise UserError(f"{url}: the bucket's name is missing; give {scheme}://BUCKET/PREFIX")
-    # The import is here, because local runs do not need obstore, which takes time to load.
+    # obstore takes time to load, and runs with local data do not need it.
     from trainer.storage.bucket import RETRY_SEC, BucketStore
     from trainer.storage.credentials import find_access
 

@@ -1,6 +1,7 @@
 """Stores of named objects, in a folder or a bucket, for shards and checkpoints.
 
-A store is opened by URL (`trainer.storage.open`). Names of objects are paths relative to it, with '/' as separator.
+A store is opened by URL (`trainer.storage.open`). The name of an object is a path relative to the store, with '/' as
+separator.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class ChangedError(UserError):
 
 
 class UnreachableError(UserError):
-    """Raised when the store did not answer before the time for retries was over."""
+    """Raised when the store did not answer within the time for retries."""
 
 
 class Store(Protocol):
@@ -41,7 +42,7 @@ class Store(Protocol):
 
     @property
     def url(self) -> str:
-        """The URL or path of the store; two stores with the same `url` hold the same objects."""
+        """The URL or path of the store. Two stores with the same `url` contain the same objects."""
         ...
 
     def get(self, name: str) -> bytes:
@@ -82,15 +83,16 @@ class Store(Protocol):
     def put(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write an object whose content is the concatenation of `parts`.
 
-        The write is atomic: the object appears as a whole or not at all. It replaces an object of the same name.
+        The write is atomic. An existing object of the same name is replaced.
         """
         ...
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
-        """Write a small object unless one with this name exists. If several processes try at once, only one succeeds.
+        """Write a small object unless an object with this name exists. If several processes try at once, only one
+        succeeds.
 
         Returns:
-            Whether the object now has this `content`.
+            Whether the object with this name now has this `content`.
         """
         ...
 
@@ -201,7 +203,7 @@ class LocalStore:
 class _Buffers:
     """A thread-safe pool of read buffers. A buffer is reused when no view of it exists anymore.
 
-    Newly allocated memory causes a page fault for every 4 KiB, which takes as much time as reading the data.
+    Newly allocated memory causes a page fault for every 4 KiB, and these take as much time as reading the data.
     """
 
     LEAST_BYTES = 1 << 20
