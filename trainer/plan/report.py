@@ -231,7 +231,7 @@ def _host(plan: Plan) -> list[str]:
     where = "in the bucket" if disk.in_bucket else "on the disk"
     shared = f", which share {bytes_text(disk.shared)} of weights that are not trained" if disk.shared else ""
     size = sum(one.lengths.num_bytes for one in plan.workload.data.datasets) if plan.workload.data else 0
-    cache = f" The shards have {gib(size)} GiB; a node reads them once if they fit into its page cache." if size else ""
+    cache = f" The shards take {gib(size)} GiB. A node reads them once if they fit into its page cache." if size else ""
     return _wrapped(
         f"Host memory of a node with {per_node} ranks: {gib(host.total)} GiB ({named}), without page cache.{cache}",
         f"A checkpoint takes {bytes_text(disk.checkpoint)}. Up to {disk.num_kept} exist at once{shared}, and take "
