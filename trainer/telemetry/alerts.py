@@ -2,7 +2,8 @@
 
 The URL is a secret, so it is read only from the environment variable `EARSHOT_ALERT_WEBHOOK`. If the variable is not
 set, no alerts are sent. Whether an event causes an alert depends only on the run's events, so that all processes of all
-attempts agree without communicating. If several ranks fail at once, for example, only the first one sends an alert.
+attempts agree without communicating. For example, if several ranks fail at once, only the first failure causes an
+alert.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _TIMEOUT_SEC = 5.0
 
 @dataclass(frozen=True)
 class AlertConfig:
-    """The recipe's section `telemetry.alerts`: which events are posted to the webhook in `EARSHOT_ALERT_WEBHOOK`."""
+    """The recipe's section `telemetry.alerts`, which selects the events that are posted to the webhook in
+    `EARSHOT_ALERT_WEBHOOK`."""
 
     events: tuple[str, ...] = (
         "failed",
@@ -63,7 +65,7 @@ class AlertConfig:
 
 
 def is_due(events: Sequence[Event], config: AlertConfig) -> bool:
-    """Return whether the last of a run's events should cause an alert."""
+    """Return whether the last one of a run's events causes an alert."""
     last = events[-1]
     kind = last["event"]
     if kind not in config.events:
@@ -93,7 +95,7 @@ def text_of(event: Event, name: str) -> str:
 class Alerts:
     """A callable that posts an event of a run to the webhook. It never raises, and never delays a training step.
 
-    Pass it to `EventLog`, which calls it with every event that was written.
+    It is passed to `EventLog`, which calls it with every event that was written.
 
     Args:
         run_dir: The run's folder.
@@ -140,7 +142,7 @@ Notify = Callable[[Event], None]
 
 
 def _stored_config(run_dir: Path) -> AlertConfig:
-    """Return the section of the recipe in a run's folder; the defaults if there is none or it cannot be read."""
+    """Return the section of the recipe in a run's folder. If it cannot be read, the defaults are returned."""
     import yaml
 
     try:

@@ -1,4 +1,4 @@
-"""Printing of lines that state what a process is doing, with the time of day."""
+"""Printing of status lines with the time of day, and the formats of times."""
 
 from __future__ import annotations
 

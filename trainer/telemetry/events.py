@@ -2,10 +2,10 @@
 
     python -m trainer.telemetry.events runs/demo submitted job=4711 nodes=16
 
-Each line is a JSON object with the keys `time` (Unix seconds), `event`, `attempt` and `host`, with `rank` and `step` if
-they are known, and with further keys that depend on the event. An attempt begins with the event `started`. Events that
-are written between two attempts belong to the earlier attempt. Attempt 0 means that no attempt has begun. This module
-does not import torch, so that shell scripts can use it without a delay.
+Each line is a JSON object with the keys `time` (Unix seconds), `event`, `attempt` and `host`. It also has `rank` and
+`step` if they are known, and additional keys that depend on the event. An attempt begins with the event `started`.
+Events that are written between two attempts belong to the earlier attempt. Attempt 0 means that no attempt has begun.
+This module does not import torch, so that shell scripts can use it without a delay.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EVENTS = {
     "submitted": "a job was handed to the scheduler",
     "started": "an attempt began",
     "resumed": "the run resumes from a checkpoint",
-    "stage_started": "a stage of training begins, or goes on after a resume",
+    "stage_started": "a stage of training begins, or continues after a resume",
     "signal": "ranks were asked to stop",
     "saved": "a checkpoint is complete",
     "save_failed": "a checkpoint could not be written, or not in time",
@@ -66,7 +66,7 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class EventLog:
-    """Writes the events of one process.
+    """A writer of the events of one process.
 
     Args:
         run_dir: The run's folder, which is created if it does not exist.
@@ -117,7 +117,7 @@ class EventLog:
 
     @property
     def path(self) -> Path:
-        """The path of the file."""
+        """The path of `events.jsonl`."""
         return self.run_dir / EVENTS_NAME
 
 
@@ -150,7 +150,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     Lines that are incomplete because of a crash, or that have no event name, attempt or time, are skipped.
     """
     try:
-        # Not splitlines(), which also splits at characters that JSON strings may contain.
+        # splitlines() would also split at characters that JSON strings may contain.
         lines = (run_dir / EVENTS_NAME).read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -178,11 +178,11 @@ def num_attempts(events: Iterable[Event]) -> int:
 
 
 def _append(path: Path, line: str) -> None:
-    """Append a line with a single write, so that lines from several processes do not mix on a POSIX file system."""
+    """Append a line with a single write, so that lines from several processes are not mixed on a POSIX file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        # A line that another process is still writing also looks incomplete. The empty line that results is harmless.
+        # A line that another process is writing also looks incomplete. The empty line that then results is harmless.
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         data = (("\n" if torn else "") + line + "\n").encode()

@@ -1,7 +1,8 @@
 """Statistics about which encoder experts the router chose for clips, as sums that can be added over steps and ranks.
 
 The router decides per clip, so a sample with two clips counts twice, and a sample without audio does not count. With
-several gates, or with top-k above 1, several experts may run on a clip. The clip shares then add up to more than 1.
+several gates, or with `top_k` above 1, several experts may run on a clip. The fractions of clips then add up to more
+than 1.
 
 Shapes: B clips, G gates, K encoder experts.
 """
@@ -54,7 +55,7 @@ def group_of(task: str, meta: Mapping[str, Any], seconds: float) -> ClipGroup:
 
 @dataclass(frozen=True)
 class Load:
-    """Sums over a set of clips."""
+    """The load of encoder experts, as sums over a set of clips."""
 
     num_clips: int
     audio_sec: float
@@ -63,7 +64,8 @@ class Load:
     probs: Floats
     """The sum of each gate's probabilities, of shape [G, K]."""
     weights: Floats
-    """The sum of the mixing weights, of shape [G, K]: the probability if the gate chose the expert, else 0."""
+    """The sum of the mixing weights, of shape [G, K]. The weight is the probability if the gate chose the expert, and 0
+    otherwise."""
     routed_clips: Floats
     """The number of clips on which each expert ran, of shape [K]."""
     routed_sec: Floats
@@ -118,12 +120,13 @@ class Load:
 
     @property
     def mean_entropy(self) -> Floats:
-        """The mean entropy of each gate, in nats, of shape [G]; low if each clip is routed with confidence."""
+        """The mean entropy of each gate, in nats, of shape [G]. It is low if the gate is confident about each clip."""
         return _over(self.entropy, self.num_clips)
 
     @property
     def entropy_of_mean(self) -> Floats:
-        """The entropy of each gate's mean probabilities, in nats, of shape [G]; low if most clips go to few experts."""
+        """The entropy of each gate's mean probabilities, in nats, of shape [G]. It is low if the gate prefers few
+        experts for all clips."""
         mean = _over(self.probs, self.num_clips)
         return -(mean * np.log(np.where(mean > 0, mean, 1.0))).sum(-1)
 
@@ -218,7 +221,8 @@ class ExpertLoad:
         return tuple(sorted({group.task for group in self.cells}))
 
     def by_task(self) -> dict[str, Load]:
-        """Return the load of all tasks together, named `ALL`, and of each task. It is empty if there are no clips."""
+        """Return the load of each task by name, and the load of all tasks together under the name `ALL`. The result is
+        empty if there are no clips."""
         tasks = {task: self.total(lambda g, task=task: g.task == task) for task in self.tasks}  # type: ignore[misc]
         return {ALL: self.total(), **tasks} if tasks else {}
 

@@ -1,8 +1,8 @@
 """Hardware faults of a node's GPUs during a training run: Xid errors, uncorrected memory errors and throttling.
 
-One rank on each node looks for faults in a thread. A fault is recorded as an event of the run, so that an attempt that
-ends because of it is not mistaken for a software fault, and the next attempt can avoid the node. This module does not
-import torch.
+One rank on each node looks for faults in a thread. A fault is recorded as an event of the run. If an attempt ends
+because of it, the fault is not mistaken for a software fault, and the next attempt can avoid the node. This module does
+not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _QUERY = (
 _ANSWER_SEC = 30.0
 _XID = re.compile(r"NVRM: Xid \((PCI:[^)]*)\): (\d+)")
 _OF_PROGRAMS = frozenset({13, 31, 43, 45, 68, 109})
-"""The Xid errors that are caused by an error in a program or by its end, according to NVIDIA's list of Xid errors."""
+"""The Xid errors that are caused by an error in a program or by its termination, according to NVIDIA's list of Xid
+errors."""
 
 
 class GpuFault(NamedTuple):
@@ -53,8 +54,8 @@ def read_command(command: Sequence[str]) -> str:
 def find_faults(read: Read = read_command) -> list[GpuFault]:
     """Return the faults of this node's GPUs that `nvidia-smi` and the kernel's log report.
 
-    Both sources are optional. Without `nvidia-smi`, or without permission to read the kernel's log, the faults that
-    this source reports are not found.
+    Both sources are optional. If `nvidia-smi` is missing or the kernel's log cannot be read, the faults from this
+    source are not found.
     """
     faults = []
     for line in read(["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]).splitlines():
@@ -76,9 +77,9 @@ def node_name() -> str:
 
 
 class GpuWatch:
-    """Looks for new faults of this node's GPUs in a thread, while the context manager is active.
+    """A context manager that looks for new faults of this node's GPUs in a thread.
 
-    Faults that exist at the start are not reported, since the preflight check has accepted the node in spite of them.
+    Faults that exist at the start are not reported, since the preflight check has accepted the node despite them.
 
     Args:
         emit: A function that the thread calls once for each new fault.

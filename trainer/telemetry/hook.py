@@ -15,7 +15,7 @@ from trainer.telemetry.metrics import EvalReport, StepReport
 
 @dataclass(frozen=True)
 class RunState:
-    """The facts about a run that are known before its first step."""
+    """The properties of a run that are known before its first step."""
 
     name: str
     run_dir: Path
@@ -24,13 +24,14 @@ class RunState:
     """The number of steps of the whole run."""
     num_ranks: int
     start_step: int = 0
-    """The number of steps already done: 0, or the step of the checkpoint that the run resumes from."""
+    """The number of completed steps. It is 0, or the step of the checkpoint that the run resumes from."""
 
 
 class Hook:
     """An observer of a training run.
 
-    Its methods do nothing. A subclass overrides the methods that it needs. An exception in a method ends the run.
+    The methods of this class do nothing. A subclass overrides the methods that it needs. An exception in a method ends
+    the run.
     """
 
     def on_start(self, state: RunState) -> None:

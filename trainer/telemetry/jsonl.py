@@ -18,7 +18,7 @@ from trainer.files import write_whole
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _NOT_FINITE = ("nan", "inf", "-inf")
-"""The strings that stand for numbers that JSON cannot represent."""
+"""The strings that represent numbers that are not finite, because JSON has no such numbers."""
 
 
 class Backlog(Generic[T]):
@@ -97,7 +97,7 @@ class StepLog:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each complete line and its record; nothing if the file does not exist.
+    """Yield each complete line and its record. If the file does not exist, nothing is yielded.
 
     Raises:
         UserError: If the file cannot be read, or a line is not a JSON object with a step.
@@ -109,7 +109,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics file, in which every value is a number; nothing if the file does not exist.
+    """Yield the records of a metrics file, in which every value is a number. If the file does not exist, nothing is
+    yielded.
 
     Raises:
         UserError: If the file cannot be read, or a line is not a record of metrics.
@@ -123,7 +124,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def undamaged_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of all undamaged lines; nothing if the file does not exist.
+    """Yield the records of all undamaged lines. If the file does not exist, nothing is yielded.
 
     Raises:
         UserError: If the file cannot be read.
@@ -159,8 +160,8 @@ def _numbered(path: Path) -> Iterator[tuple[int, str, Any]]:
         return
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    # Not splitlines(), which also splits at characters that JSON strings may contain. The text after the last line
-    # break is incomplete because of a crash.
+    # splitlines() would also split at characters that JSON strings may contain. Text after the last line break was left
+    # incomplete by a crash.
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         record: Any
         try:
@@ -173,5 +174,5 @@ def _numbered(path: Path) -> Iterator[tuple[int, str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of a file atomically: after a crash, the file has either the old or the new content."""
+    """Replace the content of a file atomically. After a crash, the file has either the old or the new content."""
     write_whole(path, [text.encode()])

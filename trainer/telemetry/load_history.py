@@ -47,7 +47,7 @@ class EncoderCosts:
     received_bytes: Floats
     """The number of bytes that all ranks received for each encoder, of shape [E]."""
     slowest_sec: float
-    """The sum over steps of the compute time of the slowest rank, which all others wait for.
+    """The sum over steps of the compute time of the slowest rank, for which all other ranks wait.
 
     In each step, this is the time of the slowest rank in the primary encoder plus the time of the slowest rank in the
     experts, which start after the primary encoder has ended.
@@ -138,7 +138,7 @@ class LoadInterval:
     """The last of the steps, counted from 1."""
     num_steps: int
     step_sec: float
-    """The wall time of all these steps on rank 0, in seconds."""
+    """The wall time of all `num_steps` steps on rank 0, in seconds."""
     load: ExpertLoad
     costs: EncoderCosts
 
@@ -188,10 +188,10 @@ RANK_LOAD_KINDS = (RankLoad, ExpertLoad, Load, ClipGroup)
 
 
 class LoadMeter:
-    """Adds up the load and the costs of one rank over a logging interval.
+    """A meter that adds up the load and the costs of one rank over a logging interval.
 
     Args:
-        experts: The names of the routed encoders.
+        experts: The names of the encoder experts.
         primary: The name of the encoder that always runs; None if there is none.
     """
 
@@ -273,7 +273,8 @@ class LoadMeter:
 
 
 def interval_metrics(interval: LoadInterval) -> dict[str, float]:
-    """Return the metrics of an interval by name: those of `load_metrics`, and `encoders/...` per step.
+    """Return the metrics of an interval by name: the metrics of `load_metrics`, and the metrics `encoders/...` per
+    step.
 
     Seconds are means over ranks, and bytes are sums over ranks.
     """

@@ -23,7 +23,7 @@ class StepReport:
     """The report of one step on a global batch. Its numbers are sums or means over all ranks."""
 
     step: int
-    """The number of completed steps, including this one. The first report of a run has 1."""
+    """The number of completed steps, including this one. It is 1 in the first report of a run."""
     loss: float
     """The loss that is minimized, a weighted sum of `losses`."""
     losses: Mapping[str, float] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class StepReport:
     None if no interval ends with this step, and on ranks other than 0.
     """
     token_load: TokenLoad | None = None
-    """The load of the experts in the LLM's layers in the same interval. None in the same cases, and if the LLM has no
+    """The load of the LLM's FFN experts in the same interval. None in the same cases, and if the LLM has no FFN
     experts."""
     ranks: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the ranks' work in the logging interval that ends with this step; empty if `load` is None."""
@@ -67,7 +67,7 @@ class StepReport:
     fractional."""
 
     signals: Mapping[str, int] = field(default_factory=dict)
-    """The number of ranks that each signal has asked to stop, by the signal's name; empty if no rank must stop."""
+    """Name of a signal → the number of ranks that have received it and must stop; empty if there are none."""
     mfu: float | None = None
     """The model FLOPs utilization, from 0 to 1; None on CPUs, on unknown devices, and on ranks other than 0."""
     memory_bytes: int = 0
@@ -199,9 +199,9 @@ class PhaseTimer:
 
     Args:
         synchronise: A function that waits for the device. While there is a listener, it is called at the start and the
-            end of each phase, so that asynchronous work is charged to the phase that launched it, but no longer
-            overlaps with other phases. Without a listener, the work is charged to the phase in which the host next
-            waits for the device. None to measure only time on the host.
+            end of each phase, so that the time of asynchronous work is assigned to the phase that launched it. The work
+            then no longer overlaps with other phases. Without a listener, its time is assigned to the phase in which
+            the host next waits for the device. None to measure only time on the host.
     """
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:

@@ -12,16 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PLAN_NAME = "plan.txt"
-"""The name of the file in a run's folder that contains the plan of its job, or else a summary of its recipe."""
+"""The name of the file in a run's folder that contains the plan of its job, or a summary of its recipe if there is no
+plan."""
 PLAN_JSON_NAME = "plan.json"
-"""The name of the file in a run's folder that contains the numbers in its plan, with which the run is compared."""
+"""The name of the file in a run's folder that contains the numbers of its plan. Measurements of the run are compared
+with them."""
 _PACKAGES = ("earshot", "torch", "deepspeed", "megatron-core", "transformers")
 _PROJECT = Path(__file__).parents[2]
 _GIT_SEC = 5.0
 
 
 def origin_of(recipe: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the commit, host, user, job, package versions and recipe digest of a run, as far as they are known.
+    """Return the commit, host, user, job, package versions and recipe digest of a run. Unknown values are omitted.
 
     Args:
         recipe: The resolved recipe as YAML.

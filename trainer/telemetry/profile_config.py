@@ -10,7 +10,7 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """The recipe's `profile` section: which steps are traced."""
+    """The recipe's `profile` section, which selects the steps that are traced."""
 
     steps: str = ""
     """The steps to trace, as `first:end`, counted from 1 and excluding `end`; empty for none.

@@ -16,16 +16,16 @@ from trainer.telemetry.announce import duration, time_of_day
 from trainer.telemetry.metrics import StepReport
 
 _BAR_COLUMNS = 12
-"""The smallest width of the bar itself, with its frame and the percentage, in characters."""
+"""The smallest width of the progress bar in characters, including its frame and the percentage."""
 _MIN_COLUMNS = 80
 
 
 class Progress:
-    """A progress bar if the output is a terminal, otherwise one plain line per `every_steps` steps.
+    """A display of a run's progress. It is a bar on a terminal, and otherwise a plain line per `every_steps` steps.
 
     The bar and the lines show the remaining time, the loss, the learning rate, the gradient norm, tokens per second,
-    the MFU or audio seconds per second (x real time), and the peak memory of rank 0. A narrow terminal shows only as
-    many of them as fit, in this order. Rates are moving averages over the last steps.
+    the MFU or audio seconds per second (x real time), and the peak memory of rank 0. On a narrow terminal, only the
+    first of these values that fit are shown. Rates are moving averages over the last steps.
 
     Args:
         num_steps: The number of steps of the whole run.
@@ -79,14 +79,15 @@ class Progress:
             self._bar.close()
 
     def _format(self, text: str) -> str:
-        """Return the format of tqdm's bar. Its own postfix would begin with a comma."""
+        """Return the format of tqdm's bar. The text is part of the format, because tqdm's postfix would begin with a
+        comma."""
         name, shown = (
             (f"{part} " if part else "").replace("{", "{{").replace("}", "}}") for part in (self._name, text)
         )
         return name + "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} " + shown
 
     def _columns_left(self) -> int:
-        """Return the number of columns that are left for the words next to a short bar."""
+        """Return the number of columns next to the shortest bar."""
         try:
             columns = os.get_terminal_size(self._stream.fileno()).columns
         except (OSError, ValueError):  # not a real terminal
@@ -106,7 +107,7 @@ class Progress:
             self._rates = tuple(a * x + (1 - a) * y for x, y in zip(latest, self._rates, strict=True))  # type: ignore[assignment]
 
     def _words(self, report: StepReport) -> list[str]:
-        """Return what is shown of a step, the most important first."""
+        """Return the values to show for a step as text, the most important first."""
         assert self._rates is not None
         step_sec, num_tokens, audio_sec = self._rates
         use = f"{audio_sec / step_sec:.0f}x real time" if report.mfu is None else f"MFU {report.mfu:.1%}"

@@ -99,12 +99,12 @@ class _Times:
 
 
 class StragglerMeter:
-    """Collects the work of all ranks on rank 0, and finds stragglers.
+    """A meter that collects the work of all ranks on rank 0, and finds stragglers.
 
     Args:
         slow: A rank is slow if its work time exceeds this multiple of the other ranks' median.
         stretch_sec: The length of the periods over which ranks are compared, in seconds. Intervals are merged until
-            together they last this long, so that noise in short intervals does not matter.
+            they last this long together, which averages out noise in short intervals.
     """
 
     def __init__(self, slow: float, stretch_sec: float) -> None:
@@ -139,8 +139,8 @@ class StragglerMeter:
         ranks = self._stretch.ranks
         by_phase = self._stretch.work_sec[ranks]
         total = by_phase.sum(axis=1)
-        # Each rank is compared with the others only. A median of two ranks that includes the slow one is pulled halfway
-        # toward it, which hides the slowness.
+        # Each rank is compared only with the other ranks. With two ranks, a median that includes the slow rank would be
+        # halfway between them and hide the slowness.
         usual = _medians_of_others(total)
         slow = set(ranks[total > self._slow * usual].tolist())
         self._reported &= slow
@@ -203,7 +203,8 @@ def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
 
 
 def _grown(values: Array, shape: tuple[int, int]) -> Array:
-    """Pad a table with zeros at the bottom and on the right. A table that already has this shape is returned as is."""
+    """Pad a table with zeros at the bottom and on the right. A table that already has this shape is returned
+    unchanged."""
     if values.shape == shape:
         return values
     grown = np.zeros(shape)
@@ -212,7 +213,7 @@ def _grown(values: Array, shape: tuple[int, int]) -> Array:
 
 
 def _medians_of_others(values: Array) -> Array:
-    """Return, for each of N values, the median of the N - 1 others, or the value itself if it is the only one."""
+    """Return the median of the N - 1 other values for each of N values. A single value is returned unchanged."""
     num_others = len(values) - 1
     if num_others == 0:
         return values

@@ -1,4 +1,4 @@
-"""Statistics about which experts in the LLM's layers process which tokens, and their history `token_load.jsonl`.
+"""Statistics about the tokens that each FFN expert processes, and their history `token_load.jsonl`.
 
 All numbers are sums over tokens, so they can be added over steps and ranks. Tokens are grouped by the task and the
 language of their sample and by their modality.
@@ -95,7 +95,7 @@ class TokenCell:
     first: Floats
     """The number of tokens for which each expert had the highest score [L, E]."""
     weights: Floats
-    """The sum of the weights of each expert [L, E], 0 where it was not chosen."""
+    """The sum of the weights of each expert [L, E]. The weight of an expert that was not chosen is 0."""
 
     def __add__(self, other: TokenCell) -> TokenCell:
         return TokenCell(
@@ -108,13 +108,14 @@ class TokenCell:
 
     @property
     def share(self) -> Floats:
-        """The share of each expert in the choices of each layer [L, E]. The shares of a layer sum to 1."""
+        """The fraction of the choices in each layer that fall on each expert [L, E]. The fractions of a layer sum to
+        1."""
         return self.chosen / np.maximum(self.chosen.sum(-1, keepdims=True), 1)
 
 
 @dataclass(frozen=True)
 class TokenLoad:
-    """The load of the experts in the LLM's layers over a number of consecutive steps."""
+    """The load of FFN experts over a number of consecutive steps."""
 
     step: int
     """The last of the steps, counted from 1."""
@@ -194,8 +195,8 @@ class TokenLoad:
 
     @property
     def overload(self) -> float:
-        """The largest share of an expert in a layer's choices, as a multiple of its share if all experts were chosen
-        equally often."""
+        """The largest fraction of a layer's choices that fall on one expert, multiplied by the number of experts. It is
+        1 if all experts are chosen equally often."""
         total = self.total()
         return float(total.share.max()) * len(self.experts) if total is not None else 1.0
 
@@ -244,8 +245,8 @@ def add_up(loads: Iterable[TokenLoad]) -> TokenLoad:
 def token_metrics(load: TokenLoad) -> dict[str, float]:
     """Return the metrics `ffn_expert/...` by name; empty if there are no tokens.
 
-    The metrics are means over layers. Metrics for every expert are left out if there are more than
-    `MAX_METRIC_EXPERTS` experts.
+    The metrics are means over layers. Metrics of single experts are omitted if there are more than `MAX_METRIC_EXPERTS`
+    experts.
     """
     total = load.total()
     if total is None:
@@ -271,13 +272,13 @@ def token_metrics(load: TokenLoad) -> dict[str, float]:
 
 
 def read_history(path: Path) -> list[TokenLoad]:
-    """Return the loads of a run in order; none if the file does not exist.
+    """Return the loads of a run in order. The list is empty if the file does not exist.
 
     Args:
         path: The file `token_load.jsonl` of the run.
 
     Raises:
-        UserError: If the file contains lines that are not such loads.
+        UserError: If a line of the file is not a load, or two lines have different experts or layers.
     """
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""A timeline of the phases of a few steps on all ranks in Chrome's trace format (for ui.perfetto.dev)."""
+"""A timeline of the phases of a few steps on all ranks, in Chrome's trace format (for ui.perfetto.dev)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _NUM_MARKS = 9
 
 
 class Trace:
-    """Records the phases of the chosen steps, and writes them to files after the last of these steps.
+    """A recorder of the phases of the chosen steps, which writes them to files after the last of these steps.
 
     During these steps, all ranks wait for each other before each phase, in a phase called `wait`. The trace therefore
-    shows how long a rank waits for the others. Otherwise, this time would be part of the next collective.
+    shows how long a rank waits for the others. Without it, this time would be part of the next collective.
 
     Args:
         config: The recipe's `profile` section, which defines the steps to trace.
@@ -122,12 +122,12 @@ def _meet(group: dist.ProcessGroup | None) -> None:
 
 
 def _clock_offset_sec(group: dist.ProcessGroup | None) -> float:
-    """Return the offset to subtract from this rank's `perf_counter` to get the seconds since rank 0 started recording.
+    """Return the number to subtract from this rank's `perf_counter` to get the seconds since rank 0 started recording.
 
     Collective: every rank of the group must call it.
 
-    All ranks leave a barrier at nearly the same moment. The median over several barriers is robust to a rank that is
-    occasionally scheduled late.
+    All ranks leave a barrier at nearly the same moment. The median over several barriers is not affected by a rank that
+    is occasionally scheduled late.
     """
     marks = torch.empty(_NUM_MARKS, dtype=torch.float64)
     for i in range(_NUM_MARKS):

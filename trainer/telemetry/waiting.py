@@ -1,10 +1,10 @@
 """Measurement of the time that this rank waits for other ranks in collectives, by phase of the step.
 
-All ranks need the same time for a step, because they wait for the slowest rank. They differ only in how much of this
-time they wait. To measure the waiting time, a thread checks about fifty times per second whether the innermost Python
-frames of the main thread belong to a collective. This method needs no wrappers, and it also covers the collectives of
-DeepSpeed and Megatron. It does not detect CUDA kernels that wait for other ranks, since the main thread then waits for
-the device.
+All ranks need the same time for a step, because they wait for the slowest rank. Only the fraction of this time that
+they spend waiting differs. To measure the waiting time, a thread checks about fifty times per second whether the
+innermost Python frames of the main thread belong to a collective. This method needs no wrappers, and it also covers the
+collectives of DeepSpeed and Megatron. It does not detect CUDA kernels that wait for other ranks, since the main thread
+then waits for the device.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from model.errors import without_credentials
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The facts about a training run from which a tracker is built."""
+    """The properties of a training run from which a tracker is built."""
 
     name: str
     """The name of the run."""
@@ -34,7 +34,7 @@ class TrackedRun:
     tags: Mapping[str, str] = field(default_factory=dict)
     """Facts about the origin of the run, such as the commit, the host and the versions of packages."""
     files: tuple[Path, ...] = ()
-    """Files that describe the run, such as its recipe. Stores that keep files receive them at the start."""
+    """Files that describe the run, such as its recipe. Trackers whose stores keep files upload them at the start."""
 
     @property
     def folder(self) -> Path:
@@ -92,7 +92,7 @@ class Tracker(ABC):
 
     @classmethod
     def server(cls, root: Path) -> str | None:
-        """Return the URL of the server that a job must reach; None if the tracker writes files or queues its records.
+        """Return the URL of the server that the job must be able to reach; None if the tracker needs no server.
 
         Args:
             root: The folder that contains the run's folder.
@@ -103,8 +103,8 @@ class Tracker(ABC):
 def main_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics that stores show as curves; `metrics.jsonl` contains all of them.
 
-    The bounds of intervals, the scores of a subset that is the whole task, and the parts of the ranks' and encoders'
-    times are omitted. The metrics that people usually look at first come first.
+    The bounds of intervals, the scores of the subset `default`, and the times of single phases and encoders are
+    omitted. The metrics that people usually look at first come first.
     """
 
     def is_shown(name: str) -> bool:

@@ -102,7 +102,7 @@ class MlflowTracker(BackgroundTracker):
             self._client.log_batch(self._run_id, metrics=metrics[i : i + _NUM_METRICS_PER_REQUEST])
 
     def close_run(self) -> None:
-        self._add(sorted(self._run.folder.glob("scores-*.json")))  # with the bounds of intervals
+        self._add(sorted(self._run.folder.glob("scores-*.json")))  # These files contain the bounds of intervals.
         self._client.set_terminated(self._run_id)
 
     @classmethod
@@ -120,8 +120,8 @@ class MlflowTracker(BackgroundTracker):
 def metric_name(name: str) -> str:
     """Return a name that MLflow accepts. MLflow rejects all metrics in a request if it rejects one name.
 
-    A name that must be changed, such as that of a subset with parentheses, ends with a hash of the original, so that
-    different metrics keep different names.
+    If a name must be changed, for example because a subset has parentheses, the result ends with a hash of the original
+    name, so that different metrics keep different names.
     """
     plain = _REFUSED.sub("_", name)
     parts = [part for part in plain.split("/") if part.strip(". ")]
@@ -133,7 +133,7 @@ def metric_name(name: str) -> str:
 
 
 def tracking_uri(root: Path) -> str:
-    """Return `MLFLOW_TRACKING_URI` if set, else the URI of the SQLite store `root/mlflow.db`."""
+    """Return `MLFLOW_TRACKING_URI` if it is set, and otherwise the URI of the SQLite store `root/mlflow.db`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
 
 

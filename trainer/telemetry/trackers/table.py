@@ -64,7 +64,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def build_trackers(names: Sequence[str], run: TrackedRun) -> CompositeTracker:
-    """Return the trackers of a run, beginning with the one that writes `metrics.jsonl`. Only rank 0 has trackers.
+    """Build the trackers of a run, including the tracker that writes `metrics.jsonl`. Only rank 0 has trackers.
 
     Args:
         names: The recipe's `telemetry.trackers`.
