@@ -1,4 +1,4 @@
-"""The LLM's adapters as a folder that peft loads on the stock model."""
+"""The export of the LLM's low-rank adapters as a folder that peft loads on top of the original LLM."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _PREFIX = "base_model.model."
 
 
 def adapter_names(source: Source) -> dict[str, str]:
-    """Return the saved name of every factor of the LLM's adapters, by the name that peft gives it.
+    """Return the names of all factors of the LLM's low-rank adapters: peft's name → name in the checkpoint.
 
     Raises:
-        UserError: If the LLM has no adapter, or if other weights of it were trained, which an adapter does not contain.
+        UserError: If the LLM has no adapter, or if other weights of the LLM were trained, which an adapter cannot
+            contain.
     """
     saved = {name: entry for name, entry in source.reader.manifest.tensors.items() if name.startswith(LLM)}
     factors = {f"{_PREFIX}{name.removeprefix(LLM)}.weight": name for name in saved if is_factor(name)}

@@ -1,4 +1,4 @@
-"""The model card of an exported model: its use, recipe, scores and dropped encoders."""
+"""The model card of an exported model, with its use, recipe, scores and dropped encoders."""
 
 from __future__ import annotations
 
@@ -94,33 +94,33 @@ def _scores(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _is_doubled(name: str, scores: Mapping[str, Any]) -> bool:
-    """Return whether a score `TASK/SUBSET/METRIC` is that of a subset that is the whole task."""
+    """Return whether a score `TASK/SUBSET/METRIC` equals the score of the task because the task has only one subset."""
     if name.count("/") != 2:
-        return False  # a score of a whole task, or a number such as `num_unfinished`
+        return False  # It is a score of a whole task, or a number such as `num_unfinished`.
     task, _, metric = name.split("/")
     others = [n for n in scores if n.startswith(f"{task}/") and n.endswith(f"/{metric}") and n.count("/") == 2]
     return len(others) == 1 and scores.get(f"{task}/{metric}") == scores[name]
 
 
 def _without_paths(recipe: str) -> str:
-    """Return a recipe as YAML in which only the last part of paths on this machine is left."""
+    """Return a recipe as YAML in which paths on this machine are shortened to their last part."""
     return re.sub(r"(?<![\w:/.])(?:~|\.{1,2})?(?:/[^\s'\",\]}]+)+/([^\s/'\",\]}]+)", r"…/\1", recipe)
 
 
 def _cell(text: str) -> str:
-    """Return text as code for a cell of a Markdown table, such that it cannot be read as other Markdown."""
+    """Return text as code for a cell of a Markdown table. Characters that Markdown could interpret are replaced."""
     return f"`{re.sub(r'[`|<>]|[^ -~]', '?', text)}`"
 
 
 def _experts(source: Source) -> list[str]:
-    """Return the table of the experts in the LLM's layers and the origins of their initial weights."""
+    """Return a table of the FFN experts and the origins of their initial weights."""
     origins = read_origins(source.extra.get(ORIGINS), source.folder.url)
     if not origins:
         return []
     lines = ["## Experts in the LLM", "", "| expert | began as | step | datasets | recipe | checkpoint | tensors |"]
     lines += ["|---|---|---:|---|---|---|---|"]
     for one in origins:
-        # Only the last part of a path says something to others.
+        # Other users have no access to this machine, so only the last part of a path is useful to them.
         origin, *datasets = (path.rstrip("/").rpartition("/")[2] for path in (one.origin, *one.datasets))
         texts = (one.name, one.run or origin, str(one.step or ""), ", ".join(datasets))
         digests = (digest[:16] for digest in (one.recipe, one.checkpoint, one.tensors))

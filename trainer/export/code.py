@@ -1,8 +1,9 @@
-"""The modelling code of an exported model: the files of `model/` that it needs, in one flat folder.
+"""The modelling code of an exported model, which consists of the files of `model/` that it needs, in one flat folder.
 
 transformers copies a remote-code module and its relative imports, but does not support sub-packages. Therefore
 `model/encoders/base.py` becomes `encoders_base.py`, and imports are rewritten to match. The tables of encoder families
-and of adapters are generated: they name what the exported model uses, including what plug-ins add.
+and of adapters are generated. They contain only the entries that the exported model uses, including entries of
+plug-ins.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def remote_code(families: Collection[str], adapter: str = "convolutions") -> dic
         adapter: The kind of its adapter.
 
     Raises:
-        UserError: If a family or the adapter cannot be exported: it must be one file that imports only `model` and
-            installed packages.
+        UserError: If a family or the adapter cannot be exported, because it is not a single file that imports only
+            `model` and installed packages.
     """
     places = {name: _place("ENCODER_FAMILIES", ENCODER_FAMILIES, name) for name in ENCODER_FAMILIES if name in families}
     kinds = {adapter: _place("ADAPTERS", ADAPTERS, adapter)}
@@ -52,7 +53,7 @@ def remote_code(families: Collection[str], adapter: str = "convolutions") -> dic
 
 
 def _place(title: str, table: Mapping[str, object], key: str) -> tuple[str, str]:
-    """Return the module and the name of the value of a table's entry."""
+    """Return the module and the name to which an entry of a table refers."""
     entry = table[key]
     if not isinstance(entry, str):
         raise UserError(f"{title}[{key!r}]: an export needs to know its file; make the entry a text 'module:NAME'")
@@ -93,7 +94,8 @@ def _imports(module: str, source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
 
 
 def _check_plugin_import(module: str, node: ast.AST) -> None:
-    """Check that a plug-in's file does not import other files of the plug-in, which an export would not contain."""
+    """Check that a plug-in's file does not import other files of the plug-in, because an export contains only this
+    file."""
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     if isinstance(node, ast.ImportFrom):
         names = ["." if node.level else node.module or ""]

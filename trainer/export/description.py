@@ -1,8 +1,8 @@
-"""The description of a model in a checkpoint's state.json, of which only known fields are used.
+"""The description of a model in a checkpoint's state.json. Only its known fields are used.
 
-Whoever can write the checkpoint can write anything there, and an export is a folder whose code its users execute.
-Everything in an export that names code, such as `auto_map`, is therefore written by this program, and the values of the
-description are data: those of the families' own config fields, with the types that these fields have.
+A user who can write to the checkpoint can change the description, and the users of an export execute code from its
+folder. Therefore, this program itself writes all values in an export that refer to code, such as `auto_map`. From the
+description, it takes only config fields that the families declare, and checks their types.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.config.convert import from_tree
 _KEYS = ("text_config", "audio", "vocab_size")
 _AUDIO_KEYS = ("primary", "experts", "expert_dim", "router", "adapter")
 _MAX_LAYERS = 10_000
-"""The largest number of LLM layers. transformers makes a list of that length before it checks anything."""
+"""The largest number of LLM layers. transformers creates a list of this length before it checks the config."""
 _REMEDY = "the file was damaged or changed; restore it, or use another checkpoint or export"
 
 
@@ -60,8 +60,8 @@ def read_description(tree: object, where: str) -> Description:
     """Check a description that this or an earlier version wrote with `model.hub.configuration.describe`.
 
     Args:
-        tree: The parsed JSON, which may be anything.
-        where: The file that it was read from, for error messages.
+        tree: The parsed JSON, which is not trusted.
+        where: The file that contains the description, for error messages.
 
     Raises:
         UserError: If a key is missing or unknown, or a value is not of the type of its field.
@@ -99,11 +99,11 @@ def _check_encoder(encoder: EncoderConfig) -> None:
 
 
 def _text_config(tree: object) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Return the fields that the config class of the LLM's family itself has, and the shapes of the LLM's tensors.
+    """Return the fields that the config class of the LLM's family declares, and the shapes of the LLM's tensors.
 
-    All others are dropped: those of every config, such as `architectures`, are written by the export, and those that
-    the class does not know have no effect on the network. Settings of attention hooks, quantization and code are among
-    the latter.
+    All other fields are dropped. The export writes fields that every config has, such as `architectures`. Fields that
+    the class does not know have no effect on the network, for example settings of attention hooks, quantization and
+    code.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -117,7 +117,7 @@ def _text_config(tree: object) -> tuple[dict[str, Any], dict[str, tuple[int, ...
     own = {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(PretrainedConfig)}
     other_names = set(getattr(cls, "attribute_map", {}).values())  # such as num_local_experts for num_experts
     values = {key: value for key, value in tree.items() if key in own | other_names}
-    if type(tree.get("head_dim")) is int:  # Some classes read it without declaring it.
+    if type(tree.get("head_dim")) is int:  # Some classes read this field without declaring it.
         values["head_dim"] = tree["head_dim"]
     layers = values.get("num_hidden_layers")
     if type(layers) is not int or not 1 <= layers <= _MAX_LAYERS:
@@ -126,6 +126,6 @@ def _text_config(tree: object) -> tuple[dict[str, Any], dict[str, tuple[int, ...
         values[FIELD] = read_experts(tree[FIELD], layers)
     try:
         shapes = hf_shapes(cls(**values))
-    except Exception as error:  # noqa: BLE001 - the checks of transformers raise whatever the values provoke
+    except Exception as error:  # noqa: BLE001 - transformers raises many kinds of errors for invalid values
         raise UserError(f"text_config: {' '.join(str(error).split())[:200]}") from None
     return {"model_type": kind, **values}, shapes

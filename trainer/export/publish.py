@@ -36,7 +36,8 @@ from trainer.run_tokenizer import DIGEST
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _REQUEST = "export.json"
-"""The file in the temporary folder that describes the export. Only an identical export resumes there."""
+"""The file in the temporary folder that describes the export. An export resumes in the folder only if it is
+identical."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Options:
     shard_bytes: int = 5 << 30
     """The largest size of a file of weights, unless a single tensor is larger."""
     llm_only: bool = False
-    """Export only the LLM."""
+    """Whether to export only the LLM."""
     original: str | None = None
-    """The folder of the published model in whose layout to export; None exports in earshot's layout."""
+    """The folder of a published model. The export then has the layout of this model; None selects earshot's layout."""
     adapter: bool = False
-    """Export only the LLM's adapters, in peft's format, without merging them."""
+    """Whether to export only the LLM's low-rank adapters, in peft's format, without merging them."""
     activated_only: float = 0.0
     """The fraction of routed clips below which an encoder expert is dropped; 0 keeps all experts."""
     verify: str | None = None
@@ -79,7 +80,8 @@ def export(
 
     Raises:
         DamagedError: If the checkpoint is damaged.
-        UserError: If `out` exists, or the export differs from the training graph. In this case `out` is not created.
+        UserError: If `out` exists, the checkpoint cannot be exported with these options, or the export differs from the
+            training graph. In all cases, `out` is not created.
     """
     if out.exists():
         raise UserError(f"{out}: already exists; remove it or choose another name")
@@ -110,7 +112,7 @@ def _export(source: Source, out: Path, options: Options, on_bytes: Callable[[int
         shards = {ADAPTER_WEIGHTS: targets} if options.adapter else plan_shards(targets, options.shard_bytes)
         write_weights(source.reader, shards, temporary, lambda n: on_bytes(n, total))
     finally:
-        source.wait_verified()  # A damaged file explains any error above, so it is reported instead.
+        source.wait_verified()  # If a file is damaged, this error is more useful than any error above.
     found = Findings()
     if original is not None:
         write_original_files(original, str(dtype).removeprefix("torch."), temporary)
@@ -166,7 +168,7 @@ def _temporary_folder(source: Source, out: Path, options: Options, selection: Se
     """Create the temporary folder, removing the files of a different export.
 
     Raises:
-        UserError: If there is something at its path that an export did not write.
+        UserError: If the path exists and was not written by an export.
     """
     manifest = hash_file(source.folder, MANIFEST)
     wanted = {
@@ -177,7 +179,8 @@ def _temporary_folder(source: Source, out: Path, options: Options, selection: Se
         "adapter": options.adapter,
         "original": options.original,
         "dropped": list(selection.dropped),
-        # Files are not synced to disk, so those that seem complete may not be after a crash of the machine.
+        # Files are not synced to disk. After a crash of the machine, a file may be incomplete even if it has its final
+        # name.
         "boot": _BOOT_ID.read_text(encoding="utf-8").strip(),
     }
     temporary = out.parent / f".{out.name}.part"
@@ -204,7 +207,7 @@ def generation_config(source: Source, tokenizer: Tokenizer) -> Any:
     from transformers import GenerationConfig
 
     rows = source.model.text_config["vocab_size"]
-    # An LLM may have more embedding rows than its tokenizer has tokens; training never generates those.
+    # An LLM may have more embedding rows than its tokenizer has tokens. The additional ids must not be generated.
     unused = list(range(tokenizer.vocab_size, rows)) or None
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     return GenerationConfig(
@@ -234,9 +237,9 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
 def write_model_files(
     description: Mapping[str, Any], audio: ModelConfig, tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path
 ) -> None:
-    """Write the config, the code and the processor of an exported model, whose tokenizer is already in the folder.
+    """Write the config, the code and the processor of an exported model. Its tokenizer must already be in the folder.
 
-    The plug-in for vLLM is written unless the LLM has experts of the recipe, which vLLM does not compute.
+    The plug-in for vLLM is also written, unless the recipe added FFN experts to the LLM, which vLLM does not support.
 
     Args:
         description: The arguments of `EarshotConfig`.

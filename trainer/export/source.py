@@ -1,4 +1,4 @@
-"""The source of an export: a checkpoint, the description of its model, and the encoder experts that are kept."""
+"""The source of an export, which is a checkpoint with the description of its model and the selected encoder experts."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Source:
 
     Args:
         url: A checkpoint, or a run, whose newest checkpoint is used; a folder or `s3://…`.
-        tokenizer_path: The path of the tokenizer; None selects the run's.
+        tokenizer_path: The path of the tokenizer; None selects the tokenizer of the run.
         run_dir: The run's folder, with its scores and routing history. None selects the folder that contains the
-            checkpoints, or the one in the recipe if the checkpoints are stored elsewhere.
+            checkpoints, or the folder in the recipe if the checkpoints are stored in another place.
 
     Raises:
         UserError: If there is no such checkpoint, or the checkpoint does not describe its model.
@@ -117,10 +117,10 @@ class Source:
         return self.model.audio.adapter.rate
 
     def tokenizer(self) -> Tokenizer:
-        """Return the given tokenizer, or the run's if none was given.
+        """Return the tokenizer at `tokenizer_path`, or the run's tokenizer if no path was given.
 
         Raises:
-            UserError: If it cannot be read, or is not the tokenizer that the weights were trained with.
+            UserError: If the tokenizer cannot be read, or the weights were trained with a different one.
         """
         owned = of_checkpoint(self.folder, str(self.run_dir))
         with tempfile.TemporaryDirectory() as scratch:
@@ -137,7 +137,8 @@ class Source:
         return [e.name for e in self.model.audio.experts]
 
     def select(self, least_share: float) -> Selection:
-        """Select the encoder experts that received at least a given fraction of all routed clips. Keep at least one.
+        """Select the encoder experts that received at least a given fraction of all routed clips, and at least one
+        expert.
 
         Raises:
             UserError: If the run has no routing history.
@@ -180,7 +181,7 @@ class Source:
         return {name: name for name in saved if not name.startswith(dropped) and not heads.match(name)}
 
     def adapters(self) -> dict[str, LowRank]:
-        """Return the adapters of the checkpoint, by saved name of the weight that each belongs to."""
+        """Return the low-rank adapters of the checkpoint, by the saved name of the adapted weight."""
         saved, parts = self.reader.manifest.tensors, Adapters(self.recipe.lora)
         found = {}
         for name in saved:
@@ -249,9 +250,10 @@ def routing_counts(run_dir: Path) -> dict[str, dict[str, float]]:
 
 
 def separate_experts(model: Any) -> None:
-    """Give the LLM of an `EarshotForCausalLM` the tensors that checkpoints have.
+    """Convert the LLM of an `EarshotForCausalLM` so that its tensors have the same names as in checkpoints.
 
-    For families with experts, transformers stores the experts of a layer in one tensor, and checkpoints one by one.
+    For LLM families with FFN experts, transformers stores all experts of a layer in one tensor, while checkpoints have
+    separate tensors for each expert.
     """
     hf_config = model.config.text_config
     mixture = mixture_of(hf_config)

@@ -1,4 +1,4 @@
-"""The tokenizer and processor files of an exported model, which transformers reads without further packages."""
+"""The tokenizer and processor files of an exported model, which transformers reads without additional packages."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def read_processor(folder: Path) -> EarshotProcessor:
     """Return the processor of an exported model. Classes of this program are used, not the code in the folder.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: If a file is missing or not what an export contains.
+        OSError, ValueError, KeyError, TypeError: If a file is missing or was not written by an export.
     """
     from transformers import AutoTokenizer, PretrainedConfig
 
@@ -105,7 +105,7 @@ def read_processor(folder: Path) -> EarshotProcessor:
 
     stored = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
     settings = {key: stored[key] for key in _SETTINGS if key in stored}
-    # With a config, transformers does not warn that it does not know the type of the model in config.json.
+    # With a config, transformers does not warn that the model type in config.json is unknown.
     tokenizer = AutoTokenizer.from_pretrained(folder, config=PretrainedConfig(), trust_remote_code=False)
     return EarshotProcessor(tokenizer, **settings)
 

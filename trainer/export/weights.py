@@ -1,8 +1,8 @@
 """The conversion of a checkpoint's tensors to safetensors files in Hugging Face's layout, one tensor at a time.
 
 If the dtype of a tensor does not change, the operating system copies its bytes from file to file. Otherwise, the tensor
-is converted piece by piece in memory. A tensor that was sharded by columns is assembled in memory. A file gets its
-final name when it is complete, so an interrupted export resumes after the last complete file.
+is converted in memory, one piece at a time. A tensor that was sharded by columns is assembled in memory. A file gets
+its final name when it is complete, so an interrupted export resumes after the last complete file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _METADATA = {"format": "pt"}
 
 @dataclass(frozen=True)
 class LowRank:
-    """An adapter to merge into a weight W, which becomes W + scale·B·A."""
+    """A low-rank adapter to merge into a weight W. The merged weight is W + scale·B·A."""
 
     a: str
     """The name of A in the checkpoint."""
@@ -86,7 +86,7 @@ def plan_targets(
 
 
 def plan_shards(targets: Sequence[Target], shard_bytes: int) -> dict[str, list[Target]]:
-    """Divide targets into files of at most `shard_bytes`, or of one larger tensor, without changing their order.
+    """Divide targets into files of at most `shard_bytes`, in the given order. A larger tensor has a separate file.
 
     Returns:
         The targets of each file, by file name.

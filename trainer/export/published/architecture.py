@@ -1,4 +1,4 @@
-"""The description of a published architecture: how its config, its tensors and its prompt become those of earshot."""
+"""The description of a published architecture, which converts its config, tensor names and prompt to earshot's."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Audio = tuple[EncoderConfig, AdapterConfig]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that distinguishes one published architecture from another.
+    """The properties that distinguish one published architecture from another.
 
-    An architecture is one value of this class in its own file, and one line in `PUBLISHED`.
+    An architecture consists of one value of this class in a separate file, and one line in `PUBLISHED`.
     """
 
     title: str
-    """The name in messages."""
+    """The name of the architecture in messages."""
     audio: Callable[[Any, Mapping[str, Any]], Audio]
-    """Returns the encoder and the adapter, given the transformers config of the audio tower and the content of
-    config.json. Raises `unsupported` if the model computes something that earshot does not."""
+    """A function of the audio tower's transformers config and the content of config.json, which returns the encoder and
+    the adapter. It raises `unsupported` if the model computes something that earshot does not."""
     prefixes: tuple[tuple[str, str], ...]
     """Pairs of a prefix of published tensor names and the prefix of earshot's names; the first match applies."""
     placeholders: tuple[str, ...]
-    """The tokens that may stand for audio, of which the first that is one token of the tokenizer is used."""
+    """The tokens that may stand for audio. The first one that the tokenizer has is used."""
     template: str
     """The prompt of samples with audio, with `{audio}` and `{instruction}`."""
     text_template: str = "{instruction}"
@@ -37,9 +37,10 @@ class Architecture:
     as_chat: bool = True
     """True if prompts are wrapped in the chat template."""
     chat_template: str | None = None
-    """The chat template of models whose folder has none; None: the folder must have one if `as_chat`."""
+    """The chat template of models whose folder has none. If it is None and `as_chat` is true, the folder must have
+    one."""
     special_tokens: Mapping[str, str] = field(default_factory=dict)
-    """The special tokens, such as `eos_token`, of a tokenizer whose files do not name them."""
+    """The special tokens, such as `eos_token`, for a tokenizer whose files do not specify them."""
     audio_model_type: str = "whisper"
     """The `model_type` of `audio_config` in config.json, if it has none."""
     pads_clips: bool = False
@@ -48,7 +49,7 @@ class Architecture:
     """The number of windows of the longest clip that the original accepts."""
 
     def own_name(self, name: str) -> str | None:
-        """Return earshot's name of a published tensor; None if it has none."""
+        """Return earshot's name of a published tensor, or None if earshot does not have this tensor."""
         name = _as_published(name)
         for published, own in self.prefixes:
             if name.startswith(published):
@@ -56,7 +57,8 @@ class Architecture:
         return None
 
     def published_name(self, name: str) -> str | None:
-        """Return the published name of a tensor of earshot; None if it has none. It is the inverse of `own_name`."""
+        """Return the published name of a tensor of earshot, or None if there is none. This is the inverse of
+        `own_name`."""
         for published, own in self.prefixes:
             candidate = published + name.removeprefix(own)
             if name.startswith(own) and self.own_name(candidate) == name:
@@ -76,7 +78,7 @@ def whisper_encoder(
     Args:
         audio: The transformers config of the tower.
         family: The encoder family.
-        length_mode: How windows are padded.
+        length_mode: The padding of windows; see `EncoderConfig.length_mode`.
         name: The name of the encoder.
     """
     keys = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
@@ -107,7 +109,8 @@ def unsupported(title: str, what: str, remedy: str) -> UserError:
 
 
 def _as_published(name: str) -> str:
-    """Return the name in published checkpoints of a tensor that may have its name in transformers 5's modules."""
+    """Return the name of a tensor in published checkpoints, given this name or its name in the modules of transformers
+    5."""
     if name.startswith("lm_head."):
         return f"language_model.{name}"
     if name.startswith("model.language_model."):

@@ -16,7 +16,7 @@ from trainer.export.source import Source
 _COPIED = (".json", ".jinja", ".txt", ".model")
 _NOT_COPIED = ("model.safetensors.index.json", CONFIG)
 _WRITTEN = ("architectures", "dtype", "transformers_version")
-"""The fields of an LLM's config that do not describe what it computes."""
+"""The fields of an LLM's config that have no effect on its computation."""
 
 
 def read_original(source: Source, folder: Path) -> Published:
@@ -61,7 +61,7 @@ def read_original(source: Source, folder: Path) -> Published:
 
 
 def original_names(published: Published) -> dict[str, str]:
-    """Return the name in the checkpoint of every tensor, by its published name."""
+    """Return the names of all tensors: published name → name in the checkpoint."""
     found = {}
     for own in published.shapes():
         name = published.architecture.published_name(own)

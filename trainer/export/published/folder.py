@@ -1,4 +1,4 @@
-"""A folder with a published speech LLM: its config, the names and shapes of its tensors, and where they are stored."""
+"""A folder with a published speech LLM: its config, and the names, shapes and files of its tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.export.published.table import PUBLISHED
 CONFIG = "config.json"
 _PARTS = {"text_config": "the LLM", "audio_config": "the audio tower"}
 _IGNORED = ("rotary_emb.inv_freq",)
-"""The ends of names of tensors that follow from the config, which old checkpoints contain."""
+"""The endings of the names of tensors that old checkpoints contain although they can be computed from the config."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def read_published(folder: Path, parts: Sequence[Path] = ()) -> Published:
         hf_config = resolve_hf_config(llm)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    except Exception as error:  # noqa: BLE001 - the file comes from elsewhere, and may provoke anything
+    except Exception as error:  # noqa: BLE001 - a file from another source may cause any error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
             f"{folder / CONFIG}: not a usable {architecture.title} config ({reason}); download it again"
@@ -91,7 +91,7 @@ def read_published(folder: Path, parts: Sequence[Path] = ()) -> Published:
 def _own_fields(text: Any) -> dict[str, Any]:
     """Return the values of the fields of the LLM's config class.
 
-    Published configs also have fields that the class does not know, such as `use_mrope` in Qwen2-Audio's. They have no
+    Published configs also have fields that the class does not know, such as `use_mrope` of Qwen2-Audio. These have no
     effect on the network.
     """
     known = {field.name for field in fields(text)} - {"architectures", "dtype", "transformers_version"} | {"head_dim"}
@@ -109,7 +109,7 @@ def _sub_configs(
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if kind in CONFIG_MAPPING:  # It knows the defaults of both.
+    if kind in CONFIG_MAPPING:  # transformers knows the defaults of both configs.
         whole: Any = AutoConfig.for_model(**config)
         return whole.text_config, whole.audio_config
     found = {key: config.get(key) for key in _PARTS}
@@ -131,7 +131,7 @@ def _sub_configs(
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a published model, and its name in earshot."""
+    """A tensor of a published model, with its file, its published name and its name in earshot."""
 
     file: Path
     published: str
@@ -139,7 +139,7 @@ class StoredTensor:
 
 
 def find_tensors(published: Published, parts: Sequence[Path] = ()) -> list[StoredTensor]:
-    """Return where each tensor of a published model is stored.
+    """Find the file of each tensor of a published model.
 
     Args:
         published: The model.
@@ -213,7 +213,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        UserError: If the file is missing or holds something else.
+        UserError: If the file is missing, cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Replacements for an architecture's defaults for the prompt. None keeps the default."""
+    """Settings of the prompt that replace the defaults of an architecture. None keeps the default."""
 
     placeholder: str | None = None
     template: str | None = None
@@ -41,7 +41,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported."""
+    """A summary of an imported model."""
 
     title: str
     num_tensors: int
@@ -55,13 +55,13 @@ def import_model(
     prompt: Prompt = Prompt(),
     on_file: Callable[[Path], None] = lambda file: None,
 ) -> Imported:
-    """Write a published model as a folder from which runs start, and a recipe that does so.
+    """Convert a published model to a folder from which runs can start, with a recipe for such a run.
 
     Args:
         folder: The published model.
         out: The folder to create.
         parts: Folders of the LLM and of the encoder, for tensors that `folder` does not contain.
-        prompt: The prompt, where it differs from the architecture's.
+        prompt: The settings of the prompt that differ from the defaults of the architecture.
         on_file: A function that is called with each file of weights before it is converted.
 
     Returns:
@@ -136,9 +136,9 @@ def _write_text_side(published: Published, prompt: Prompt, folder: Path) -> None
 
 
 def _write_generation_config(published: Published, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write settings with which the imported model answers greedily, as in evaluations.
+    """Write the settings of greedy generation, as in evaluations.
 
-    The ends of answers are those of the original, and those with which answers end in training.
+    The tokens that end an answer are those of the original model and those that end answers in training.
     """
     stored = published.folder / "generation_config.json"
     given: dict[str, Any] = read_json(stored) if stored.is_file() else {}
@@ -206,7 +206,7 @@ def _settings(published: Published, prompt: Prompt, inner: Any) -> TokenizerConf
 
 
 def _data(published: Published) -> DataConfig:
-    """Return the settings of the data: clips as long as the original accepts."""
+    """Return settings of the data that allow clips of the lengths that the original model accepts."""
     architecture, primary = published.architecture, published.model.primary
     assert primary is not None
     shortest = primary.window_sec if architecture.pads_clips else 0.0
@@ -214,12 +214,12 @@ def _data(published: Published) -> DataConfig:
 
 
 def _dtype(published: Published) -> str:
-    """Return the type of the weights that config.json names."""
+    """Return the dtype of the weights, as given in config.json."""
     return str(published.config.get("dtype") or published.config.get("torch_dtype") or "float32")
 
 
 def _write_recipe(published: Published, out: Path, folder: Path) -> None:
-    """Write a recipe that starts from the imported model. It contains what follows from the model, and few steps."""
+    """Write a recipe for a short run that starts from the imported model, with the settings that the model requires."""
     data = _data(published)
     tree = {
         "name": published.config["model_type"],

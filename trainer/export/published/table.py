@@ -1,4 +1,4 @@
-"""The published architectures that `earshot import-model` reads. This module imports nothing slow."""
+"""The published architectures that `earshot import-model` reads. This module has no slow imports."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ PUBLISHED: dict[str, object] = {
     "voxtral": "trainer.export.published.voxtral:VOXTRAL",
     "audioflamingo3": "trainer.export.published.audioflamingo3:AUDIO_FLAMINGO_3",
 }
-"""The architectures by the `model_type` of their config.json: an `Architecture`, or its place as `module:NAME`, which
-is imported at the first use. A new one is one file and one line here."""
+"""`model_type` in config.json → the architecture. An entry is an `Architecture` or a text `module:NAME`, which is
+imported when it is first used. A new architecture needs one file and one line in this table."""

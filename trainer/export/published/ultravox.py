@@ -1,6 +1,6 @@
 """Ultravox (fixie-ai/ultravox): Whisper on unpadded clips, stacks of eight frames, and SwiGLU.
 
-Published folders hold the projector, and hold the encoder and the LLM only if they were trained.
+Published folders contain the projector. They contain the encoder and the LLM only if these were trained.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ULTRAVOX = Architecture(
         ("multi_modal_projector.ln_post.", "audio.output_norm."),
         *LLM_PREFIXES,
     ),
-    # The original has no token of its own for audio. Unused tokens of Llama 3 and Qwen's tokenizers follow.
+    # The original has no special token for audio. The second and third entries are unused tokens of Llama 3 and Qwen.
     placeholders=("<|audio|>", "<|reserved_special_token_0|>", "<|object_ref_start|>"),
     template="{instruction}\n{audio}",
 )

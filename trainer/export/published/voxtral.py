@@ -44,7 +44,7 @@ VOXTRAL = Architecture(
     template="[INST][BEGIN_AUDIO]{audio}{instruction}[/INST]",
     text_template="[INST]{instruction}[/INST]",
     as_chat=False,
-    # A folder with Mistral's tekken.json alone does not name them.
+    # A folder that has only Mistral's tekken.json does not specify these tokens.
     special_tokens={"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
     audio_model_type="voxtral_encoder",
     pads_clips=True,

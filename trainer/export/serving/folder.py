@@ -1,4 +1,4 @@
-"""The folder `vllm` of an export: a package that registers the model with vLLM, and a chat template."""
+"""The folder `vllm` of an export, with a package that registers the model with vLLM and a chat template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FOLDER = "vllm"
 TEMPLATE = "chat_template.jinja"
 """The name of the chat template in the folder."""
 _SOURCES = {"earshot_vllm.py": "plugin.py", "earshot_vllm_model.py": "vllm_model.py"}
-"""The files of this package that the folder contains, by their names there."""
+"""Name of a file in the folder → the file of this package that is copied to it."""
 _PROJECT = """[build-system]
 requires = ["setuptools>=68"]
 build-backend = "setuptools.build_meta"
@@ -27,7 +27,7 @@ earshot = "earshot_vllm:register"
 [tool.setuptools]
 py-modules = ["earshot_vllm", "earshot_vllm_model"]
 """
-# Turns each message with parts into the text that training prompts had (`PromptFormat.content`).
+# This part of the template converts each message with parts to the text that training used (`PromptFormat.content`).
 _MESSAGES = """\
 {%- set all = namespace(messages=[]) -%}
 {%- for message in messages -%}

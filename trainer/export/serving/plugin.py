@@ -1,4 +1,4 @@
-"""Registers the exported models of earshot with vLLM, which calls `register` in each of its processes."""
+"""Registration of the exported models of earshot with vLLM, which calls `register` in each of its processes."""
 
 
 def register() -> None:

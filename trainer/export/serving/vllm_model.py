@@ -1,6 +1,6 @@
 """The exported model in vLLM, with the export's own code for the audio tower and vLLM's code for the LLM.
 
-An export contains this file. It therefore imports neither the project nor anything but torch, transformers and vLLM. It
+An export contains this file. It therefore imports only torch, transformers and vLLM, and nothing of this project. It
 follows the interface of multimodal models of vLLM 0.32 and 0.33 (`SupportsMultiModal`, `BaseMultiModalProcessor`).
 
 Shapes: C clips, T audio samples (16 kHz), S audio tokens, P instruction tokens, H width of the LLM.
@@ -40,7 +40,7 @@ _PROFILED_SECONDS = 30.0
 
 
 class Info(BaseProcessingInfo):  # type: ignore[misc]
-    """What vLLM needs to know about the export before it loads weights."""
+    """The properties of the export that vLLM needs before it loads weights."""
 
     def get_data_parser(self) -> Any:
         """Return the parser that resamples clips to 16 kHz and averages their channels."""
@@ -49,7 +49,7 @@ class Info(BaseProcessingInfo):  # type: ignore[misc]
         )
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Return that a prompt may have any number of clips."""
+        """Return the limits on the number of clips per prompt. There is no limit."""
         return {"audio": None}
 
     def get_default_tok_params(self) -> Any:
@@ -74,7 +74,7 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):  # type: ignore[misc]
     """The inputs with which vLLM measures the memory of the largest request."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """Return a prompt of clips only."""
+        """Return a prompt that consists only of placeholders for clips."""
         return str(self.info.get_hf_processor().placeholder) * mm_counts.get("audio", 0)
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
@@ -86,7 +86,8 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):  # type: ignore[misc]
 
 
 class Processor(BaseMultiModalProcessor[Info]):  # type: ignore[misc]
-    """Makes the inputs of the audio tower, and repeats each clip's placeholder once per audio token."""
+    """The processor that computes the inputs of the audio tower, and repeats a clip's placeholder once per audio
+    token."""
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of `DummyInputs`, with empty instructions."""
@@ -102,14 +103,14 @@ class Processor(BaseMultiModalProcessor[Info]):  # type: ignore[misc]
             timing_ctx: vLLM's stopwatch.
 
         Raises:
-            ValueError: If the router reads the instruction, and the request does not show what it is.
+            ValueError: If the router reads the instruction, and the instruction cannot be determined from the request.
         """
-        # vLLM reuses the embeddings of a clip if these options are equal, so they must contain what the router reads.
+        # vLLM reuses the embeddings of a clip if these options are equal, so they must contain the instruction.
         inputs.hf_processor_mm_kwargs = self._options(inputs)
         return super().apply(inputs, timing_ctx)
 
     def _options(self, inputs: Any) -> dict[str, Any]:
-        """Return the options of a request with one instruction per clip; without any if the router reads none."""
+        """Return the options of a request, with one instruction per clip if the router reads instructions."""
         options = dict(inputs.hf_processor_mm_kwargs)
         given = options.pop(KEY, None)
         num_clips = inputs.mm_data_items.get_all_counts().get("audio", 0)
@@ -167,9 +168,9 @@ def _instruction(processor: Any, prompt: list[int], num_clips: int) -> str:
         num_clips: The number of clips.
 
     Raises:
-        ValueError: If the processor does not make this prompt from any instruction.
+        ValueError: If no instruction gives this prompt.
     """
-    # What the prompt and two other prompts have in common, at the beginning and at the end, surrounds the instruction.
+    # The tokens at the beginning and the end that the prompt shares with two other prompts surround the instruction.
     prompts = [prompt, *(processor.prompt_ids(text, num_clips) for text in ("What is said?", "Answer yes or no."))]
     before, after = _common(prompts), _common([ids[::-1] for ids in prompts])
     text = processor.tokenizer.decode(prompt[before : len(prompt) - after]).strip()
@@ -212,7 +213,7 @@ class EarshotForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):  # type: ig
                 f"{model_config.model}: vLLM does not compute the experts that the recipe added to the LLM"
             )
         code = _modeling(model_config)
-        marks: Any = self  # vLLM has no types here
+        marks: Any = self  # vLLM does not annotate these methods.
         with marks._mark_tower_model(vllm_config, "audio"):
             self.audio = code.AudioTower(code.audio_config(config.audio), text.hidden_size, config.vocab_size).eval()
         with marks._mark_language_model(vllm_config):
@@ -282,7 +283,7 @@ def _modeling(model_config: Any) -> ModuleType:
 
 
 def _joined(value: Tensor | Sequence[Tensor]) -> Tensor:
-    """Return a field of all clips in one tensor; vLLM leaves those of unequal length apart."""
+    """Return a field of all clips in one tensor. vLLM passes a list of tensors if their lengths differ."""
     return value.flatten() if isinstance(value, Tensor) else torch.cat([part.flatten() for part in value])
 
 
