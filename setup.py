@@ -1,8 +1,8 @@
-"""The list of packages; everything else about the package is in pyproject.toml."""
+"""The list of packages. pyproject.toml contains all other settings of the installation."""
 
 from setuptools import find_namespace_packages, setup
 
-# ds_configs/ and slurm/ are folders of files, shipped below trainer/ so that an installation can copy them out.
+# ds_configs/ and slurm/ contain only data files. They are installed below trainer/, where users can copy them from.
 setup(
     packages=[
         *find_namespace_packages(include=["model*", "trainer*", "tools*"]),

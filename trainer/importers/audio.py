@@ -1,4 +1,5 @@
-"""The audio of imported samples. Whole files are checked; all other audio is cut out and written as 16-bit FLAC.
+"""Preparation of the audio of imported samples. Whole files are only checked. Parts of files are written as 16-bit
+FLAC.
 
 Parts of floating-point files with values above full scale, which FLAC cannot represent, are written as WAV. Lossy audio
 is decoded to 16 bits, which clips such values to full scale.
@@ -34,13 +35,13 @@ _HEAD_BYTES = 256
 _BLOCK_VALUES = 1 << 20
 _FREE_VALUES = 1 << 16
 _MAX_RECORDING_SEC = 7 * 24 * 3600.0
-"""The longest recording that is decoded into a temporary file, from which parts are cut."""
+"""The longest recording, in seconds, that is decoded to a temporary file from which parts are cut."""
 _FLAC_CHANNELS = 8
 _EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF", "AU", "CAF", "NIST")
 """The libsndfile formats in which seeking to any frame is exact. Other formats are decoded from the beginning."""
 _EXACT_SUBTYPES = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 _SHORT_SUBTYPES = ("PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW")
-"""The encodings whose values are 16-bit integers, so that 16-bit FLAC loses nothing."""
+"""The encodings whose values fit into 16-bit integers, so that 16-bit FLAC is lossless."""
 
 Values = NDArray[Any]
 """`[frames, channels]`, int16 or float32."""
@@ -54,12 +55,12 @@ class Made:
     """The type of the file, one of `AUDIO_TYPES`."""
     seconds: float
     data: bytes | None
-    """The content; None if the file at `path` can be used as it is."""
+    """The content; None if the file at `path` can be used without changes."""
     path: str = ""
 
 
 class Recordings:
-    """A reader of clips' audio. It keeps the last recording open, since its next part is likely to be read next."""
+    """A reader of the audio of clips. It keeps the last recording open, since the next clip is often a part of it."""
 
     def __init__(self) -> None:
         self._clip: Clip | None = None
@@ -79,7 +80,7 @@ class Recordings:
 
         Args:
             clip: The clip; its path is absolute.
-            with_data: Whether to return the content of files that can be used as they are.
+            with_data: Whether to return the content of files that can be used without changes.
 
         Raises:
             RowError: If the audio cannot be decoded.
@@ -110,7 +111,7 @@ class Recordings:
             opus = opus_of(file, form, clip.path)
         if opus is None:
             return None
-        original = self._open(clip)  # It raises RowError if the file is truncated.
+        original = self._open(clip)  # This call raises RowError if the file is truncated.
         seconds, wanted = check_audio(opus), original.frames / original.samplerate
         if seconds < MIN_SHARE * wanted:
             raise RowError("broken", f"{seconds:.2f} of {wanted:.2f} s could be copied")
@@ -161,10 +162,10 @@ class Recordings:
         return self._file
 
     def _spooled(self, rate: int, channels: int, blocks: Iterator[Values], num_bytes: int) -> soundfile.SoundFile:
-        """Decode a whole recording into a temporary file, and return that file, opened for reading.
+        """Decode a whole recording to a temporary file, and return this file, opened for reading.
 
         Raises:
-            RowError: If it decodes to more values than is plausible for its size in bytes, or is too long.
+            RowError: If the recording has more values than is plausible for its size in bytes, or is too long.
             OSError: If the temporary file cannot be written.
         """
         most, num = MAX_VALUES_PER_BYTE * num_bytes + _FREE_VALUES, 0
@@ -211,7 +212,7 @@ def _written(file: soundfile.SoundFile, channel: int | None, first: int, num_fra
 
     Raises:
         RowError: If the audio cannot be decoded, or is too long for a WAV file.
-        _AboveFullScale: If it cannot be written as FLAC because of values above full scale.
+        _AboveFullScale: If the audio cannot be written as FLAC because of values above full scale.
     """
     channels = 1 if channel is not None or file.channels > _FLAC_CHANNELS else file.channels
     if kind == "wav" and (size := 4 * num_frames * channels) > MAX_FILE_BYTES:
@@ -246,7 +247,7 @@ def _blocks(file: soundfile.SoundFile, clip: Clip) -> Iterator[Values]:
 
 
 def _broken(clip: Clip, error: Exception) -> RowError:
-    """Return an error that states why the audio of a clip cannot be decoded.
+    """Return the error for a clip whose audio cannot be decoded.
 
     Raises:
         OSError: If the file cannot be read from the disk.
@@ -262,10 +263,10 @@ def _broken(clip: Clip, error: Exception) -> RowError:
 
 
 def _read(file: soundfile.SoundFile, frames: int) -> Values:
-    """Return the next frames of a file, `[frames, channels]`, as int16 if that is lossless, else as float32.
+    """Return the next frames of a file, `[frames, channels]`, as int16 if that is lossless, and otherwise as float32.
 
     Raises:
-        RowError: If a value is not finite (`nan`) or not audio (`out_of_range`).
+        RowError: If a value is not finite (`nan`) or larger than `MAX_LEVEL` (`out_of_range`).
     """
     if file.subtype in _SHORT_SUBTYPES:
         return file.read(frames, dtype="int16", always_2d=True)
@@ -280,7 +281,7 @@ def _read(file: soundfile.SoundFile, frames: int) -> Values:
 
 
 def _selected(values: Values, channel: int | None) -> Values:
-    """Return one channel, or all channels, or their mean if there are more than FLAC supports."""
+    """Return one channel or all channels. If there are more channels than FLAC supports, their mean is returned."""
     if channel is not None:
         return values[:, channel : channel + 1]
     if values.shape[1] > _FLAC_CHANNELS:
@@ -325,7 +326,7 @@ def _content(clip: Clip) -> bytes:
 
 
 def _stream(clip: Clip) -> IO[bytes]:
-    """Open the audio file that a clip is a part of."""
+    """Open the audio file that contains a clip."""
     if clip.data is not None:
         return io.BytesIO(clip.data)
     file = open(clip.path, "rb")

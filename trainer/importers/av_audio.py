@@ -22,7 +22,8 @@ from trainer.importers.row import RowError
 def av_format(head: bytes, name: str) -> str | None:
     """Return FFmpeg's name for a file's format, or None if libsndfile should read the file.
 
-    FFmpeg is always told the format. If FFmpeg guessed the format, a playlist could make it open other files and URLs.
+    The format is always passed to FFmpeg. If FFmpeg guessed the format, a playlist could make it open other files and
+    URLs.
 
     Args:
         head: The first bytes of the file.
@@ -36,7 +37,7 @@ def av_format(head: bytes, name: str) -> str | None:
         return "asf"
     if head[:5] == b"#!AMR":
         return "amr"
-    # In the header of an AAC frame, the layer is 0. In that of an MP3 frame, it is not.
+    # The layer is 0 in the header of an AAC frame, but not in the header of an MP3 frame.
     if len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
         return "aac"
     return "aac" if PurePath(name).suffix.lower() == ".aac" and head[:3] == b"ID3" else None
@@ -47,14 +48,14 @@ def av_audio(file: IO[bytes], form: str, name: str) -> tuple[int, int, Iterator[
 
     Args:
         file: The file.
-        form: Its format; see `av_format`.
-        name: Its name, for messages.
+        form: The format of the file; see `av_format`.
+        name: The name of the file, for messages.
 
     Returns:
         The sampling rate in Hz, the number of channels, and an iterator over the audio: `[frames, channels]` int16.
 
     Raises:
-        RowError: If the audio cannot be decoded. The iterator can raise this, too.
+        RowError: If the audio cannot be decoded. The iterator can also raise this error.
         UserError: If PyAV is not installed.
     """
     av = _av(name)
@@ -74,8 +75,8 @@ def opus_of(file: IO[bytes], form: str, name: str) -> bytes | None:
 
     Args:
         file: The file.
-        form: Its format; see `av_format`.
-        name: Its name, for messages.
+        form: The format of the file; see `av_format`.
+        name: The name of the file, for messages.
 
     Returns:
         The Ogg file, or None if the audio is not Opus.
@@ -108,7 +109,7 @@ def _av(name: str) -> Any:
         import av
     except ImportError:
         raise UserError(
-            f"{name}: needs the package av; pip install 'earshot[import]', then repeat the command"
+            f"{name}: needs the package av; pip install 'earshot[import]', then rerun the same command"
         ) from None
     return av
 

@@ -1,4 +1,4 @@
-"""Records of CSV text in which quotation marks may be misplaced."""
+"""Parsing of CSV text in which quotation marks may be misplaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXTENSION = re.compile(r"\.[A-Za-z0-9]{2,5}\s*$")
 
 @dataclass(frozen=True)
 class Record:
-    """A row of a table, or a line that is not a row, with the reason."""
+    """A row of a table, or a line that is not a row. In the second case, `problem` is the reason."""
 
     line: int
     """The number of the row's last line, or of the line that is not a row."""
@@ -49,9 +49,9 @@ def records(
     """Yield the records of a CSV file. Empty records have no cells.
 
     A quotation mark that is never closed, or that is closed by a mark in a later row, would join rows. Such a record is
-    detected if the text after the mark is malformed, or if one of its lines looks like a separate row, which has all
-    cells and, in the same column as the record, a file name with the same extension. In this case, only the lines with
-    misplaced marks are reported.
+    detected if the text after the mark is malformed, or if one of its lines looks like a separate row. This is the case
+    if the line has all cells, and has a file name with the same extension in the same column as the record. Then only
+    the lines with misplaced marks are reported.
 
     Args:
         lines: The number and the text of each line, with line breaks.
@@ -78,7 +78,9 @@ def records(
             problem = f"a quotation mark is missing or misplaced{_joined(len(source.taken))}"
             yield Record(source.taken[0][0], problem=problem)
             number, last = source.taken[-1]
-            if last.count('"') % 2:  # This line has the mark that closed the record, which is not part of its text.
+            if (
+                last.count('"') % 2
+            ):  # This line contains the misplaced mark that closed the record, so it is not read again.
                 source.taken.pop()
                 yield Record(number, problem="a quotation mark is misplaced")
             source.retry()

@@ -1,4 +1,5 @@
-"""The conversion of an importer's rows to the fields of a manifest: names, types, defaults and ids."""
+"""The conversion of an importer's rows to the fields of a manifest, with the names, types, defaults and ids of
+fields."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Common names of fields in other formats. If a row lacks a field, the first of these names that it has is used."""
 TRANSCRIPT_NAMES = ("text", "transcript", "transcription", "sentence", "txt", "normalized_text")
-"""The names of `answer` which imply that it is a transcript, so that a row without a task gets the task `asr`."""
+"""The names of the answer that imply that it is a transcript. A row without a task then gets the task `asr`."""
 DEFAULT_SPLIT = "train"
 DEFAULT_INSTRUCTION = "Transcribe the speech."
 """The instruction for samples of the task `asr` that have no instruction."""
@@ -40,20 +41,20 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_\-]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_ID_CHARS, _SHORT_ID_CHARS = 80, 64
 _OF_MESSAGES = ("instruction", "answer")
-"""The fields that a sample with `messages` lacks."""
+"""The fields that a sample with `messages` does not need."""
 _LIBRARY_FIELDS = ("original_id",)
 
 
 @dataclass(frozen=True)
 class Naming:
-    """The user's choice of names and defaults."""
+    """The names and defaults of fields that the user has chosen."""
 
     names: Mapping[str, str] = field(default_factory=dict)
-    """The names in the source of fields of the manifest (`--map`)."""
+    """Field of the manifest → its name in the source (`--map`)."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """The values of fields for rows that lack them (`--set`)."""
     shares: Mapping[str, float] = field(default_factory=dict)
-    """The share of recordings that each of these splits gets, for rows without a split (`--divide`)."""
+    """Split → the fraction of recordings that it gets. This applies to rows without a split (`--divide`)."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Ids:
 
         Args:
             original: The id in the source.
-            number: The number of the row in the source, with which the ids of two rows are made different.
+            number: The number of the row in the source. It makes the ids of two rows with the same original id
+                different.
         """
         safe = _UNSAFE.sub("-", original).strip("-")
         if safe != original or len(safe) > _MAX_ID_CHARS:
@@ -105,7 +107,7 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
 
     Args:
         row: The row.
-        number: Its number in the source.
+        number: The number of the row in the source.
         source: The source, which resolves the paths of audio files.
         naming: The user's names and defaults.
         ids: The ids that have been assigned.
@@ -162,7 +164,7 @@ def plain(value: Any) -> Any:
 
 def _named(fields: Mapping[str, Any], naming: Naming) -> tuple[dict[str, Any], bool]:
     """Return the fields under their names in a manifest, and whether the answer is known to be a transcript."""
-    # A field that the user maps is never taken from elsewhere, not even from a field with the same name.
+    # A field that the user maps is taken only from the mapped name, even if the source has a field of the same name.
     used = {*naming.names, *naming.names.values(), *_LIBRARY_FIELDS}
     named = {k: v for k, v in fields.items() if v is not None and k not in used}
     named |= {new: fields[old] for new, old in naming.names.items() if fields.get(old) is not None}
@@ -259,15 +261,15 @@ def _set_defaults(fields: dict[str, Any], naming: Naming, is_transcript: bool) -
 
 
 def _recording(clip: Clip, source: Source) -> str:
-    """Return a text that is the same for all parts of a recording, and differs between recordings."""
-    if clip.data is not None:  # Its name only shows the type, so several recordings may have the same one.
+    """Return a text that identifies a recording. It is the same for all parts of the recording."""
+    if clip.data is not None:  # The name shows only the type, so several recordings may have the same name.
         return hashlib.blake2b(clip.data, digest_size=16).hexdigest()
     path = os.path.relpath(clip.path, source.folder)
     return path if clip.span is None else f"{path}:{clip.span[0]}"
 
 
 def _split_of(recording: str, shares: Mapping[str, float]) -> str:
-    """Return the split of a recording, which does not depend on the other rows."""
+    """Return the split of a recording. It does not depend on other rows."""
     digest = hashlib.blake2b(recording.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     place = int.from_bytes(digest, "big") / 2**64
     for split, share in shares.items():
@@ -291,7 +293,8 @@ def _check_text(value: Any) -> None:
 
 
 def _default_id(clips: tuple[Clip, ...], number: int) -> str:
-    """Return an id for a row without one, which is the name and the start of its first clip, or its number."""
+    """Return an id for a row that has none. It consists of the name and the start of its first clip, or of its
+    number."""
     if not clips or not clips[0].path:
         return f"row-{number:08d}"
     start = f"-{round(clips[0].start * 1000):08d}" if clips[0].start else ""

@@ -1,4 +1,4 @@
-"""The rows that an importer yields. The same code turns the rows of all importers into samples."""
+"""The rows that importers yield. The same code converts the rows of all importers to samples."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ class RowError(Exception):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
-        return RowError, (self.reason, self.detail)  # Workers send it to the main process.
+        return RowError, (self.reason, self.detail)  # Worker processes send errors to the main process as pickles.
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A reference to audio: a file, a part of a file's bytes, or bytes."""
+    """A reference to audio, which is stored in a file, in a part of a file, or in memory."""
 
     path: str = ""
-    """The file, relative to the folder of the audio, or absolute. With `data`, only a name that shows the type."""
+    """The path of the file, absolute or relative to the folder of the audio. If `data` is set, only a name that shows
+    the type of the audio."""
     data: bytes | None = None
-    """The content of an audio file that is stored within another file."""
+    """The content of an audio file that was stored within another file; None if the audio is read from `path`."""
     span: tuple[int, int] | None = None
     """The first byte and the number of bytes of an audio file within `path`; None for the whole file."""
     start: float = 0.0
     """The beginning of the part that is used, in seconds."""
     seconds: float | None = None
-    """The length of the part that is used; None for everything from `start` on."""
+    """The length of the part that is used, in seconds; None for all audio after `start`."""
     channel: int | None = None
     """The channel that is used, counted from 0; None for all channels."""
 

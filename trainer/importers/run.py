@@ -17,7 +17,7 @@ from trainer.importers.work import Item, outcomes
 
 _CHUNK_ROWS, _MOST_CHUNK_ROWS = 32, 1024
 _CHUNK_BYTES = 16 << 20
-_CHANGED = "the source has changed since the import began; delete the output, then repeat the command"
+_CHANGED = "the source has changed since the import began; delete the output, then rerun the same command"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ImportReport:
 
     @property
     def skipped_fraction(self) -> float:
-        """The share of the rows that were skipped."""
+        """The fraction of the rows that were skipped."""
         return sum(self.totals.skipped.values()) / max(1, self.totals.num_rows)
 
 
@@ -53,8 +53,8 @@ def run_import(
         source: The file or folder that is imported.
         naming: The names and defaults of fields.
         sink: The output.
-        identity: Everything that determines the output, as JSON. An unfinished import is continued only if it has
-            the same identity.
+        identity: The values that determine the output, as JSON. An unfinished import is resumed only if it has the same
+            identity.
         jobs: The number of processes that prepare audio.
         on_progress: A function that is called with the number of rows that are done.
 
@@ -111,7 +111,8 @@ def _after(items: Iterator[Item], num: int, digest: str) -> Iterator[Item]:
 
 
 def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Yield the items in lists, each of which is for one process. Consecutive parts of a recording stay together."""
+    """Yield the items in lists, each of which one process handles. Consecutive parts of a recording are in the same
+    list."""
     chunk: list[Item] = []
     num_bytes, path = 0, ""
     for item in items:

@@ -1,6 +1,6 @@
 """The outputs of an import: a manifest with a folder of audio, shards, or nothing.
 
-Each output keeps a journal, so that an import that was killed can continue after the last rows that were written.
+Each output keeps a journal, so that an import that was killed can resume after the last rows that were written.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class Totals:
 
 
 class Sink:
-    """An output that counts the samples but does not write them."""
+    """An output that only counts the samples. Subclasses also write them."""
 
     def __init__(self, target: Target = Target()) -> None:  # noqa: B008 (frozen)
         self.target = target
         self.totals = Totals()
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Open the output, and set `totals` to those of an unfinished import of the same rows.
+        """Open the output. If it contains an unfinished import of the same rows, set `totals` to its counts.
 
         Raises:
             UserError: If the output contains anything else.
@@ -85,7 +85,8 @@ class Sink:
 
 
 class ManifestSink(Sink):
-    """Writes `manifest.jsonl`, `skipped.jsonl` and a folder with the audio that had to be cut or converted."""
+    """An output that consists of `manifest.jsonl`, `skipped.jsonl`, and a folder with audio that had to be cut or
+    converted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
@@ -148,7 +149,7 @@ class ManifestSink(Sink):
 
 
 class ShardSink(Sink):
-    """Writes shards in a folder or a bucket, in the order of the rows."""
+    """An output that consists of shards in a folder or a bucket, in the order of the rows."""
 
     def __init__(self, store: Store, limits: ShardLimits) -> None:
         super().__init__(Target(with_data=True))

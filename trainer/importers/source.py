@@ -1,4 +1,4 @@
-"""Reading of imported files. Files outside the given folders are read only with `--follow`. No command is run."""
+"""Access to imported files. Files outside the given folders are read only with `--follow`. Commands are never run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Source:
 
     @cached_property
     def folder(self) -> Path:
-        """`path` itself if it is a folder, else the folder that contains it."""
+        """The folder of the source. It is `path` if this is a folder, and otherwise the folder that contains it."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
@@ -56,23 +56,23 @@ class Source:
 
     @cached_property
     def roots(self) -> tuple[Path, ...]:
-        """The folders whose files may be read without `follow`, without symbolic links."""
+        """The folders whose files may be read without `follow`. Symbolic links in their paths are resolved."""
         return tuple(dict.fromkeys(folder.resolve() for folder in (self.folder, self.base)))
 
     def audio_file(self, text: str) -> Path:
-        """Return the absolute path of an audio file, without symbolic links.
+        """Return the absolute path of an audio file. Symbolic links are resolved.
 
         Args:
             text: The path as it is written in the source.
 
         Raises:
-            UserError: If a disk error or missing permissions prevent looking for the file.
+            UserError: If the existence of the file cannot be checked because of a disk error or missing permissions.
             RowError: If `text` is a command (`pipe`), a URL (`url`), not a path (`wrong_type`), outside the source
                 without `follow` (`outside`), or not an existing regular file (`no_file`).
         """
         check_path_text(text)
         real = self._inside(self.base / text, text)
-        if _SURROGATE.search(str(real)):  # It could not be written to a manifest.
+        if _SURROGATE.search(str(real)):  # A manifest cannot contain this path.
             raise RowError("wrong_type", f"{short(str(real))} is not UTF-8; rename it")
         return real
 
@@ -103,7 +103,7 @@ class Source:
             decompress: Whether the content of `*.gz` is decompressed.
 
         Raises:
-            UserError: If it cannot be read, or is a link to a file outside the source.
+            UserError: If the file cannot be read, or is a link to a file outside the source.
         """
         try:
             if path != self.path:
@@ -219,7 +219,8 @@ def _is_plain_file(path: Path) -> bool:
     """Return whether `path` is an existing regular file.
 
     Raises:
-        UserError: If a disk error or missing permissions prevent finding out. Such rows must not be skipped.
+        UserError: If this cannot be checked because of a disk error or missing permissions. The row must then not be
+            skipped.
     """
     try:
         return stat.S_ISREG(path.stat().st_mode)
@@ -228,11 +229,13 @@ def _is_plain_file(path: Path) -> bool:
     except OSError as error:
         if error.errno in _ABSENT:
             return False
-        raise UserError(f"{path}: {error.strerror}; check the disk and permissions, then repeat the command") from None
+        raise UserError(
+            f"{path}: {error.strerror}; check the disk and permissions, then rerun the same command"
+        ) from None
 
 
 def check_path_text(text: Any) -> None:
-    """Check that `text` can be a path, which means that it is not a command, not a URL and not empty.
+    """Check that `text` can be a path. It must not be a command, a URL or empty.
 
     Raises:
         RowError: If it cannot be a path.

@@ -26,7 +26,7 @@ from trainer.importers.source import Source
 
 @dataclass(frozen=True)
 class Importer:
-    """A format."""
+    """A format that can be imported."""
 
     rows: Callable[[Source], Iterator[Row]]
     """The function that yields the rows of a source."""

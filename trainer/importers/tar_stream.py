@@ -37,8 +37,8 @@ def tar_members(
 
     Yields:
         The number of the tar among the concatenated tars, the name of the file, and its content. The content is empty
-        if it is not wanted, and an error if it is not read because the file is a link, sparse, special, or larger than
-        `MAX_FILE_BYTES`.
+        if it is not wanted. If the file is a link, sparse, special, or larger than `MAX_FILE_BYTES`, an error takes the
+        place of the content.
 
     Raises:
         RowError: If the rest of the tar is damaged, or the tar does not end with an end mark (`broken`).
@@ -63,19 +63,19 @@ def tar_members(
                 part += 1
         except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise UserError(f"{path}: {error.strerror}; repeat the command to continue") from None
+                raise UserError(f"{path}: {error.strerror}; rerun the same command to resume") from None
             raise _broken(path, last, error) from None
         except (zlib.error, lzma.LZMAError) as error:
             raise _broken(path, last, error) from None
 
 
 class _Forward:
-    """A stream that is read in one pass. tarfile can seek forward, and a short distance back."""
+    """A stream that is read in one pass. Only seeking forward, or a short distance back, is possible."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._last = b""
-        """The last bytes that were read from the stream."""
+        """The bytes that were read last from the stream, at most `_KEPT_BYTES`."""
         self._end = 0
         """The number of bytes that were read from the stream."""
         self._place = 0
@@ -95,7 +95,7 @@ class _Forward:
         return known + new
 
     def seek(self, place: int) -> None:
-        """Seek to a place, or to the end of the stream if that comes first."""
+        """Seek to a position, or to the end of the stream if the stream ends before it."""
         if place < self._end - len(self._last):
             raise tarfile.ReadError(f"damaged header before byte {self._place}")
         self._place = min(place, self._end)

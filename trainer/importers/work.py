@@ -1,4 +1,4 @@
-"""The part of an import that runs in several processes, which is the preparation of samples' audio."""
+"""The part of an import that runs in several processes. It prepares the audio of samples."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Item:
     """A row of the source, with its sample if it could be converted."""
 
     where: str
-    """The place in the source."""
+    """The place of the row in the source, for messages."""
     sample: Sample | None
     error: RowError | None
     """The reason why there is no sample."""
     digest: str
     """A hash of this and all earlier rows."""
     number: int
-    """The number of rows before it."""
+    """The number of rows before this row."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def outcomes(chunks: Iterable[Sequence[Item]], target: Target, jobs: int) -> Ite
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            "a process of the import was killed; repeat the command to continue, with fewer --jobs"
+            "a process of the import was killed; rerun the same command with fewer --jobs to resume"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -138,12 +138,12 @@ def _outcome(item: Item, recordings: Recordings, target: Target) -> Outcome:
         return Outcome(_without_data(item), RowError(error.reason, error.detail))
     except OSError as error:  # No row may be skipped because of a problem with the disk.
         problem = f"{error.filename or 'its audio'}: {error.strerror or error}"
-        raise UserError(f"{item.where}: {problem}; repeat the command to continue") from None
+        raise UserError(f"{item.where}: {problem}; rerun the same command to resume") from None
     seconds = sum(m.seconds for m in made)
     clips = tuple((m.kind, m.data or b"") for m in made) if target.with_data else ()
     audio: tuple[str, ...] = ()
     if target.folder is not None:
-        # Keys contain no dots, so a clip of `conv` never has the same name as a clip of `conv-1`.
+        # Keys contain no dots, so the clips of two samples never have the same file name.
         number = [f".{i}" if len(made) > 1 else "" for i in range(len(made))]
         audio = tuple(
             _stored(m, target.folder, item.number // _FOLDER_ROWS, sample.key + n)
@@ -153,7 +153,7 @@ def _outcome(item: Item, recordings: Recordings, target: Target) -> Outcome:
 
 
 def _without_data(item: Item) -> Item:
-    """Return the item without the content of its clips, which would otherwise be sent between processes again."""
+    """Return the item without the content of its clips, which need not be sent back to the main process."""
     assert item.sample is not None
     if all(clip.data is None for clip in item.sample.clips):
         return item
@@ -162,7 +162,8 @@ def _without_data(item: Item) -> Item:
 
 
 def _stored(made: Made, folder: Path, part: int, name: str) -> str:
-    """Return the path of a clip, which is written to a part of `folder` unless the original file can be used."""
+    """Return the path of a clip. Unless the original file can be used, the clip is written to a subfolder of
+    `folder`."""
     if made.data is None:
         return made.path
     place = f"{AUDIO_FOLDER}/{part:05d}/{name}.{made.kind}"
@@ -177,5 +178,5 @@ def _stored(made: Made, folder: Path, part: int, name: str) -> str:
         with os.fdopen(descriptor, "wb") as file:
             file.write(made.data)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); repeat the command to continue") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); rerun the same command to resume") from None
     return place

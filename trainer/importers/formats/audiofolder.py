@@ -1,4 +1,4 @@
-"""Folders of audio in the layout of the datasets library: with a metadata file, or with one folder per label."""
+"""Folders of audio in the layout of the datasets library, with a metadata file or with one folder per label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora in the form in which their publishers distribute them: Common Voice, FLEURS and GigaSpeech."""
+"""The corpora Common Voice, FLEURS and GigaSpeech, in the layout in which they are distributed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _items(source: Source, path: Path, name: str) -> Iterator[dict[str, Any]]:
     text, is_inside = "", False
     with source.open(path) as file:
         while True:
-            # The block size grows with the object that is being read, so that the time is linear in its size.
+            # The block size grows with the size of the current object, so that the total time is linear in its size.
             try:
                 block = file.read(max(_BLOCK_BYTES, len(text)))
             except (OSError, EOFError, zlib.error) as error:

@@ -19,14 +19,14 @@ _OPTIONS_WITHOUT_VALUE = {
     "cat": set(),
 }
 _OPTIONS_WITH_VALUE = {"sph2pipe": {"-f": ("wav", "rif"), "-c": ("1", "2")}, "flac": {}, "cat": {}}
-"""The options of programs that only decode a file, with the values that they may have."""
+"""The options with a value of programs that only decode a file, and the allowed values."""
 _BYTE_HEADER = 64
 
 
 def rows(source: Source) -> Iterator[Row]:
     """Yield one row per segment, or per recording if there is no file `segments`.
 
-    The tables are held in memory, with about 500 bytes per utterance.
+    The tables are kept in memory, and need about 500 bytes per utterance.
 
     Raises:
         UserError: If `wav.scp` is missing, or a line of a table is not UTF-8.
@@ -130,14 +130,15 @@ def _decoded_file(entry: str) -> Clip:
 
 
 def _ark_clip(source: Source, path: str, first: int) -> Clip:
-    """Return the audio at a position in an ark file from kaldiio: a WAV file, or `AUDIO`, a length and a file."""
+    """Return the audio at a position in an ark file. kaldiio writes a WAV file, or `AUDIO`, a length and an audio
+    file."""
     real = source.audio_file(path)
     try:
         with open(real, "rb") as file:
             file.seek(first)
             head = file.read(_BYTE_HEADER)
     except OSError as error:
-        raise UserError(f"{real}: cannot be read ({error.strerror}); repeat the command to continue") from None
+        raise UserError(f"{real}: cannot be read ({error.strerror}); rerun the same command to resume") from None
     if head[:4] == b"RIFF" and len(head) >= 8:
         return Clip(path, span=(first, int.from_bytes(head[4:8], "little") + 8))
     if head[:5] == b"AUDIO" and len(head) > 5 and 0 < head[5] <= 8:

@@ -16,7 +16,8 @@ from trainer.importers.tar_stream import tar_members
 from trainer.scoring.fields import is_amount
 
 _Stored = tuple[str, Clip | RowError | None, float | None]
-"""The id, the audio (or the reason why it cannot be read) and the duration in seconds of a recording in a Shar tar."""
+"""A recording in a Shar tar: its id, its audio or the reason why the audio cannot be read, and its duration in
+seconds."""
 _TOLERANCE_SEC = 1e-3
 """The largest difference between durations that is attributed to rounding."""
 _FIELDS = ("language", "speaker", "gender")
@@ -80,7 +81,8 @@ def _rows_of_cut(row: Row, stored: _Stored | None) -> Iterator[Row]:
 
 
 def _audio(cut: Mapping[str, Any], stored: _Stored | None) -> tuple[Clip, float, float, bool]:
-    """Return the recording of a cut, the start and length of the cut in the recording, and whether it is all of it."""
+    """Return the recording of a cut, the start and length of the cut in seconds, and whether it is the whole
+    recording."""
     if cut.get("type", "MonoCut") != "MonoCut":
         raise RowError("unsupported", f"a cut of the type {short(cut['type'])}; only MonoCut is supported")
     start, seconds = _number(cut, "start"), _number(cut, "duration")
@@ -147,7 +149,7 @@ def _number(item: Mapping[str, Any], name: str) -> float:
 
 
 def _recordings(source: Source, path: Path) -> Iterator[_Stored]:
-    """Yield the recordings of a Shar tar: pairs of a file with audio and one with its description.
+    """Yield the recordings of a Shar tar, each of which is a file with audio followed by a file with its description.
 
     Raises:
         RowError: If the tar is damaged.

@@ -1,4 +1,4 @@
-"""CSV and TSV files with a header."""
+"""CSV and TSV files, with a header or with the columns that the user names."""
 
 from __future__ import annotations
 

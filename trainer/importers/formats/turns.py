@@ -1,4 +1,5 @@
-"""The common form of conversations in several formats: roles, text with a tag for each clip, and the clips."""
+"""The common form of conversations in several formats. It consists of roles, text with a tag for each clip, and the
+clips."""
 
 from __future__ import annotations
 
@@ -24,14 +25,14 @@ class Message:
     text: str
     """The text, with `AUDIO_TAG` in place of each clip."""
     loss: bool | None = None
-    """Whether the model is trained on the answer; None if the source does not say."""
+    """Whether the model is trained on the answer; None if the source does not specify it."""
 
 
 def fields_of_messages(messages: Sequence[Message], audio: Sequence[Any]) -> dict[str, Any]:
     """Return the fields of a conversation.
 
-    One question that begins with its clips and one answer become `instruction` and `answer`. Any other conversation
-    becomes `messages`. Clips without a tag are placed at the beginning of the user's first message.
+    A single question that begins with its clips, followed by one answer, becomes `instruction` and `answer`. Any other
+    conversation becomes `messages`. Clips without a tag are placed at the beginning of the user's first message.
 
     Args:
         messages: The conversation.

@@ -1,4 +1,4 @@
-"""WebDataset tars from other programs, whose files the webdataset library groups into samples."""
+"""WebDataset tars from other programs. The webdataset library groups their files into samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TWICE = ".~twice"
 def rows(source: Source) -> Iterator[Row]:
     """Yield the samples in one tar, or in all tars in a folder.
 
-    A sample may have audio, `.json` with its fields, `.txt` with its text, and `.cls` with its label. Nothing is
+    A sample may have audio, `.json` with its fields, `.txt` with its text, and `.cls` with its label. No data is
     unpickled.
 
     Raises:
@@ -104,7 +104,7 @@ def _fields(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ordered(files: Mapping[str, bytes]) -> list[str]:
-    """Return the names of the audio files: one, or several that are numbered."""
+    """Return the names of the audio files in the order of their numbers. A single file need not have a number."""
     names = [name for name in files if _kind(name) in (*AUDIO_TYPES, *_OTHER_AUDIO)]
     stems = [name.rpartition(".")[0] for name in names]
     if len(names) == 1 and not stems[0]:
