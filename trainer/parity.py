@@ -250,7 +250,7 @@ def _llm_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[st
 
 
 def gradients_of(step: Step) -> dict[str, Tensor]:
-    """Return all gradients by the parameter's name. The topology must have no tensor and pipeline parallelism.
+    """Return all gradients by the parameter's name. The topology must have neither tensor nor pipeline parallelism.
 
     Collective: every rank of the world must call it.
     """

@@ -21,7 +21,7 @@ FORMER_KEYS = {
 """For each former dotted key, the last part of its present name. The section is the same."""
 
 FORMER_SWITCHES = {"telemetry.mlflow": ("trackers", {True: ["mlflow"], False: []})}
-"""For each former key that was true or false, the last part of the key that replaces it, and the values that do so."""
+"""For each former boolean key, the last part of its present name, and the values that replace true and false."""
 
 FORMER_VALUES = {"model.router.gates": FORMER_GATES}
 """For each dotted key of a list, the present names of its items by their former names."""

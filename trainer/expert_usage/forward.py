@@ -1,4 +1,4 @@
-"""The profile of a dataset whose clips the router of a checkpoint routes, in one process and without training.
+"""The profile of a dataset. One process routes its clips with the router of a checkpoint, without training.
 
 The weights of the checkpoint are loaded in fp32 into the single-process `AudioTower`. Only the primary encoder and the
 router process all clips. The encoder experts process a few clips, on which they are timed.

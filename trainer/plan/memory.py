@@ -128,7 +128,7 @@ class MemoryModel:
     travelling: int
     """The bytes of audio embeddings and tokens that one rank sends and receives in a step."""
     largest_group: tuple[int, ...]
-    """The bytes of fp32 parameters that AdamW updates together on the audio side, by place in the same group."""
+    """The bytes of the audio side's fp32 parameters that AdamW updates together, by place, as for `audio`."""
 
     def of(self, stage: int, place: int, states: States) -> RankMemory:
         """Return the peak memory, over the phases of a step, of the ranks of `stage` at `place`."""

@@ -208,7 +208,7 @@ class Step:
         return TokenLoad.of(step, num_steps, mixture.experts, mixture.layers, self.kinds, sums)
 
     def share(self, batch: Batch, notes: Sequence[float] | Floats = (), *, training: bool = True) -> Shared:
-        """Exchange the descriptions of the ranks' parts of a global batch, and return that of the whole batch.
+        """Gather the descriptions of the ranks' parts of a global batch, and return a description of the whole batch.
 
         Collective: every rank of the world must call it.
 
