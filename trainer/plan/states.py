@@ -190,8 +190,8 @@ def audio_states(
         if parameter.requires_grad and not setting.frozen:
             learned += share
             groups.add((setting.lr, setting.weight_decay, expert and topology.ep > 1))
-    # A master copy exists even with fp32 weights. DeepSpeed would use the weights themselves, but the condition for this
-    # compares a torch.device with a string, which is always false.
+    # A master copy exists even with fp32 weights. DeepSpeed would use the weights themselves, but it checks this by
+    # comparing a torch.device with a string, which is always false.
     optimizer = learned * FP32_BYTES * (_MOMENTS + 1) + len(groups) * _STEP_BYTES
     return States(
         0 if offload.weights else total * dtype.itemsize,
