@@ -1,1 +1,2 @@
-"""The speech-text model in plain PyTorch: reads as single-device code and imports nothing of `trainer/`."""
+"""The speech-text model in plain PyTorch. The code is written for a single device and imports nothing from
+`trainer/`."""

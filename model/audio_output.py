@@ -11,7 +11,7 @@ from model.router import Routing
 
 @dataclass(frozen=True)
 class AudioOutput:
-    """The output of `AudioTower` for B clips, of which each has S audio tokens."""
+    """The output of `AudioTower` for B clips, each of which has S audio tokens."""
 
     embeddings: Ragged
     """The audio embeddings [ΣS, H] that the LLM reads, in the order of the clips."""

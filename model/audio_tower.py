@@ -1,8 +1,9 @@
-"""The audio tower, which is the part of the model before the LLM: encoders, router, mixture, adapter and projector.
+"""The audio tower, which consists of the parts of the model before the LLM: encoders, router, mixture, adapter and
+projector.
 
-The callable `encode` is the only part that depends on parallelism. Given the names of encoders and the clips that each
-must encode, it returns their features. `encode_here` computes them in this process. The trainer passes a callable that
-sends clips to the encoder ranks.
+The callable `encode` is the only part that depends on parallelism. It receives the names of encoders and the clips that
+each of them must encode, and returns the features. `encode_here` computes them in this process. The trainer passes a
+callable that sends clips to the encoder ranks.
 
 Shapes: B clips, T audio samples, F frames, S audio tokens, D width, H width of the LLM, K experts.
 """
@@ -50,7 +51,8 @@ class AudioTower(nn.Module):
         config: The config of the whole model.
         llm_dim: The width H of the LLM.
         vocab_size: The size of the tokenizer's vocabulary, for the prompt gate and the loss heads.
-        held: The names of the experts to build in this process; None for all experts. The others cannot be called here.
+        held: The names of the experts to build in this process; None for all experts. Other experts cannot be called in
+            this process.
         embedding_rms: The root mean square of the LLM's token embeddings, to which `model.adapter.normalize` initially
             scales the audio embeddings.
     """
@@ -85,7 +87,7 @@ class AudioTower(nn.Module):
         if streams and config.router.join == "add":
             joined = width
             self.stream_projection = nn.Linear(streams, width, bias=False)
-            nn.init.zeros_(self.stream_projection.weight)  # so that added encoders do not change the initial loss
+            nn.init.zeros_(self.stream_projection.weight)  # Added encoders then do not change the initial loss.
         self.adapter = _seeded("adapter", lambda: build_adapter(config.adapter, joined))
         self.projector = _seeded("projector", lambda: nn.Linear(self.adapter.dim, llm_dim, config.adapter.bias))
         self.feature_norm: nn.Module | None = None
@@ -181,7 +183,7 @@ class AudioTower(nn.Module):
     def _join(
         self, primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, frames: tuple[int, ...]
     ) -> AudioOutput:
-        """Return the output for the features of all encoders; see `mix`."""
+        """Compute the output from the features of all encoders. For the arguments, see `mix`."""
         joined = mix(primary, experts, routing, frames)
         if self.stream_projection is not None:
             assert primary is not None
@@ -199,7 +201,7 @@ class AudioTower(nn.Module):
     def _join_recomputed(
         self, primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, frames: tuple[int, ...]
     ) -> AudioOutput:
-        """Return what `_join` returns, and keep only its arguments and its result for the backward pass."""
+        """Compute the result of `_join`, keeping only its arguments and its result for the backward pass."""
         given = [] if primary is None else [primary]
         given += experts
         lengths: list[tuple[int, ...]] = []
@@ -213,7 +215,7 @@ class AudioTower(nn.Module):
             lengths[:] = [part.lengths for part in found]
             return tuple(part.values for part in found)
 
-        # The first argument makes the result require a gradient even if none flows into the features (`call_layer`).
+        # Reentrant checkpointing needs an input that requires a gradient, even if the features do not require one.
         through = torch.zeros((), device=self.projector.weight.device, requires_grad=True)
         probs = None if routing is None else routing.probs
         values = checkpoint(run, through, probs, *(part.values for part in given), use_reentrant=True)

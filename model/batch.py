@@ -103,22 +103,24 @@ class Sample:
     audio_mask: Tensor
     """The positions of the placeholders, [L] bool."""
     labels: Tensor
-    """The token that each position must predict, [L] int64, or IGNORE. The labels are already shifted by one position.
+    """The token that each position must predict, [L] int64; IGNORE for positions without a loss. The labels are already
+    shifted by one position.
 
     Only the tokens of answers, and the end token after each answer, are labels. A conversation may have several
     answers.
     """
     prompt_ids: Tensor
-    """The tokens of the instruction, [P] int64; in a conversation, of its last question."""
+    """The tokens of the instruction, [P] int64. In a conversation, the instruction is the last question."""
     clip_prompt_ids: tuple[Tensor, ...] | None = None
-    """The tokens of the question that each clip belongs to, each [P] int64; None if they are `prompt_ids` for all."""
+    """For each clip, the tokens [P] int64 of the question that the clip belongs to; None if all clips have
+    `prompt_ids`."""
     texts: Mapping[str, Tensor] = field(default_factory=dict)
     """The token ids of other manifest fields that a loss reads (see `Loss.text_fields`), by the field's name."""
     meta: dict[str, Any] = field(default_factory=dict)
     answer_text: str = ""
-    """The text of the (last) answer; empty in evaluation."""
+    """The text of the answer; in a conversation, of the last one. It is empty in evaluation."""
     is_transcription: bool = False
-    """True if the answer is the transcript of the audio, and the only answer."""
+    """Whether the sample has a single answer, which is the transcript of the audio."""
 
     @property
     def num_tokens(self) -> int:
@@ -138,7 +140,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples that one rank loads for one step: its part of the global batch. It may be empty."""
+    """One rank's part of the global batch, which consists of the samples that the rank loads for one step. It may be
+    empty."""
 
     samples: tuple[Sample, ...]
 
@@ -169,7 +172,8 @@ class Batch:
 
     @cached_property
     def prompts(self) -> Ragged:
-        """The input of the prompt gate: for each clip, the tokens of the question it belongs to, `[ΣP]` int64."""
+        """For each clip, the tokens of the question that the clip belongs to, `[ΣP]` int64. The prompt gate reads
+        them."""
         none = torch.zeros(0, dtype=torch.int64)
         of_clips = (s.clip_prompt_ids or (s.prompt_ids,) * len(s.clips) for s in self.samples)
         return Ragged.of([ids for own in of_clips for ids in own], like=none)

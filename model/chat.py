@@ -1,7 +1,7 @@
 """Rendering of a tokenizer's chat template within a time limit, since the template is not trusted.
 
-transformers renders templates in a sandbox. In the sandbox, a template cannot access files or other objects, but it can
-loop for years, and it can raise any error.
+transformers renders templates in a sandbox. A template in the sandbox cannot access files or other objects. It can
+still run for an unlimited time, and raise any error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ LIMIT_SEC = 10.0
 
 
 class _Overdue(BaseException):
-    """Raised in the rendering thread. It is not an Exception, so that no handler in between catches it."""
+    """Raised in the rendering thread. It is not an Exception, so that handlers in the template's code do not catch
+    it."""
 
 
 class ChatError(UserError):
@@ -28,8 +29,8 @@ class ChatError(UserError):
 
     Args:
         where: The template.
-        reason: What is wrong, as the rest of a sentence that begins with the template.
-        remedy: What the user can do.
+        reason: The problem, as the rest of a sentence whose subject is the template.
+        remedy: The action that solves the problem.
     """
 
     def __init__(self, where: str, reason: str, remedy: str) -> None:
@@ -68,7 +69,7 @@ def render_chat(
 
 
 def _within(limit_sec: float, work: Callable[[], Any]) -> Any:
-    """Call `work` and return its result. Raise `_Overdue` in it if it takes longer than `limit_sec`.
+    """Call `work` and return its result. If `work` takes longer than `limit_sec`, `_Overdue` is raised within it.
 
     `work` must run Python code, since a single long call of C code cannot be interrupted.
     """

@@ -211,12 +211,12 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """The factor on the adapter's output."""
+        """The factor by which the adapter's output is multiplied."""
         return self.alpha / self.rank
 
 
 def is_factor(name: str) -> bool:
-    """Return True if the parameter `name` is one of the two factors of an adapter."""
+    """Return whether the parameter `name` is one of the two factors of a low-rank adapter."""
     return name.endswith((".lora_A", ".lora_B"))
 
 

@@ -32,7 +32,7 @@ class Conv1d(nn.Conv1d):
 
 
 def use_matrix_products(module: nn.Module, devices: Sequence[str] = ("cpu",)) -> None:
-    """Make every `nn.Conv1d` in `module`, including those with weight norm, compute in the same way as `Conv1d`.
+    """Make every `nn.Conv1d` in `module` compute its result in the same way as `Conv1d`, even if it has weight norm.
 
     Args:
         module: The module, which is changed in place.

@@ -1,4 +1,4 @@
-"""Conversations: checking and tokenization of `messages`.
+"""Checks and tokenization of conversations (`messages`).
 
 A conversation is tokenized in segments: the prompt up to the first answer, the first answer, the prompt up to the
 second answer, and so on. Training (`trainer/data`) and the exported processor share this code, so that both produce
@@ -20,7 +20,7 @@ MAX_MESSAGES = 512
 """The largest number of messages of a conversation. The chat template is rendered once for each answer."""
 _KEYS = {"role", "content", "loss"}
 _ANSWER = "Yes, 7 is what was said."
-"""An answer that no chat template contains."""
+"""An answer with which chat templates are tested. It must not occur in a chat template."""
 _BLOCK_KEYS = {"text": {"type", "text"}, "audio": {"type", "audio"}}
 
 Message = dict[str, str]
@@ -108,7 +108,7 @@ def plain_messages(turns: Sequence[Turn]) -> list[Message]:
 
 
 def audio_blocks(messages: Any) -> list[Any]:
-    """Return the value of `audio` for each clip of messages in order, and None for a clip without one.
+    """Return the value of `audio` for each clip of messages, in order; None for a clip without this field.
 
     The messages need not be valid. Everything except blocks and tags is ignored.
     """
@@ -225,7 +225,7 @@ class PromptFormat:
         """
         if self.chat is None:
             return [self.end_id]
-        # Another answer shows where the answer ends, since any text may also be a part of the template.
+        # The real answer may also occur in the template, so its end is located with an answer that does not.
         parts = self.chat(self.messages([*turns[:-1], Turn("assistant", (_ANSWER,))]), False).split(_ANSWER)
         if len(parts) != 2:
             raise ConversationError(f"the chat template contains the answer {len(parts) - 1} times")
@@ -251,7 +251,8 @@ class PromptFormat:
         return [{"role": turn.role, "content": self.content(turn)} for turn in turns]
 
     def content(self, turn: Turn) -> str:
-        """Return a turn with placeholders. A user turn is in the prompt template if no text precedes a clip."""
+        """Return the text of a turn with placeholders. The prompt template is applied to a user turn unless text
+        precedes a clip."""
         if turn.role != "user":
             return turn.text
         if any(turn.texts[:-1]):

@@ -1,4 +1,4 @@
-"""What all adapters have in common, and their construction from a recipe.
+"""The interface of adapters, and their construction from a recipe.
 
 Shapes: B clips, F frames, S audio tokens, D width. Σ denotes the sum over all clips.
 """
@@ -46,7 +46,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def kept_elements(self, frames: Sequence[int], device: str) -> int:
-        """Return the number of elements that are saved for the backward pass, for `earshot plan`.
+        """Return the number of elements that are saved for the backward pass. `earshot plan` uses it.
 
         Args:
             frames: The number of frames of each clip.

@@ -37,8 +37,8 @@ class Convolutions(Adapter):
             for a, b, stride in zip(widths, widths[1:], config.strides, strict=False)
         ]
         for layer in layers:
-            # He initialisation (arXiv 1502.01852) preserves the variance. PyTorch's default would shrink the signal to
-            # a third in each layer, and all audio tokens would initially be nearly equal.
+            # He initialization (arXiv 1502.01852) preserves the variance. With PyTorch's default, each layer would
+            # reduce the signal to a third, so that all audio tokens would initially be almost equal.
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
@@ -67,6 +67,6 @@ class Convolutions(Adapter):
                 kept += len(frames) * longest * layer.in_channels
             longest = TokenRate((stride,)).tokens_of_frames(longest)
             kept += 2 * len(frames) * longest * layer.out_channels
-            if device == "cpu":  # the unfolded windows of the convolution
+            if device == "cpu":  # The convolution also saves its unfolded windows.
                 kept += len(frames) * longest * layer.kernel_size[0] * layer.in_channels
         return kept

@@ -42,7 +42,7 @@ def grouped(features: Ragged, rate: TokenRate) -> Tensor:
 
 
 def real_frames(frames: Sequence[int], rate: TokenRate, device: torch.device) -> Tensor:
-    """Return which frames of the result of `grouped` are real and not padding, [ΣG, k] bool."""
+    """Return a mask [ΣG, k] bool of the frames in the result of `grouped` that are not padding."""
     size = group_size(rate)
     parts = [torch.arange(groups * size) < n for n, groups in zip(frames, count_groups(frames, rate), strict=True)]
     return to_device(torch.cat(parts).view(-1, size), device)

@@ -1,4 +1,5 @@
-"""The kinds of adapters that a recipe can name. This module imports nothing, so recipes are read without PyTorch."""
+"""The kinds of adapters that a recipe can name. This module has no imports, so that recipes can be read without
+PyTorch."""
 
 from __future__ import annotations
 
@@ -11,5 +12,5 @@ ADAPTERS: dict[str, object] = {
     "swiglu": "model.connectors.swiglu:SwiGLU",
     "swiglu_post_norm": "model.connectors.swiglu:SwiGLUPostNorm",
 }
-"""The adapters by the value of `model.adapter.kind`: a subclass of `model.connectors.base.Adapter`, or its place as
-`module:NAME`, which is imported at the first use. A new kind is one file and one line here; plug-ins add entries."""
+"""Value of `model.adapter.kind` → a subclass of `model.connectors.base.Adapter`, or a text `module:NAME`, which is
+imported when it is first used. A new kind needs one file and one line in this table. Plug-ins can add entries."""

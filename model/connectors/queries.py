@@ -1,9 +1,10 @@
-"""Learned queries that attend to windows of frames: a window-level Q-Former.
+"""Learned queries that attend to windows of frames, as in a window-level Q-Former.
 
 SALMONN (arXiv 2310.13289) has one query per window of 0.33 s (17 frames), and Uni-MoE (arXiv 2405.11273) 50 queries
-per 30 s. These are `strides: [17]` with `num_queries: 1`, and `strides: [1500]` with `num_queries: 50`. With
-`strides: [30]` and one query, 30 s also become 50 audio tokens, but a short clip becomes few. Unlike in BLIP-2's
-Q-Former, layers normalize their input instead of their output, and the frames of a window have position vectors.
+per 30 s. The first corresponds to `strides: [17]` with `num_queries: 1`, and the second to `strides: [1500]` with
+`num_queries: 50`. With `strides: [30]` and one query, 30 s also become 50 audio tokens, but a short clip becomes only a
+few. Unlike in BLIP-2's Q-Former, layers normalize their input instead of their output, and the frames of a window have
+position vectors.
 
 Shapes: F frames, D width of the features, C hidden width, G windows of k frames, N queries.
 """
@@ -27,9 +28,9 @@ _EXPANSION = 4
 
 
 class LearnedVectors(nn.Module):
-    """Adds a table of learned vectors [N, C] to its input [G, N, C].
+    """A module that adds a table of learned vectors [N, C] to its input [G, N, C].
 
-    It is a separate module because ZeRO-3 gathers parameters for the backward pass of modules that return tensors.
+    The table is in a separate module, because ZeRO-3 gathers parameters around the calls of modules.
     """
 
     def __init__(self, count: int, dim: int, std: float) -> None:
@@ -37,7 +38,7 @@ class LearnedVectors(nn.Module):
         self.weight = nn.Parameter(std * torch.randn(count, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum."""
+        """Return the sum of `x` [G, N, C] and the learned vectors."""
         return x + self.weight
 
 

@@ -51,6 +51,6 @@ class SwiGLU(Adapter):
 
 
 class SwiGLUPostNorm(SwiGLU):
-    """`SwiGLU` whose second norm follows the projector, as in Ultravox up to version 0.4.1."""
+    """A variant of `SwiGLU` whose second norm follows the projector, as in Ultravox up to version 0.4.1."""
 
     normalizes_embeddings = True

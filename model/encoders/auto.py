@@ -1,4 +1,4 @@
-"""Any audio encoder in transformers, given by its folder: transformers' feature extractor and model, and a self-test.
+"""A family for any audio encoder in transformers. It uses transformers' feature extractor and model, after a self-test.
 
 Shapes: B windows, T audio samples, E frames at the encoder's own rate, F frames (20 ms), D width.
 """
@@ -38,7 +38,8 @@ MIN_SAMPLES = 4800
 
 
 class AutoNetwork:
-    """Builds the audio encoder that a transformers config describes, as the network classes of other families do."""
+    """A constructor of the audio encoder that a transformers config describes. It replaces the network class of other
+    families."""
 
     def __new__(cls, hf_config: Any) -> Any:
         """Return the encoder with random weights."""
@@ -59,7 +60,7 @@ class AutoNetwork:
 
 
 class AutoEncoder(AudioEncoder):
-    """An encoder from transformers as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """An encoder from transformers as an `AudioEncoder`. The parameters under `encoder.` have transformers' names.
 
     The network stays in evaluation mode: batch norms use the statistics of the checkpoint, and dropout is off. If the
     self-test found that padding changes features, only windows of equal length are computed together. Layers are not
@@ -78,7 +79,7 @@ class AutoEncoder(AudioEncoder):
         self.extractor = make_extractor(resolved.extractor[WHOLE_EXTRACTOR])
 
     def train(self, mode: bool = True) -> AutoEncoder:
-        """Set the mode of everything but the network."""
+        """Set the mode of all modules except the network, which stays in evaluation mode."""
         super().train(mode)
         nn.Module.train(self.encoder, False)
         return self
@@ -135,7 +136,7 @@ def _refused(hf_config: Any, error: Exception) -> UserError:
 
 
 def _windowing(_config: EncoderConfig, _hf_config: Any, window_samples: int) -> Windowing:
-    """Return the windowing: windows are computed at their own length."""
+    """Return the windowing. Windows are computed at their own length, but at least at `MIN_SAMPLES`."""
     return Windowing(window_samples, MIN_SAMPLES)
 
 

@@ -1,4 +1,4 @@
-"""The interface of audio encoders, and code that families share: windows, masks, frame rates and recomputation.
+"""The interface of audio encoders, and code that families share, for windows, masks, frame rates and recomputation.
 
 A *call* is one forward pass of an encoder on a padded batch of windows. A *window* is a clip or a part of a long clip.
 
@@ -27,13 +27,14 @@ from model.transfer import to_device
 
 
 class AudioEncoder(nn.Module):
-    """A module that turns waveforms into one feature vector per 20 ms.
+    """A module that converts waveforms to one feature vector per 20 ms.
 
     The features of a clip do not depend on the other clips in the call.
 
     Args:
         dim: The width of a feature vector.
-        windowing: How clips are cut and padded. The window must be a multiple of both 320 samples and `frame_samples`.
+        windowing: The rule by which clips are cut and padded. The window must be a multiple of both 320 samples and
+            `frame_samples`.
         frame_samples: The audio samples between two frames that `encode` returns.
     """
 
@@ -80,16 +81,18 @@ class AudioEncoder(nn.Module):
         raise NotImplementedError
 
     def num_own_frames(self, samples: int) -> int:
-        """Return the number of frames at the encoder's own rate that cover `samples`. The last may be partly filled."""
+        """Return the number of frames at the encoder's own rate that cover `samples`. The last frame may be
+        incomplete."""
         return -(-samples // self.frame_samples)
 
     def set_recompute(self, enabled: bool) -> None:
-        """Choose whether to save only each layer's input, and run the layer again in the backward pass."""
+        """Choose whether the backward pass recomputes each layer from its input, which is then the only saved
+        tensor."""
         self.recompute = enabled
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters, which is correct even under ZeRO-3."""
+        """The dtype of the parameters. It is also correct if ZeRO-3 has partitioned them."""
         return next(self.parameters()).dtype
 
 
@@ -129,7 +132,8 @@ def at_mixture_rate(frames: Ragged, frame_samples: int, lengths: tuple[int, ...]
 
 
 class DrawnAsTransformers:
-    """A mixin for this project's transformers models, whose random weights are then drawn as by transformers' classes.
+    """A mixin for this project's transformers models. Their random weights are then drawn as by transformers' own
+    classes.
 
     Without this mixin, transformers (5.23) skips every module that has no direct parameters. Whisper's encoder, whose
     positions are never trained, would then keep random positions in place of its sinusoids.
@@ -141,7 +145,7 @@ class DrawnAsTransformers:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Return False. transformers asks this only when it initializes weights (`PreTrainedModel.is_custom_code`)."""
+        """Return False. transformers calls this method only when it initializes weights."""
         return False
 
 
@@ -181,7 +185,8 @@ def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def call_layer(layer: nn.Module, *args: Any, recompute: bool) -> Any:
-    """Call `layer(*args)`. With `recompute`, recompute it in the backward pass if a gradient flows into `args`.
+    """Call `layer(*args)`. If `recompute` is set and a gradient flows into `args`, the backward pass recomputes the
+    layer.
 
     Without such a gradient (in the first convolution, or the first layer above a frozen part), the layer is called
     without checkpointing, since reentrant checkpointing would lose the gradients of its parameters. Non-reentrant

@@ -41,7 +41,7 @@ CONV_STACK_DEFAULTS: dict[str, Any] = {
 
 
 class ConvStackEncoder(AudioEncoder):
-    """A network with convolutions over waveforms, as an `AudioEncoder`.
+    """An `AudioEncoder` whose network has convolutions over waveforms.
 
     The parameters under `encoder.` have transformers' names.
 
@@ -109,7 +109,7 @@ class ConvStackNetwork(DrawnAsTransformers):
         stable, encoder = getattr(self.config, "do_stable_layer_norm", False), self.encoder
         features, frames = conv_features(self.feature_extractor.conv_layers, self.config, waves, num_samples, recompute)
         hidden = self.feature_projection(features)
-        if isinstance(hidden, tuple):  # the second element is for pre-training
+        if isinstance(hidden, tuple):  # The second element is used only in pre-training.
             hidden = hidden[0]
         mask = length_mask(frames, hidden.shape[1], hidden.device)
         attention_mask = None if mask is None else mask[:, None, None].expand(-1, -1, hidden.shape[1], -1)
@@ -155,12 +155,13 @@ class MaskedPositions(nn.Module):
 
 
 def conv_stack_windowing(_config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:
-    """Return the windowing: windows are computed at their own length, or at the receptive field if that is longer."""
+    """Return the windowing. Windows are computed at their own length, but at least at the length of the receptive
+    field."""
     return Windowing(window_samples, receptive_field(hf_config.conv_kernel, hf_config.conv_stride))
 
 
 def check_conv_stack(config: EncoderConfig, hf_config: Any, frame_samples: int = FRAME_SAMPLES) -> None:
-    """Check that a transformers config requires nothing that the network does not compute.
+    """Check that the network supports all settings of a transformers config.
 
     Raises:
         UserError: If a frame does not have `frame_samples` audio samples, or a feature is not supported.
@@ -183,7 +184,8 @@ def feature_norm(hf_config: Any) -> str:
 
 
 def normalizes_as_published(hf_config: Any) -> bool:
-    """Return `do_normalize` of the published models: true for stacks with layer norm (large), false for the others.
+    """Return `do_normalize` as in published models. It is true for networks with layer norm (large), and false for
+    others.
 
     fairseq and torchaudio's pipelines use the same values.
     """
@@ -191,7 +193,7 @@ def normalizes_as_published(hf_config: Any) -> bool:
 
 
 def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
-    """Return the number of audio samples that one frame depends on."""
+    """Return the number of audio samples on which one frame depends."""
     samples = 1
     for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
         samples = (samples - 1) * stride + kernel
@@ -268,7 +270,7 @@ def conv_features(
 def add_positions(pos_conv_embed: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Add the convolutional position embedding to `hidden` [B, F, D].
 
-    Padding is first set to zero, because the convolution also sees zeros at the end of an unpadded window.
+    Padding is first set to zero, because the convolution also reads zeros after the end of an unpadded window.
     """
     if mask is not None:
         hidden = hidden.masked_fill(~mask[:, :, None], 0.0)

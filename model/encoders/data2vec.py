@@ -26,7 +26,7 @@ from model.encoders.conv_stack import (
 
 
 class RaggedPositions(MaskedPositions, Data2VecAudioPositionalConvEmbedding):
-    """transformers' convolutional positions, with padding set to zero before each of the convolutions.
+    """transformers' convolutional position embeddings, with padding set to zero before each of the convolutions.
 
     transformers sets padding to zero only before the first convolution. The output of the later convolutions then
     depends on the length of the padding.

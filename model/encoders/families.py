@@ -1,4 +1,5 @@
-"""The encoder families that a recipe can name. This module imports nothing, so recipes are read without PyTorch."""
+"""The encoder families that a recipe can name. This module has no imports, so that recipes can be read without
+PyTorch."""
 
 from __future__ import annotations
 
@@ -20,5 +21,5 @@ ENCODER_FAMILIES: dict[str, object] = {
     "ast": "model.encoders.spectrogram_transformer:AUDIO_SPECTROGRAM_TRANSFORMER",
     "auto": "model.encoders.auto:AUTO",
 }
-"""The encoder families by the value of `family` in recipes. A value is an `EncoderFamily`, or its location as
-`module:NAME`, which is imported at the first use. Plug-ins add entries."""
+"""Value of `family` in recipes → the encoder family. An entry is an `EncoderFamily`, or a text `module:NAME`, which is
+imported when it is first used. Plug-ins can add entries."""

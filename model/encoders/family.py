@@ -1,4 +1,5 @@
-"""The description of an encoder family: everything the program needs to know to build, run and size such encoders."""
+"""The description of an encoder family, with all properties that are needed to build its encoders and estimate their
+cost."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ from model.table import load_entry
 
 @dataclass(frozen=True)
 class ResolvedEncoder:
-    """Everything that is needed to build an encoder, apart from its weights."""
+    """The checked settings from which an encoder is built. The weights are not included."""
 
     hf_config: PreTrainedConfig
     windowing: Windowing
     length_mode: str
     """One of the family's `length_modes`."""
     do_normalize: bool
-    """True if each window is brought to zero mean and unit variance before it is encoded."""
+    """True if each window is normalized to zero mean and unit variance before it is encoded."""
     frame_samples: int
     """The audio samples between two frames of the encoder."""
     extractor: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +58,7 @@ def _never(_hf_config: Any) -> bool:
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """Everything that distinguishes one encoder family from another.
+    """The properties that distinguish one encoder family from another.
 
     A family consists of one instance of this class at the end of the family's file, and one line in `ENCODER_FAMILIES`
     (`model/encoders/families.py`). `docs/extending.md` shows how to add a family.
@@ -65,58 +66,61 @@ class EncoderFamily:
 
     config_class: type[PreTrainedConfig] | None
     """The transformers config. It must define `hidden_size` (the width of a feature vector) and `num_hidden_layers`.
-    Its `model_type` must be that of the checkpoints' config.json. None: the `model_type` of the checkpoint or of the
-    recipe's `config` decides."""
+    Its `model_type` must equal the `model_type` in the config.json of checkpoints. If it is None, the `model_type` of
+    the checkpoint or of the recipe's `config` determines the class."""
     network: Callable[[Any], PreTrainedModel]
     """The class of the network, which is built from a `config_class` and loads checkpoints with `from_pretrained`."""
     wrapper: Callable[[Any, ResolvedEncoder], AudioEncoder]
-    """Returns an `AudioEncoder` that wraps a network."""
+    """A function that wraps a network in an `AudioEncoder`."""
     windowing: Callable[[EncoderConfig, Any, int], Windowing]
-    """Returns how the encoder cuts and pads clips, given the recipe's fields, the transformers config and the window in
-    samples. Raises `encoder_error` if the window is impossible."""
+    """A function of the recipe's fields, the transformers config and the window in samples, which returns the rule by
+    which the encoder cuts and pads clips. It raises `encoder_error` if the window is impossible."""
     flops: Callable[[Any, int], float] | None
-    """Estimates the forward FLOPs of one window, given the transformers config and the padded window in samples. A
-    multiply-add counts as two. The estimate balances work between ranks. None: see `flops_of`."""
+    """A function of the transformers config and the padded window in samples, which estimates the forward FLOPs of one
+    window. A multiply-add counts as two. Work is divided among ranks by this estimate. None if `flops_of` is set."""
     frame_samples: int = FRAME_SAMPLES
     """The audio samples between two frames: 320 for 50 Hz, 640 for 25 Hz. `AudioEncoder` brings frames to 50 Hz."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Config fields that get these values unless the recipe sets them, even if a checkpoint has other values. They
     should include dropout and masking, since a checkpoint's config describes its pre-training."""
     check: Callable[[EncoderConfig, Any], None] = _no_check
-    """Raises `encoder_error` if a transformers config requires something that the network does not compute."""
+    """A function that raises `encoder_error` if the network does not support a setting of the transformers config."""
     length_modes: tuple[str, ...] = ("full",)
     """The valid values of the recipe field `length_mode`."""
     normalizes: Callable[[Any], bool] | None = _never
-    """Returns the default of `do_normalize` for a transformers config without a checkpoint. None: the family has no
-    such option, and setting `do_normalize` is an error."""
+    """A function that returns the default of `do_normalize` for a transformers config without a checkpoint. If it is
+    None, the family has no such option, and setting `do_normalize` is an error."""
     feature_extractor: type[FeatureExtractionMixin] | None = None
-    """The transformers class whose preprocessor_config.json says whether a checkpoint needs `do_normalize`. None: the
-    checkpoints have no such file, and `normalizes` decides."""
+    """The transformers class whose preprocessor_config.json specifies whether a checkpoint needs `do_normalize`. If it
+    is None, checkpoints have no such file, and `normalizes` determines the value."""
     features: Callable[[Any], Mapping[str, Any]] = _no_features
-    """Returns the fields that preprocessor_config.json must have for a transformers config, and their values. If there
-    are any, a checkpoint must have this file, because it describes the features that the network was trained on."""
+    """A function that returns the fields and values that preprocessor_config.json must have for a transformers config.
+    If there are any, a checkpoint must have this file, because it describes the features that the network was trained
+    on."""
     extractor_fields: Mapping[str, Any] = field(default_factory=dict)
     """The fields of preprocessor_config.json that change features and that a recipe can set in `config`, with the
     values that they have without a checkpoint."""
     check_extractor: Callable[[EncoderConfig, Mapping[str, Any]], None] = _no_extractor_check
-    """Raises `encoder_error` if a value of `extractor_fields`, from a checkpoint or the recipe, is invalid."""
+    """A function that raises `encoder_error` if a value of `extractor_fields`, from a checkpoint or the recipe, is
+    invalid."""
     containers: Mapping[str, str] = field(default_factory=dict)
-    """The `model_type` of larger models whose checkpoints hold the encoder, and the field of their config.json that
-    describes it."""
+    """`model_type` of a larger model whose checkpoints contain the encoder → the field of its config.json that
+    describes the encoder."""
     flops_of: Callable[[ResolvedEncoder], Callable[[int], float]] | None = None
-    """Returns a function that estimates the FLOPs of a padded window from measurements. None: `flops` is used."""
+    """A function that returns an estimator of the FLOPs of a padded window, which is based on measurements. None if
+    `flops` is used."""
     notes: Callable[[ResolvedEncoder], list[str]] = _no_notes
-    """Returns the notes that a user should read about an encoder before training begins."""
+    """A function that returns notes about an encoder that the user should read before training begins."""
     gathers_per_module: bool = True
     """False if one call may call modules several times or read parameters of child modules. Such an encoder cannot be
     trained with `train.gather_audio_weights: per_module`."""
     key_mapping: Mapping[str, str] = field(default_factory=dict)
-    """Regular expressions on the names of a checkpoint's tensors and their replacements, for checkpoints that hold more
+    """Regular expression for the names of a checkpoint's tensors → its replacement, for checkpoints that contain more
     than the network."""
 
 
 def family_of(config: EncoderConfig) -> EncoderFamily:
-    """Return the family that an encoder's `family` names.
+    """Return the encoder family to which `config.family` refers.
 
     Raises:
         UserError: If no family has this name.
@@ -133,8 +137,8 @@ def encoder_error(config: EncoderConfig, what: str, remedy: str) -> UserError:
 
     Args:
         config: The encoder.
-        what: What is wrong, with the field and its value.
-        remedy: What to do about it.
+        what: The problem, with the field and its value.
+        remedy: The action that solves the problem.
     """
     return UserError(f"encoder {config.name or config.family!r}: {what}; {remedy}")
 

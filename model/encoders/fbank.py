@@ -1,4 +1,4 @@
-"""Kaldi's log-mel filter bank of a batch, computed on the device. It equals that of transformers' feature extractors.
+"""Kaldi's log-mel filter bank of a batch, computed on the device. The results equal those of transformers.
 
 Shapes: B clips, T audio samples (16 kHz), M mel frames (10 ms), N mel bins.
 """
@@ -20,11 +20,11 @@ FRAME_LENGTH = 400
 FFT_SAMPLES = 512
 PREEMPHASIS = 0.97
 FLOOR = 1.192092955078125e-07
-"""The smallest energy of a mel bin, fp32's machine epsilon."""
+"""The smallest energy of a mel bin, which is the machine epsilon of fp32."""
 
 
 def num_fbank_frames(samples: int) -> int:
-    """Return the number of mel frames that lie completely inside a clip, at least one."""
+    """Return the number of mel frames that are completely within a clip, at least one."""
     return 1 + (max(samples, FRAME_LENGTH) - FRAME_LENGTH) // HOP_SAMPLES
 
 
@@ -34,7 +34,8 @@ def padded_fbank(
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Return the padded log-mel filter banks of clips. No gradient flows to the waveforms.
 
-    Quiet bins next to loud ones need more digits than fp32 has, so spectra are computed in fp64, as in transformers.
+    Spectra are computed in fp64, as in transformers, because fp32 is not precise enough for quiet bins next to loud
+    ones.
 
     Args:
         audio: waveforms [ΣT].

@@ -16,15 +16,15 @@ from model.encoders.family import EncoderFamily, ResolvedEncoder, encoder_error,
 from model.lengths import FRAME_SAMPLES, SAMPLE_RATE
 
 WHOLE_EXTRACTOR = "extractor"
-"""The key in `extractor_fields` that stands for the whole preprocessor_config.json."""
+"""A key in `extractor_fields` whose value is the whole content of preprocessor_config.json."""
 
 
 def resolve(config: EncoderConfig) -> ResolvedEncoder:
     """Read the checkpoint's config, if there is one, apply the recipe's overrides and check the result.
 
-    `config.config` holds fields of the family's transformers config, and optionally `do_normalize`. If the recipe does
-    not set `do_normalize`, the checkpoint's preprocessor_config.json decides, or the family's default if there is none.
-    All dropouts default to 0, even with a checkpoint.
+    `config.config` contains fields of the family's transformers config, and optionally `do_normalize`. If the recipe
+    does not set `do_normalize`, it is taken from the checkpoint's preprocessor_config.json, or from the family's
+    default if there is no checkpoint. All dropouts default to 0, even with a checkpoint.
 
     Raises:
         UserError: If a field is unknown or invalid, the checkpoint cannot be read or is of a different family, or the
@@ -139,7 +139,7 @@ def _do_normalize(config: EncoderConfig, family: EncoderFamily, hf_config: PreTr
 
 
 def _extractor(config: EncoderConfig, family: EncoderFamily, hf_config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the values of the family's `extractor_fields`, and check the fields that must have a certain value.
+    """Return the values of the family's `extractor_fields`, after a check of the fields whose value is prescribed.
 
     Raises:
         UserError: If the checkpoint's preprocessor_config.json is missing or describes other features.
@@ -167,7 +167,11 @@ def _stored_extractor(config: EncoderConfig, cls: type[FeatureExtractionMixin], 
 
 
 def _window_samples(config: EncoderConfig, family: EncoderFamily) -> int:
-    """Return the window in samples: a whole number of frames both at the encoder's rate and at 50 Hz."""
+    """Return the window in samples, which is a whole number of frames at the encoder's rate and at 50 Hz.
+
+    Raises:
+        UserError: If `window_sec` is not such a number.
+    """
     unit = math.lcm(FRAME_SAMPLES, family.frame_samples)
     units = config.window_sec * SAMPLE_RATE / unit
     if units < 1 or abs(units - round(units)) > 1e-6:

@@ -20,11 +20,12 @@ from model.transfer import to_device
 HOP_SAMPLES = 160
 FFT_SAMPLES = 400
 MIN_SAMPLES = 2 * HOP_SAMPLES
-"""The length to which shorter clips are padded, so that their edges (half an FFT window) can be mirrored."""
+"""The length in samples to which shorter clips are padded, so that half an FFT window can be mirrored at their
+edges."""
 
 
 def num_mel_frames(samples: int) -> int:
-    """Return the number of mel frames (10 ms) of a clip, rounded up, at least two."""
+    """Return the number of mel frames (10 ms) of a clip, rounded up. It is at least two."""
     return -(-max(samples, MIN_SAMPLES) // HOP_SAMPLES)
 
 
@@ -53,7 +54,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
         audio: waveforms [ΣT].
         num_mels: N.
         pad_samples: The length to which every clip is first padded with silence (Whisper's 30 s). The spectrogram
-            includes the silence. None: clips keep their length.
+            includes the silence. None if clips keep their length.
 
     Returns:
         [B, N, max M] in fp32, zero after each clip's M frames, and the M of every clip.
@@ -85,7 +86,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
 def _mirrored(audio: Ragged, num_frames: tuple[int, ...]) -> Tensor:
     """Return padded clips whose edges are reflected as by `torch.stft(center=True)`, each at its own length."""
     half = FFT_SAMPLES // 2
-    tail = half - HOP_SAMPLES  # the frame that is centered on the end is not used
+    tail = half - HOP_SAMPLES  # The frame whose center is the end of the clip is not used.
     ends = [m * HOP_SAMPLES for m in num_frames]
     waves = audio.padded().float()
     waves = F.pad(waves, (half, max(ends) + tail - waves.shape[1]))

@@ -79,7 +79,7 @@ class RaggedParakeetEncoder(DrawnAsTransformers, ParakeetPreTrainedModel):
 
 
 class Parakeet(AudioEncoder):
-    """Parakeet as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """Parakeet as an `AudioEncoder`. The parameters under `encoder.` have transformers' names.
 
     Args:
         encoder: The network.
@@ -144,12 +144,12 @@ def subsampled(mel_frames: int) -> int:
 
 
 def _windowing(_config: EncoderConfig, _hf_config: Any, window_samples: int) -> Windowing:
-    """Return the windowing: windows are computed at their own length."""
+    """Return the windowing. Windows are computed at their own length, but at least at `MIN_SAMPLES`."""
     return Windowing(window_samples, MIN_SAMPLES)
 
 
 def _check(config: EncoderConfig, hf_config: Any) -> None:
-    """Check that the frames of a transformers config last 80 ms.
+    """Check that a transformers config gives frames of 80 ms.
 
     Raises:
         UserError: If the config has a different subsampling.
@@ -210,6 +210,7 @@ PARAKEET = EncoderFamily(
     features=_features,
     feature_extractor=ParakeetFeatureExtractor,
     containers={"parakeet_ctc": "encoder_config", "parakeet_rnnt": "encoder_config", "parakeet_tdt": "encoder_config"},
-    # Published checkpoints hold the whole model, in which the encoder is stored under `encoder.` or `model.encoder.`.
+    # Published checkpoints contain the whole model. The names of the encoder's tensors begin with `encoder.` or
+    # `model.encoder.`.
     key_mapping={r"^(model\.)?encoder\.": ""},
 )

@@ -1,4 +1,5 @@
-"""The self-test of an unknown transformers encoder: its frame rate, its cost, and whether padding changes features.
+"""The self-test of an unknown transformers encoder. It measures the frame rate and the cost, and tests whether padding
+changes features.
 
 The self-test runs on a CPU, in fp64, on a copy of the network with random weights and at most two layers.
 
@@ -39,16 +40,16 @@ class Probe:
     """The result of the self-test."""
 
     width: int
-    """D."""
+    """The width D of a frame."""
     hop: int
     """The audio samples between two frames."""
     time_axis: int
-    """The axis of the extractor's output that is time."""
+    """The time axis of the extractor's output."""
     leak: str
     """The reason why clips of unequal length must not be padded to one batch; empty if they may be."""
     flops: tuple[Fraction, Fraction]
-    """The FLOPs of one window of T samples are flops[0]·T + flops[1]·T². The coefficients are exact fractions, so that
-    all ranks plan with equal values."""
+    """The coefficients of the FLOPs of a window of T samples, flops[0]·T + flops[1]·T². They are exact fractions, so
+    that all ranks compute the same plan."""
 
 
 class Unsupported(Exception):
@@ -71,13 +72,13 @@ def encoder_of(network: Any) -> PreTrainedModel:
     if found.main_input_name not in INPUTS:
         raise Unsupported(f"{type(found).__name__} reads {found.main_input_name}, not audio features")
     for name, parameter in found.named_parameters():
-        if "masked_spec_embed" in name:  # for pre-training only
+        if "masked_spec_embed" in name:  # This parameter is used only in pre-training.
             parameter.requires_grad_(False)
     return found
 
 
 def make_extractor(fields: Mapping[str, Any]) -> Any:
-    """Return transformers' feature extractor that preprocessor_config.json describes."""
+    """Return the feature extractor of transformers that preprocessor_config.json describes."""
     name = fields.get("feature_extractor_type")
     cls: Any = feature_extractor_class_from_name(name) if isinstance(name, str) else None
     if cls is None:
@@ -89,7 +90,8 @@ def make_extractor(fields: Mapping[str, Any]) -> Any:
 
 
 def extract(extractor: Any, wave: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the features of one clip, with a first axis of size 1, and their mask if the extractor makes one."""
+    """Return the features of one clip, with a first axis of size 1, and their mask; None if the extractor has no
+    mask."""
     made = extractor([wave.float().cpu().numpy()], sampling_rate=SAMPLE_RATE, return_tensors="pt")
     features = next((made[key] for key in INPUTS if key in made), None)
     if features is None:
@@ -111,14 +113,17 @@ def joined(items: Sequence[tuple[Tensor, Tensor | None]], axis: int) -> tuple[Te
 
 
 def run(network: PreTrainedModel, features: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int] | None]:
-    """Return the frames [B, max E, D], and the number of frames of each clip if the network or the mask determines it.
+    """Return the frames [B, max E, D] and the number of frames of each clip.
 
-    The mask is on the CPU, so that the numbers can be read without waiting for the device.
+    The second value is None if neither the network nor the mask determines it. The mask must be on the CPU, so that the
+    numbers can be read without waiting for the device.
     """
     legal = inspect.signature(network.forward).parameters
     name = next((key for key in MASKS if key in legal), None)
     fields = {network.main_input_name: features}
-    if mask is not None and name is not None and not features.is_meta:  # transformers reads the mask's values
+    if (
+        mask is not None and name is not None and not features.is_meta
+    ):  # transformers reads the values of the mask, which meta tensors do not have.
         fields[name] = mask.to(features.device)
     if "output_attention_mask" in legal:
         fields["output_attention_mask"] = True  # type: ignore[assignment]
@@ -183,8 +188,10 @@ def _probe(config_json: str, extractor_json: str) -> Probe:
 
 
 def _hop(samples: int, frames: int) -> int:
-    """Return the roundest number of samples per frame for which `samples` samples have `frames` frames, to within one
-    frame."""
+    """Return the number of samples per frame, given that `samples` samples have `frames` frames, to within one frame.
+
+    Multiples of large units in `HOP_UNITS` are preferred.
+    """
     for unit in HOP_UNITS:
         hop = max(1, round(samples / frames / unit)) * unit
         if samples / (frames + 1) <= hop <= samples / max(1, frames - 1):

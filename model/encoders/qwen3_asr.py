@@ -1,7 +1,7 @@
 """The audio encoder of Qwen3-ASR (Qwen3-Omni, arXiv 2509.17765): convolutions on chunks of 1 s, attention within 8 s.
 
-The mel frames of a window are divided into chunks. Three convolutions turn a chunk of 1 s into 13 frames, of which the
-last covers 40 ms and the others 80 ms. A frame attends to the frames of its span of 8 chunks.
+The mel frames of a window are divided into chunks. Three convolutions convert a chunk of 1 s to 13 frames. The last
+frame covers 40 ms, and the others 80 ms. A frame attends to all frames in its span of 8 chunks.
 
 Shapes: B windows, T audio samples, N mel bins, M mel frames (10 ms), K chunks of all windows, E frames of the encoder,
 F frames of 20 ms, D width.
@@ -33,7 +33,7 @@ _STRIDE = 4
 
 
 def convolved(length: int) -> int:
-    """Return the number of frames into which the three convolutions turn a chunk of `length` mel frames."""
+    """Return the number of frames that the three convolutions give for a chunk of `length` mel frames."""
     for _ in range(3):
         length = (length - 1) // 2 + 1
     return length
@@ -86,9 +86,9 @@ class RaggedQwen3ASREncoder(DrawnAsTransformers, Qwen3ASREncoder):
 
 
 class Qwen3ASR(AudioEncoder):
-    """Qwen3-ASR's encoder as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """Qwen3-ASR's encoder as an `AudioEncoder`. The parameters under `encoder.` have transformers' names.
 
-    Its frames are not evenly spaced, so they are interpolated to 50 Hz here.
+    The frames of the network are not evenly spaced, so this class interpolates them to 50 Hz.
 
     Args:
         encoder: The network.
@@ -117,7 +117,7 @@ class Qwen3ASR(AudioEncoder):
             first += len(centres)
         rows = to_device(np.concatenate(before, axis=1), hidden.device)
         weight = to_device(np.concatenate(weights).astype(np.float32), hidden.device).to(hidden.dtype)
-        # The gradient of an embedding look-up is summed in one order on a GPU; that of indexing is not.
+        # On a GPU, the gradient of an embedding look-up is summed in a fixed order, unlike the gradient of indexing.
         left_frames, right_frames = F.embedding(rows, hidden)
         return torch.lerp(left_frames, right_frames, weight[:, None])
 
@@ -169,15 +169,15 @@ def clip_log_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]]
 
 
 def _windowing(_config: EncoderConfig, _hf_config: Any, window_samples: int) -> Windowing:
-    """Return the windowing: windows are computed at their own length."""
+    """Return the windowing. Windows are computed at their own length, but at least at `LEAST_SAMPLES`."""
     return Windowing(window_samples, LEAST_SAMPLES)
 
 
 def _check(config: EncoderConfig, hf_config: Any) -> None:
-    """Check that spans of attention consist of whole chunks, and chunks of whole frames.
+    """Check that spans of attention consist of whole chunks, and that the network supports the sizes of chunks.
 
     Raises:
-        UserError: If they do not.
+        UserError: If a value of the config is not supported.
     """
     chunk = 2 * hf_config.n_window
     if hf_config.n_window_infer % chunk or hf_config.n_window % 2:

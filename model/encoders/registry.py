@@ -23,11 +23,12 @@ from model.lengths import Windowing
 def build_encoder(config: EncoderConfig) -> AudioEncoder:
     """Build an fp32 encoder in training mode on the default device.
 
-    With `config.weights` (a local Hugging Face directory or a hub id), every parameter is read from there. Without it,
-    parameters are drawn from torch's global generator, as in transformers.
+    If `config.weights` (a local Hugging Face directory or a hub id) is set, all parameters are read from it. Otherwise,
+    they are drawn from torch's global generator, as in transformers.
 
     Raises:
-        UserError: If `hf_config.resolve` raises it, or weights are unreadable, missing or of a different shape.
+        UserError: If the config is invalid (see `hf_config.resolve`), or weights are unreadable, missing or of a
+            different shape.
     """
     family, resolved = family_of(config), resolve(config)
     network = _random(config, resolved) if config.weights is None else _pretrained(config, resolved)
@@ -41,7 +42,7 @@ def encoder_dim(config: EncoderConfig) -> int:
 
 
 def encoder_windowing(config: EncoderConfig) -> Windowing:
-    """Return how the encoder cuts and pads clips without building it."""
+    """Return the rule by which the encoder cuts and pads clips, without building the encoder."""
     return _resolve_once(_key(config)).windowing
 
 
@@ -78,7 +79,7 @@ def _pretrained(config: EncoderConfig, resolved: ResolvedEncoder) -> PreTrainedM
             config.weights,
             config=resolved.hf_config,
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # `_refuse` names the tensor
+            ignore_mismatched_sizes=True,  # `_refuse` reports the name of the tensor.
             output_loading_info=True,
             use_safetensors=True,  # Other files are pickles, which execute code when they are read.
             **renamed,
