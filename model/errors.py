@@ -1,4 +1,4 @@
-"""The exception whose message is written for the user, and the removal of text that must not reach a terminal."""
+"""The exception for errors of the user, and functions that remove credentials and control characters from text."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ def _escaped(char: str) -> str:
 class UserError(ValueError):
     """An error in the user's input, such as a recipe key, a file or a sample.
 
-    The message is one line that names the key or file, the value, and what to do next. Commands print it without a
-    traceback and exit with code 2. Credentials in URLs are masked, and control characters, which may come from data,
-    are escaped.
+    The message is one line with the key or file, the value, and a remedy. Commands print it without a traceback and
+    exit with code 2. Credentials in URLs are masked, and control characters, which may come from data, are escaped.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -65,5 +64,5 @@ def check_least(section: str, config: object, **least: float) -> None:
     """
     for name, lowest in least.items():
         value = getattr(config, name)
-        if value is not None and not value >= lowest:  # NaN is rejected, too
+        if value is not None and not value >= lowest:  # This condition also rejects NaN.
             raise UserError(f"{section}.{name} = {value}: must be at least {lowest:g}")

@@ -1,4 +1,4 @@
-"""Reading of JSON that this program did not write. Every defect raises the same kind of error."""
+"""Parsing of JSON that other programs may have written. All defects raise the same kind of error."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class BrokenTextError(ValueError):
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON document.
 
-    Python's parser also accepts NaN, infinities and halves of surrogate pairs, which cannot be written as JSON or
-    UTF-8 again, and it fails with RecursionError on deeply nested values. This function refuses them all.
+    Python's parser also accepts NaN, infinities and halves of surrogate pairs, which cannot be written as JSON or UTF-8
+    again. On deeply nested values, it fails with RecursionError. This function raises ValueError in all of these cases.
 
     Args:
         text: The document. Bytes must be UTF-8; a byte order mark is skipped.

@@ -34,12 +34,12 @@ def num_frames(samples: Count) -> Count:
 
 @dataclass(frozen=True)
 class TokenRate:
-    """The rule by which an adapter turns frames into audio tokens. It depends only on the number of frames."""
+    """The rule for the number of audio tokens of a clip. The number depends only on the number of frames."""
 
     strides: tuple[int, ...]
-    """The down-sampling of each layer. Each layer rounds up, unless `drops_rest`."""
+    """The down-sampling factor of each layer. Each layer rounds up, unless `drops_rest` is true."""
     tokens_per_group: int = 1
-    """The number of audio tokens for every group of frames that the strides leave."""
+    """The number of audio tokens for each group of frames. The product of the strides is the size of a group."""
     drops_rest: bool = False
     """True if layers round down, so that frames at the end that do not fill a stride are dropped. A clip has at least
     one group."""
@@ -85,4 +85,4 @@ class Windowing:
 
 
 WHOLE = Windowing(window_samples=1 << 62)
-"""The windowing of an encoder that never cuts clips and pads them only to the longest one of a call."""
+"""The windowing of an encoder that never cuts clips and pads them only to the longest clip of a call."""

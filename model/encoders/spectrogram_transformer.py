@@ -1,4 +1,4 @@
-"""The Audio Spectrogram Transformer (arXiv 2104.01778) in transformers, whose features describe sounds of all kinds.
+"""The Audio Spectrogram Transformer (AST, arXiv 2104.01778) of transformers, which is trained on sounds of all kinds.
 
 Shapes: B windows, T audio samples, M mel frames (10 ms), N mel bins, Q frequency bands, E frames (100 ms), D width.
 """
@@ -49,7 +49,7 @@ class AveragedAST(DrawnAsTransformers, ASTModel):
 
 
 class AST(AudioEncoder):
-    """AST as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """AST as an `AudioEncoder`. The parameters under `encoder.` have transformers' names.
 
     Every window is padded to the full length, as in pre-training. Frames of padding are dropped after encoding.
 
@@ -90,7 +90,7 @@ def patches(hf_config: Any) -> tuple[int, int]:
 
 
 def _windowing(config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:
-    """Return the windowing: every window is computed at the full length.
+    """Return the windowing. Every window is padded to the full length.
 
     Raises:
         UserError: If the window exceeds the checkpoint's positions.
@@ -104,7 +104,7 @@ def _windowing(config: EncoderConfig, hf_config: Any, window_samples: int) -> Wi
 
 
 def _check(config: EncoderConfig, hf_config: Any) -> None:
-    """Check that the frames of a transformers config last 100 ms.
+    """Check that a transformers config gives frames of 100 ms.
 
     Raises:
         UserError: If the config has a different stride.
@@ -163,7 +163,7 @@ AUDIO_SPECTROGRAM_TRANSFORMER = EncoderFamily(
     extractor_fields={"do_normalize": True, "mean": -4.2677393, "std": 4.5689974},
     check_extractor=_check_extractor,
     feature_extractor=ASTFeatureExtractor,
-    # Checkpoints have names from earlier versions of transformers, which renames tensors only for its own class.
+    # Checkpoints have the names of earlier versions of transformers. transformers renames them only for its own class.
     key_mapping={
         r"encoder\.layer\.": "layers.",
         r"attention\.query": "q_proj",

@@ -37,7 +37,8 @@ MIN_SAMPLES = FRAME_LENGTH + HOP_SAMPLES
 class ShawAttention(Wav2Vec2BertSelfAttention):
     """Attention with relative keys (arXiv 1803.02155), with the parameters of transformers' module.
 
-    transformers creates a tensor [F, F, d] of the embedded distances. Here, scores are computed once per distance.
+    transformers creates a tensor [F, F, d] of the embedded distances. This class computes scores once per distance
+    instead.
     """
 
     def forward(  # type: ignore[override]
@@ -51,7 +52,7 @@ class ShawAttention(Wav2Vec2BertSelfAttention):
         Args:
             hidden_states: [B, F, D].
             attention_mask: [B, 1, F, F] bool, true for real keys; None if there is no padding.
-            relative_position_embeddings: not used; part of the signature in transformers.
+            relative_position_embeddings: not used. It is part of the signature in transformers.
 
         Returns:
             The output [B, F, D], and None.
@@ -79,7 +80,7 @@ class RaggedWav2Vec2Bert(DrawnAsTransformers, Wav2Vec2BertPreTrainedModel):
         super().__init__(config)
         self.feature_projection = Wav2Vec2BertFeatureProjection(config)
         encoder: Any = Wav2Vec2BertEncoder(config)
-        encoder.embed_positions = None  # computed by `positions_of`
+        encoder.embed_positions = None  # `positions_of` computes the positions.
         if config.position_embeddings_type == "relative_key":
             for layer in encoder.layers:
                 layer.self_attn = ShawAttention(config)
@@ -111,7 +112,7 @@ class RaggedWav2Vec2Bert(DrawnAsTransformers, Wav2Vec2BertPreTrainedModel):
 
 
 class Wav2Vec2Bert(AudioEncoder):
-    """w2v-BERT 2.0 as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """w2v-BERT 2.0 as an `AudioEncoder`. The parameters under `encoder.` have transformers' names.
 
     Args:
         encoder: The network.
@@ -133,7 +134,7 @@ class Wav2Vec2Bert(AudioEncoder):
 
 @torch.no_grad()
 def stacked_fbank(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Return pairs of mel frames, each bin with zero mean and unit variance over the clip.
+    """Return pairs of mel frames. Each mel bin has zero mean and unit variance over the clip.
 
     The result equals that of `SeamlessM4TFeatureExtractor(num_mel_bins=num_mels)` on each clip. If the number of mel
     frames is odd, the last one counts for the mean and the variance, but is not part of a pair.
@@ -158,12 +159,12 @@ def stacked_fbank(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]
 
 
 def _windowing(_config: EncoderConfig, _hf_config: Any, window_samples: int) -> Windowing:
-    """Return the windowing: windows are computed at their own length."""
+    """Return the windowing. Windows are computed at their own length, but at least at `MIN_SAMPLES`."""
     return Windowing(window_samples, MIN_SAMPLES)
 
 
 def _check(config: EncoderConfig, hf_config: Any) -> None:
-    """Check that a transformers config requires nothing that the network does not compute.
+    """Check that the network supports all settings of a transformers config.
 
     Raises:
         UserError: If the config has an adapter, or features of another kind.

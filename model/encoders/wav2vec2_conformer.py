@@ -48,7 +48,7 @@ class MaskedConvolutions(Wav2Vec2ConformerConvolutionModule):
 
 
 class MaskedConformerLayer(Wav2Vec2ConformerEncoderLayer):
-    """transformers' Conformer layer, except that it also passes the mask to the convolutions."""
+    """transformers' Conformer layer, which in addition passes the mask to the convolutions."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
@@ -62,7 +62,7 @@ class MaskedConformerLayer(Wav2Vec2ConformerEncoderLayer):
         Args:
             hidden: [B, F, D].
             attention_mask: [B, 1, F, F] bool, true for real keys; None if there is no padding.
-            positions: What `positions_of` returns.
+            positions: The result of `positions_of`.
             mask: [B, F] bool, true for real frames; None if there is no padding.
         """
         hidden = hidden + 0.5 * self.ffn1(self.ffn1_layer_norm(hidden))
@@ -85,8 +85,8 @@ class RaggedWav2Vec2Conformer(DrawnAsTransformers, Wav2Vec2ConformerPreTrainedMo
             self.feature_extractor.conv_layers[0] = RaggedGroupNormConvLayer(config)
         self.feature_projection = Wav2Vec2ConformerFeatureProjection(config)
         encoder: Any = Wav2Vec2ConformerEncoder(config)
-        encoder.embed_positions = None  # computed by `positions_of`
-        encoder.pos_conv_embed = None  # transformers does not use it
+        encoder.embed_positions = None  # `positions_of` computes the positions.
+        encoder.pos_conv_embed = None  # transformers does not use this module.
         for i in range(config.num_hidden_layers):
             encoder.layers[i] = MaskedConformerLayer(config)
         self.encoder = encoder

@@ -35,8 +35,8 @@ from model.encoders.conv_stack import (
 class GatedBiasAttention(WavLMAttention):
     """Attention with WavLM's gated relative position bias and the parameters of transformers' `WavLMAttention`.
 
-    transformers passes the weights of child modules to a function. Here, every child module is called, as ZeRO-3
-    requires, and attention is PyTorch's scaled dot-product attention.
+    transformers passes the weights of child modules to a function. This class calls every child module, as ZeRO-3
+    requires, and uses PyTorch's scaled dot-product attention.
     """
 
     def forward(  # type: ignore[override]
@@ -51,8 +51,8 @@ class GatedBiasAttention(WavLMAttention):
         Args:
             hidden_states: [B, F, D].
             attention_mask: [B, 1, 1, F], 0 for real frames and -inf for padding; None if there is no padding.
-            position_bias: [H, F, F] of the first layer; None in the first layer, which computes it.
-            index: not used; part of the signature in transformers.
+            position_bias: [H, F, F], which the first layer computes; None in the first layer.
+            index: not used. It is part of the signature in transformers.
 
         Returns:
             The output [B, F, D], None, and the position bias for the next layer.
@@ -74,7 +74,8 @@ class GatedBiasAttention(WavLMAttention):
         return self.out_proj(context.transpose(1, 2).flatten(2)), None, position_bias
 
     def compute_bias(self, query_length: int, key_length: int) -> Tensor:
-        """Return the position bias [H, query, key], with one table look-up per distance instead of one per pair."""
+        """Return the position bias [H, query, key], with one table look-up per distance instead of one per pair of
+        frames."""
         device = self.gru_rel_pos_const.device
         distance = torch.arange(1 - query_length, key_length, device=device)
         by_distance = self.rel_attn_embed(self._relative_positions_bucket(distance)).T

@@ -54,8 +54,8 @@ class MelTransformer(DrawnAsTransformers):
             mel: [B, N, max M], zero after each window's M.
             num_mel_frames: M of each window.
             recompute: True to recompute every layer in the backward pass.
-            kept: The number F of frames of each window that are kept. The others are dropped after the convolutions.
-                None to keep all F = ceil(M / 2) frames.
+            kept: The number F of frames of each window that are kept after the convolutions. None to keep all F =
+                ceil(M / 2) frames.
 
         Returns:
             [B, max F, D].
@@ -63,7 +63,7 @@ class MelTransformer(DrawnAsTransformers):
         hidden = F.gelu(self.conv1(mel))
         mel_mask = length_mask(num_mel_frames, hidden.shape[2], hidden.device)
         if mel_mask is not None:
-            hidden = hidden.masked_fill(~mel_mask[:, None], 0.0)  # as conv2's own padding
+            hidden = hidden.masked_fill(~mel_mask[:, None], 0.0)  # conv2 also pads with zeros.
         hidden = F.gelu(self.conv2(hidden)).transpose(1, 2)
         if kept is None:
             kept = [-(-m // 2) for m in num_mel_frames]
@@ -91,12 +91,12 @@ class RaggedWhisperEncoder(MelTransformer, WhisperEncoder):
 
 
 class Whisper(AudioEncoder):
-    """Whisper as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """Whisper as an `AudioEncoder`. The parameters under `encoder.` have transformers' names.
 
     In the length mode `full`, every window is padded to the full length, and the frames of padding and of trailing
-    silence are dropped after encoding. In the length mode `masked`, just enough silence is appended that the spectrum
-    and the convolutions of the clip equal those in a window of full length. The frames of silence are dropped before
-    attention.
+    silence are dropped after encoding. In the length mode `masked`, only as much silence is appended as the spectrum
+    and the convolutions need to give the same results as in a window of full length. The frames of silence are dropped
+    before attention.
 
     Args:
         encoder: The network.
@@ -133,7 +133,7 @@ class Whisper(AudioEncoder):
 
 
 def whisper_windowing(config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:
-    """Return the windowing: in the length mode `full`, every window is computed at the full length.
+    """Return the windowing. In the length mode `full`, every window is padded to the full length.
 
     Raises:
         UserError: If the window exceeds the checkpoint's positions, or is shorter in a length mode other than `trim`.
@@ -146,10 +146,16 @@ def whisper_windowing(config: EncoderConfig, hf_config: Any, window_samples: int
 
 
 def check_capacity(config: EncoderConfig, hf_config: Any, window_samples: int, exactly: bool = False) -> None:
-    """Check that the window needs no more positions than the checkpoint has or, with `exactly`, the same number.
+    """Check that the window does not need more positions than the checkpoint has.
+
+    Args:
+        config: The encoder.
+        hf_config: The transformers config.
+        window_samples: The window.
+        exactly: Whether the window must need all positions of the checkpoint.
 
     Raises:
-        UserError: If it does not.
+        UserError: If the window has a different length.
     """
     capacity = hf_config.max_source_positions * FRAME_SAMPLES
     longest = f"{capacity / SAMPLE_RATE:g} s ({hf_config.max_source_positions} positions)"
@@ -184,6 +190,7 @@ WHISPER = EncoderFamily(
         "apply_spec_augment": False,
     },
     length_modes=("full", "trim", "masked"),
-    # Published checkpoints hold the whole model, in which the encoder is stored under `encoder.` or `model.encoder.`.
+    # Published checkpoints contain the whole model. The names of the encoder's tensors begin with `encoder.` or
+    # `model.encoder.`.
     key_mapping={r"^(model\.)?encoder\.": ""},
 )

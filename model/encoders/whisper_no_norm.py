@@ -11,7 +11,7 @@ from model.encoders.whisper import WHISPER, RaggedWhisperEncoder
 
 
 class UnnormedWhisperEncoder(RaggedWhisperEncoder):
-    """`RaggedWhisperEncoder` whose output is not normalized."""
+    """A `RaggedWhisperEncoder` without the norm of the output."""
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__(config)

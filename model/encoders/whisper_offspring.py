@@ -1,7 +1,8 @@
 """The audio towers of Voxtral, Qwen2-Audio and Audio Flamingo 3, which were initialized from Whisper large's encoder.
 
-Voxtral (arXiv 2507.13264) computes the same as Whisper. Qwen2-Audio (2407.10759) and Audio Flamingo 3 (2507.08128) do
-not attend to the silence that pads a window to 30 s, and average pairs of frames before the last norm.
+Voxtral's tower (arXiv 2507.13264) has the same forward pass as Whisper's encoder. Qwen2-Audio (2407.10759) and Audio
+Flamingo 3 (2507.08128) do not attend to the silence that pads a window to 30 s, and average pairs of frames before the
+last norm.
 
 Shapes: B windows, N mel bins, M mel frames (10 ms), F frames (20 ms), E pooled frames (40 ms), D width.
 """
@@ -76,7 +77,7 @@ class RaggedAudioFlamingo3Encoder(PooledTransformer, AudioFlamingo3Encoder):
 
 
 class PooledWhisper(AudioEncoder):
-    """A tower with pooled frames as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """An audio tower with pooled frames as an `AudioEncoder`. The parameters under `encoder.` have transformers' names.
 
     Args:
         encoder: The network.
@@ -93,7 +94,7 @@ class PooledWhisper(AudioEncoder):
     def encode(self, windows: Ragged) -> Tensor:
         """Implement `AudioEncoder.encode`.
 
-        Of the silence up to 30 s, only the part that affects the frames of the windows is computed.
+        Of the silence up to 30 s, only the part that affects the frames of the windows is appended.
         """
         lengths = [_frames(t) for t in windows.lengths]
         mel_frames = POOL * max(lengths)
@@ -104,12 +105,12 @@ class PooledWhisper(AudioEncoder):
 
 
 def _frames(samples: int) -> int:
-    """Return the number of frames before pooling, at least two, so that there is one pooled frame."""
+    """Return the number of frames before pooling. It is at least two, so that there is at least one pooled frame."""
     return max(POOL, -(-num_mel_frames(samples) // 2))
 
 
 def _windowing(config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:
-    """Return the windowing: windows are computed at their own length.
+    """Return the windowing. Windows are computed at their own length, but at least at one pooled frame.
 
     Raises:
         UserError: If the window exceeds the checkpoint's positions.

@@ -18,8 +18,8 @@ class EarshotConfig(PretrainedConfig):
 
     Args:
         text_config: The config of the LLM.
-        audio: The fields of `model.config.ModelConfig` without the LLM; encoders have no `weights`.
-        vocab_size: The vocabulary size of the tokenizer; the LLM's embedding may have more rows.
+        audio: The fields of `model.config.ModelConfig` without the LLM. Encoders have no `weights`.
+        vocab_size: The vocabulary size of the tokenizer. The LLM's embedding may have more rows.
     """
 
     model_type = "earshot"
@@ -41,8 +41,8 @@ class EarshotConfig(PretrainedConfig):
 def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) -> dict[str, Any]:
     """Return the arguments of `EarshotConfig` that describe a model.
 
-    The configs of pre-trained encoders are written out. Settings that only training needs (the CTC head and the weights
-    of the loss terms) are dropped.
+    The result contains the whole configs of pre-trained encoders. Settings that only training needs (the CTC head and
+    the weights of the loss terms) are omitted.
 
     Args:
         config: The recipe's model.
@@ -63,7 +63,7 @@ def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) 
 
 
 def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
-    """Return the `ModelConfig` that `EarshotConfig.audio` describes; its LLM is not set."""
+    """Return the `ModelConfig` that `EarshotConfig.audio` describes. Its LLM is not set."""
     router, adapter = rename_former_keys(tree)["router"], tree["adapter"]
     return ModelConfig(
         primary=None if tree["primary"] is None else EncoderConfig(**tree["primary"]),
@@ -75,7 +75,7 @@ def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
 
 
 def rename_former_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `EarshotConfig.audio`, written by this or an earlier version, with the current names of keys and gates."""
+    """Return `EarshotConfig.audio` with the current names of keys and gates. Earlier versions wrote other names."""
     router = tree["router"]
     if isinstance(router, Mapping):
         router = dict(router)

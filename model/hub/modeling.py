@@ -1,4 +1,5 @@
-"""The exported model for transformers' Auto classes: audio tower and LLM, with the same parameter names as in training.
+"""The exported model for transformers' Auto classes. It consists of the audio tower and the LLM, and its parameters
+have the same names as in training.
 
 Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz), H width of the LLM.
 """
@@ -23,7 +24,7 @@ from model.router import Routing
 class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
     """A model that reads speech and text and writes text.
 
-    `processor(audio, text)` makes the inputs of `forward` and `generate`. `generate` returns only new tokens.
+    `processor(audio, text)` computes the inputs of `forward` and `generate`. `generate` returns only new tokens.
     """
 
     config_class = EarshotConfig
@@ -96,7 +97,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
         instruction_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the LLM's output for the embedded prompts; `embed` documents the shapes."""
+        """Return the LLM's output for the embedded prompts. For the arguments and shapes, see `embed`."""
         if audio_values is not None:
             assert input_ids is not None
             inputs_embeds, _ = self.embed(
@@ -126,7 +127,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Continue left-padded prompts. The audio is encoded once.
 
-        `embed` documents the shapes; `kwargs` are those of transformers' `generate`.
+        For the arguments and shapes, see `embed`. `kwargs` are the options of transformers' `generate`.
 
         Returns:
             The new tokens [B, at most max_new_tokens], without the prompt.

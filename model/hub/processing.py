@@ -1,4 +1,4 @@
-"""The exported processor, which makes the model's inputs from audio and an instruction or messages, as in training.
+"""The exported processor, which computes the model's inputs from audio and an instruction or messages, as in training.
 
 Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz).
 """
@@ -23,7 +23,7 @@ Clip = Any
 
 
 class EarshotProcessor(ProcessorMixin):
-    """The processor of tokenizer, prompt and audio.
+    """The processor of an exported model, which combines tokenizer, prompt and audio.
 
     Args:
         tokenizer: The tokenizer of the LLM.
@@ -32,10 +32,12 @@ class EarshotProcessor(ProcessorMixin):
         prompt_without_audio: The prompt of samples without audio.
         as_chat: True to wrap prompts in the tokenizer's chat template.
         strides: The strides of the model's adapter.
-        tokens_per_group: The number of audio tokens for every group of frames that the strides leave.
+        tokens_per_group: The number of audio tokens for each group of frames. The product of the strides is the size of
+            a group.
         drops_rest: True if frames at the end of a clip that do not fill a group are dropped.
         min_audio_sec: The length to which shorter clips are padded with silence at the end.
-        max_audio_sec: The length of the longest clips in training; longer clips are accepted. None: unknown.
+        max_audio_sec: The length of the longest clips in training; None if it is unknown. Longer clips are also
+            accepted.
     """
 
     def __init__(
@@ -71,8 +73,8 @@ class EarshotProcessor(ProcessorMixin):
         """Return the inputs of `generate` and `forward`, with prompts padded on the left.
 
         Args:
-            audio: One clip; or, for each of several samples, a clip or a list of clips. None: text only.
-            text: The instruction, or one for each sample.
+            audio: One clip; or, for each of several samples, a clip or a list of clips. None for text without audio.
+            text: The instruction, or one instruction for each sample.
             sampling_rate: The rate of waveforms; only 16000 is accepted.
             return_tensors: only `pt` is accepted.
 
@@ -114,15 +116,15 @@ class EarshotProcessor(ProcessorMixin):
                 text, `<audio>` stands for a clip. After an optional system prompt, user and assistant alternate.
             audio: The clips that the messages themselves do not contain, in order; for a batch, a list for each
                 conversation.
-            add_generation_prompt: Whether the beginning of an answer follows. It must be true if the last message is
-                the user's, and false if it is the assistant's.
+            add_generation_prompt: Whether the beginning of an answer follows the messages. It must be true if the last
+                message is from the user, and false if it is from the assistant.
             tokenize: Whether to return tokens instead of text. The text has one placeholder per clip.
             return_dict: Whether to return all inputs instead of `input_ids` alone.
             return_tensors: only `pt` is accepted.
 
         Returns:
-            The text, or `input_ids` [B, L], or a `BatchFeature` with the inputs. The tokens of a prompt are those of
-            training, and so are the tokens of a whole conversation up to the end of its last answer. Conversations are
+            The text, or `input_ids` [B, L], or a `BatchFeature` with the inputs. Prompts have the same tokens as in
+            training. Whole conversations also have the same tokens, up to the end of the last answer. Conversations are
             padded on the left.
 
         Raises:
@@ -185,7 +187,7 @@ class EarshotProcessor(ProcessorMixin):
         return BatchFeature(inputs)
 
     def clip_inputs(self, clips: Sequence[Clip], instructions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the inputs of the audio tower, which are those of `EarshotForCausalLM.embed` except tokens and mask.
+        """Return the inputs of `EarshotForCausalLM.embed` for the audio tower, without tokens and mask.
 
         Args:
             clips: At least one clip.
@@ -306,7 +308,8 @@ class EarshotProcessor(ProcessorMixin):
 
 
 def _clips(messages: Any, more: Sequence[Clip] | None) -> Iterator[Clip]:
-    """Yield the clips of a conversation: those of its blocks, and the given ones in the other places."""
+    """Yield the clips of a conversation, which are the clips in its blocks and, in the other places, the given
+    clips."""
     waiting = list(more or ())
     for clip in audio_blocks(messages):
         if clip is None and not waiting:

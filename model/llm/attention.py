@@ -1,4 +1,5 @@
-"""The core attention of the Megatron model for packed sequences: rotary embedding and causal attention per segment.
+"""The core attention of the Megatron model for packed sequences, with rotary embedding and causal attention per
+segment.
 
 A *pack* is a packed sequence (`model.llm.packing`).
 
@@ -39,18 +40,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PackedAttention(nn.Module):
-    """Causal attention within each segment of a pack, to all previous tokens or to those in a window.
+    """Causal attention within each segment of a pack, to all previous tokens or to the tokens in a window.
 
-    The module applies the rotary embedding itself, so that positions come from the pack and continue those in a cache.
-    On GPUs in half precision, TransformerEngine computes attention if it is installed. Otherwise, segments of similar
-    length form a right-padded batch for PyTorch's attention. Under a causal mask, no token attends to padding after it.
+    The module itself applies the rotary embedding. The positions are taken from the pack, and follow the positions in
+    the KV cache. On GPUs in half precision, TransformerEngine computes attention if it is installed. Otherwise,
+    segments of similar length form a right-padded batch for PyTorch's attention. Under a causal mask, no token attends
+    to padding after it.
 
     Args:
         config: Megatron's config.
         layer_number: The number of the layer, counted from 1.
         rotary: The rotary embedding; None for a layer without rotary embedding.
-        layer: The description of the layer's attention, of which the window is used.
-        scales: The factors on scores and queries.
+        layer: The description of the layer's attention. Only its window is used.
+        scales: The factors for scores and queries.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class PackedAttention(nn.Module):
             key: [t, G, D].
             value: [t, G, D].
             attention_mask: must be None.
-            attn_mask_type: not used; part of the signature in Megatron.
+            attn_mask_type: not used. It is part of the signature in Megatron.
             attention_bias: must be None.
             packed_seq_params: The pack, a `PackedSequences`.
 
@@ -189,8 +191,8 @@ def transformer_engine() -> ModuleType | None:
 def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """Compute attention under a mask with PyTorch.
 
-    Keys and values are repeated for all query heads. With both a mask and `enable_gqa`, the only CUDA kernel is the one
-    that stores the scores of all heads.
+    Keys and values are repeated for all query heads, because with a mask and `enable_gqa`, PyTorch only has a CUDA
+    kernel that stores the scores of all heads.
 
     Args:
         query: [B, H, L, D].

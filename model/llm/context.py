@@ -1,4 +1,4 @@
-"""Context parallelism: the rows of a pack that each rank holds, and attention to keys that other ranks hold.
+"""Context parallelism, with the rule for the rows of a pack that each rank holds, and attention to keys of other ranks.
 
 A *pack* is a packed sequence (`model.llm.packing`). A pack of T rows is cut into 2·N equal chunks for N ranks. Rank i
 holds the chunks i and 2·N - 1 - i, in this order. Under a causal mask, late rows attend to more keys than early rows.
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 BLOCK_ROWS = 256
-"""The number of queries in a block, whose scores exist at the same time. The mask of a block has one row per query."""
+"""The number of queries in a block. The scores of only one block are in memory at the same time."""
 
 
 class ContextPart(NamedTuple):
@@ -75,7 +75,7 @@ def pieces(lengths: tuple[int, ...], part: ContextPart) -> list[Piece]:
 
 
 def crosses_chunks(lengths: tuple[int, ...], part: ContextPart) -> bool:
-    """Return whether any segment of a pack lies in more than one chunk, so that keys must be gathered."""
+    """Return whether any segment of a pack has rows in more than one chunk, so that keys must be gathered."""
     ends = np.cumsum(lengths)
     edges = np.arange(1, 2 * part.size) * (int(ends[-1]) // (2 * part.size))
     return part.size > 1 and not bool(np.isin(edges, ends).all())

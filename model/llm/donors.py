@@ -1,4 +1,4 @@
-"""The weights of a dense LLM to which experts are added. Each expert starts as the feed-forward network of a donor."""
+"""The weights of a dense LLM to which FFN experts are added. An expert starts with the weights of its donor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from model.llm.weights import WeightSource, check_tensor
 
 
 class MixtureSource:
-    """The weights of `base` with experts from `donors`, and random routers; implements `WeightSource`.
+    """A `WeightSource` with the weights of `base`, FFN experts from `donors`, and random routers.
 
     Args:
         base: The weights of the dense LLM.
         donors: The weights of a dense LLM of the same architecture for each expert, by its name.
-        routers: The weights of the routers, which must be random. With equal rows, every choice would be a tie.
+        routers: The weights of the routers. They must be random, because routers with equal rows would give all experts
+            the same score.
         hf_config: The LLM with its experts.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Experts in the LLM's feed-forward layers: the choice of experts, and the layer in plain PyTorch.
+"""FFN experts, with the choice of experts for each token, and the layer in plain PyTorch.
 
 A layer with experts has a router, which scores every expert for every token, and one gated feed-forward network per
 expert. A token is sent to the `top_k` experts with the highest scores, and their outputs are summed with the router's
@@ -34,7 +34,7 @@ class Choice:
 
 
 _CERTAIN = 1e4
-"""The number that is added to the score of a forced expert, so that all other probabilities are exactly 0 in fp32."""
+"""The number that is added to the score of a forced expert. All other probabilities are then exactly 0 in fp32."""
 
 
 def choose(logits: Tensor, mixture: Mixture) -> Choice:
@@ -55,7 +55,7 @@ def choose(logits: Tensor, mixture: Mixture) -> Choice:
 
 
 class MixtureLayer(nn.Module):
-    """The feed-forward network of a layer with experts, in one process.
+    """The feed-forward network of a layer with FFN experts, in a single process.
 
     Its parameters have the same names as in checkpoints, with one matrix per projection of an expert.
 
@@ -141,7 +141,7 @@ def observed(model: nn.Module) -> Iterator[list[Choice]]:
 def smallest_gap(choices: Sequence[Choice], top_k: int) -> float:
     """Return the smallest difference, over all tokens, between the lowest chosen and the highest unchosen score.
 
-    Below about 1e-5, two correct computations of a model may choose different experts.
+    If the difference is below about 1e-5, two correct computations of a model may choose different experts.
 
     Returns:
         The difference, or infinity if all experts are chosen or there is no token.

@@ -1,7 +1,8 @@
-"""The LLM families: what distinguishes them in Megatron-core and in Hugging Face's checkpoints.
+"""The LLM families, and the properties by which they differ in Megatron-core and in Hugging Face's checkpoints.
 
 All families are decoders of the same kind: RMSNorms before or after attention and a gated feed-forward network, and
-rotary positions. A family differs in the tensors that it adds, in names, and in what `model.llm.features` describes.
+rotary positions. Families differ in additional tensors, in names, and in the features that `model.llm.features`
+describes.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ LLAMA_MODULES: dict[str, str] = {
     "final_norm": "model.norm",
     "output": "lm_head",
 }
-"""The names of an LLM's modules in transformers' Llama, by role. Names within a layer are relative to `layer`, in which
+"""Role of a module of an LLM → its name in transformers' Llama. Names within a layer are relative to `layer`, in which
 `{n}` stands for the layer's number. Roles with the same module share one tensor, in this order. Families with norms
 after attention and after the feed-forward network have the roles `attention_output_norm` and `mlp_output_norm`."""
 
 REQUIRED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
-"""Fields of the Hugging Face config, with the only value that the Megatron model supports."""
+"""Field of the Hugging Face config → the only value that the Megatron model supports."""
 
 
 @dataclass(frozen=True)
 class LLMFamily:
-    """Everything that distinguishes one LLM family from another.
+    """The properties that distinguish one LLM family from another.
 
     A family is one entry in `LLM_FAMILIES`. `docs/extending.md` shows how to add a family.
     """
@@ -54,7 +55,7 @@ class LLMFamily:
     qk_norm: bool = False
     """True if every query and key head is normalized by an RMSNorm with learned weights."""
     all_heads_norm: bool = False
-    """True if one RMSNorm normalizes all query heads together, and another all key heads. Excludes `qk_norm`."""
+    """True if one RMSNorm normalizes all query heads together, and another one all key heads. It excludes `qk_norm`."""
     norms: Norms = "before"
     """The places of the RMSNorms in a layer."""
     norms_from_zero: bool = False
@@ -68,7 +69,7 @@ class LLMFamily:
     scales: Callable[[PretrainedConfig], Scales] = plain
     """A function that returns the factors that a config describes."""
     required: Mapping[str, Any] = field(default_factory=lambda: dict(REQUIRED))
-    """Fields of the Hugging Face config, if it has them, and the only value that is supported."""
+    """Field of the Hugging Face config → the only value that is supported. Fields that the config lacks are ignored."""
     modules: Mapping[str, str] = field(default_factory=lambda: dict(LLAMA_MODULES))
     """The names of the modules in the checkpoint, by the roles of `LLAMA_MODULES`."""
     experts: Callable[[PretrainedConfig], Mixture | None] | None = None
@@ -160,7 +161,7 @@ def family_of(hf_config: PretrainedConfig) -> LLMFamily:
 
 
 def mixture_of(hf_config: PretrainedConfig) -> Mixture | None:
-    """Return the experts in the feed-forward layers of an LLM; None if it has none."""
+    """Return the description of an LLM's FFN experts; None if it has no experts."""
     experts = family_of(hf_config).experts
     return described(hf_config) if experts is None else experts(hf_config)
 

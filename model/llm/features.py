@@ -1,4 +1,5 @@
-"""LLM features beyond the plain decoder layer: attention windows, rotary embeddings that depend on the layer, scales.
+"""LLM features beyond the plain decoder layer, which are attention windows, rotary embeddings that depend on the layer,
+and scales.
 
 All features are read from the Hugging Face config. Each family names the function that reads its scales.
 """
@@ -26,7 +27,7 @@ class AttentionLayer:
     """The properties in which the attention of a layer may differ from that of other layers."""
 
     window: int | None = None
-    """The number of tokens that a token attends to, itself included; None for all previous tokens of its segment."""
+    """The number of tokens to which a token attends, including itself; None for all previous tokens of its segment."""
     rope: str | None = ""
     """The key of the layer's parameters in `rope_parameters`; empty if all layers have the same parameters, and None if
     the layer has no rotary embedding."""
@@ -34,26 +35,27 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class Scales:
-    """The factors by which some LLMs multiply values that others leave unchanged."""
+    """The factors by which some LLM families multiply embeddings, scores or logits."""
 
     tokens: float = 1.0
-    """The factor on token embeddings. Audio embeddings are not multiplied."""
+    """The factor for token embeddings. Audio embeddings are not multiplied."""
     inputs: float = 1.0
-    """The factor on all inputs of the first layer, token embeddings and audio embeddings."""
+    """The factor for all inputs of the first layer, which are token embeddings and audio embeddings."""
     branches: float = 1.0
-    """The factor on the outputs of attention and of the feed-forward network, before they are added to their input."""
+    """The factor for the outputs of attention and of the feed-forward network, before they are added to the
+    residual."""
     softmax: float | None = None
-    """The factor on attention scores; None for 1/√D."""
+    """The factor for attention scores; None for 1/√D."""
     logits: float = 1.0
-    """The divisor of logits."""
+    """The number by which logits are divided."""
     logits_cap: float | None = None
-    """The bound c of logits, which become c · tanh(logits / c); None for no bound."""
+    """The bound c of logits, which are replaced by c · tanh(logits / c); None for no bound."""
     long_queries: tuple[float, int] | None = None
     """(β, n): the query at position p is multiplied by 1 + β log(1 + ⌊p / n⌋), as in Llama 4; None for no factor."""
 
 
 def plain(_hf_config: PretrainedConfig) -> Scales:
-    """Return the scales of a family that multiplies nothing."""
+    """Return the scales of a family without such factors."""
     return Scales()
 
 

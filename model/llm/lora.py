@@ -51,9 +51,9 @@ def add_llm_adapters(
         gpt: the stage, on its device, with its weights loaded.
         hf_config: the configuration of the LLM.
         adapters: the adapters.
-        tp_rank: this rank's index among the tensor-parallel ranks.
+        tp_rank: index of this rank among the tensor-parallel ranks.
         tp_size: the number of tensor-parallel ranks.
-        expert_tp: this rank's index among the ranks that share an expert, and the number of these ranks. None for
+        expert_tp: index of this rank among the ranks that share an expert, and the number of these ranks; None for
             `tp_rank` and `tp_size`.
     """
     if not adapters.parts:
@@ -95,8 +95,8 @@ def _linear_layers(gpt: Any) -> Iterator[tuple[str, Any]]:
 class _Factors(nn.Module):
     """The factors A or B of a layer's adapters, by projection.
 
-    A factor is read by calling this module, because Megatron waits for weights that are gathered during the forward
-    pass in hooks on module calls.
+    Callers read a factor by calling this module. If weights are gathered during the forward pass, Megatron's hooks on
+    module calls wait for them.
     """
 
     def forward(self, key: str) -> Tensor:
@@ -165,7 +165,7 @@ def _add_to_columns(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor,
 
 def _add_to_rows(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any], *, key: str, scale: float) -> Any:
     values, bias = output
-    low = linear(args[0], module.lora_A(key))  # a partial sum if there are several tensor-parallel ranks
+    low = linear(args[0], module.lora_A(key))  # With several tensor-parallel ranks, this is a partial sum.
     if module.sequence_parallel and not module.explicit_expert_comm:
         low = reduce_scatter_to_sequence_parallel_region(low, group=module.tp_group)
     return values + scale * linear(low, module.lora_B(key)), bias
@@ -199,7 +199,7 @@ def _parameter(values: Tensor, module: Any) -> nn.Parameter:
 
 
 def _projection(piece: Piece) -> str:
-    """Return the name of the Hugging Face layer that a piece of a weight belongs to."""
+    """Return the name of the Hugging Face layer to which a piece of a weight belongs."""
     assert piece.hf_name is not None, "only the vocabulary is padded"
     return piece.hf_name.removesuffix(".weight")
 

@@ -1,6 +1,7 @@
-"""The LLM in Megatron-core: the `GPTModel`s of one pipeline stage, which compute the same as transformers' model.
+"""The LLM in Megatron-core. The `GPTModel`s of all pipeline stages together compute the same function as transformers'
+model.
 
-Before anything is built here, the caller must call `parallel_state.initialize_model_parallel` and
+Before building a model, the caller must call `parallel_state.initialize_model_parallel` and
 `model_parallel_cuda_manual_seed`. On machines without CUDA, all calls must be within
 `trainer.parallel.cpu.megatron_calls`.
 
@@ -89,9 +90,9 @@ def transformer_config(
         vp_size: The number of virtual stages of each pipeline stage.
         cp_size: The context-parallel size.
         dtype: The dtype of the parameters.
-        recompute: What the backward pass recomputes.
-        ep_size: The number of ranks over which the experts of a layer are distributed.
-        expert_tp_size: The number of ranks that share an expert; None for `tp_size`.
+        recompute: The activations that the backward pass recomputes.
+        ep_size: The number of ranks over which the FFN experts of a layer are distributed.
+        expert_tp_size: The number of ranks that share an FFN expert; None for `tp_size`.
 
     Raises:
         UserError: If selective recomputation is requested for an LLM with experts.
@@ -130,7 +131,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         # All packs of a step have the same length, so a stage knows the shape of its input from `seq_length`.
         variable_seq_lengths=False,
-        batch_p2p_sync=False,  # waiting for a transfer already orders the streams, without synchronizing the device
+        batch_p2p_sync=False,  # Waiting for a transfer already orders the streams.
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         gradient_accumulation_fusion=False,
@@ -182,8 +183,8 @@ def build_megatron(
         vp_size: The number of virtual stages with which Megatron's groups were created.
         cp_size: The context-parallel size.
         dtype: The dtype of the parameters.
-        recompute: What the backward pass recomputes.
-        ep_size: The number of ranks over which the experts of a layer are distributed.
+        recompute: The activations that the backward pass recomputes.
+        ep_size: The number of ranks over which the FFN experts of a layer are distributed.
         expert_tp_size: The number of ranks that share an expert; None for `tp_size`.
     """
     config = transformer_config(
@@ -208,7 +209,7 @@ def build_megatron(
 def _build_chunk(
     config: TransformerConfig, hf_config: PretrainedConfig, first: bool, last: bool, vp_stage: int | None
 ) -> GPTModel:
-    """Build one chunk. `first` and `last` say whether it is the first or the last chunk of the whole model."""
+    """Build one chunk. `first` and `last` specify whether it is the first or the last chunk of the whole model."""
     tp_size = config.tensor_model_parallel_size
     gpt = GPTModel(
         config=config,
@@ -222,8 +223,8 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     for name, parameter in gpt.named_parameters():
-        # Megatron marks these only when it initializes them. Without the mark, the norm would count them once per TP
-        # rank.
+        # Megatron marks parameters only when it initializes them. Without the mark, the gradient norm would count them
+        # once per TP rank.
         dim = tp_dim(name)
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 2 if "linear_fc1" in name else 1)
@@ -301,10 +302,10 @@ def _attention_modules(config: TransformerConfig, family: LLMFamily, norm: Any, 
 
 
 def _add_hooks(gpt: GPTModel, hf_config: PretrainedConfig, first: bool, last: bool) -> None:
-    """Add computations that Megatron's modules lack to a chunk. `first` and `last` are those of `_build_chunk`."""
+    """Add computations to a chunk that Megatron's modules lack. For `first` and `last`, see `_build_chunk`."""
     config, scales = gpt.config, family_of(hf_config).scales(hf_config)
     for layer in gpt.decoder.layers:
-        # Megatron enables gradients here even in evaluation, so an `Addition` would keep its inputs.
+        # Megatron enables gradients at this point even in evaluation, so that an `Addition` would keep its inputs.
         layer.bias_dropout_add_exec_handler = nullcontext
     watch(gpt)
     if config.recompute_granularity == "selective":
@@ -316,7 +317,7 @@ def _add_hooks(gpt: GPTModel, hf_config: PretrainedConfig, first: bool, last: bo
                 if isinstance(norm, RMSNorm):
                     norm.recompute_after(consumer)
     if first:
-        # Rounded as in transformers, which stores the factor in the dtype of the weights.
+        # The factor is rounded as in transformers, which stores it in the dtype of the weights.
         gpt.token_scale = float(torch.tensor(scales.tokens, dtype=config.params_dtype, device="cpu"))
         if scales.inputs != 1.0:
             gpt.decoder.register_forward_pre_hook(partial(_scale_inputs, scale=scales.inputs), with_kwargs=True)
