@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a linear layer computes W·x + s·B·A·x, in which only A and B learn.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a linear layer computes W·x + s·B·A·x, usually with a frozen W.
 
 The adapters are added to a model after it has been built. Each consists of two parameters of the layer, `lora_A` [rank,
 inputs] and `lora_B` [outputs, rank], and a forward hook that adds s·B·A·x to the layer's output. The hook does not read
-W, so W may be stored in any way. `model.llm.lora` does the same for Megatron's parallel layers.
+W, so W may have any storage format. `model.llm.lora` adds the same adapters to Megatron's parallel layers.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ _LLM_LAYER = re.compile(
 )
 _ENCODER = re.compile(r"audio\.(primary|experts\.[^.]+\.encoder)\..+")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""The LLM's projections that are one matrix in training, and are therefore frozen together."""
+"""The groups of the LLM's projections that form one matrix in training, and that can therefore only be frozen
+together."""
 
 Initial = Callable[[str, tuple[int, int]], Tensor]
-"""(full name of a factor, its shape) → its initial values in fp32."""
+"""A function that returns the initial values of a factor in fp32, given the factor's full name and shape."""
 
 
 def unknown_factor(name: str, shape: tuple[int, int]) -> Tensor:
-    """Return a factor without values, on the meta device, for models of which only the shapes are needed."""
+    """Return a factor on the meta device, for models of which only the shapes are needed."""
     return torch.empty(shape, device="meta")
 
 
 def initial_factor(name: str, shape: tuple[int, int], seed: int) -> Tensor:
-    """Return the initial values of a factor, which are zeros for B, and uniform values for A as in peft.
+    """Return the initial values of a factor: zeros for B, and uniformly distributed values for A, as in peft.
 
-    The values depend on the seed and the name alone, so every topology gets the same ones.
+    The values depend only on the seed, the name and the shape, so they are the same for every topology.
     """
     if name.endswith("lora_B"):
         return torch.zeros(shape)
@@ -60,7 +61,7 @@ def initial_factor(name: str, shape: tuple[int, int], seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters that a recipe asks for, and their initial values."""
+    """The adapters of a recipe, and their initial values."""
 
     parts: tuple[LoraConfig, ...] = ()
     initial: Initial = partial(initial_factor, seed=0)
@@ -84,7 +85,7 @@ class Adapters:
         return next((p for p in reversed(self.parts) if fnmatch.fnmatchcase(name, p.pattern)), None)
 
     def freezes(self, name: str) -> bool:
-        """Return True if the weight and the bias of the layer `name` are frozen because of an adapter."""
+        """Return whether the weight and the bias of the layer `name` are frozen because of an adapter."""
         parts = (self.of_layer(other) for other in _fused_with(name))
         return any(part is not None and not part.train_base for part in parts)
 
@@ -125,19 +126,19 @@ NO_ADAPTERS = Adapters()
 
 
 def can_adapt(name: str) -> bool:
-    """Return True if the linear layer `name` can have an adapter, as the LLM's projections and encoder layers can."""
+    """Return whether the linear layer `name` can have an adapter, as the LLM's projections and encoder layers can."""
     return bool(_LLM_LAYER.fullmatch(name) or _ENCODER.fullmatch(name))
 
 
 def llm_shapes(hf_config: PretrainedConfig, adapters: Adapters) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors of the LLM and of its adapters, by name without `llm.`."""
+    """Return the shapes of all tensors of the LLM and its adapters by name, without the prefix `llm.`."""
     shapes = hf_shapes(hf_config)
     factors = adapters.factor_shapes((LLM + name, shape) for name, shape in shapes.items())
     return {**shapes, **{name.removeprefix(LLM): shape for name, shape in factors.items()}}
 
 
 def llm_layers(hf_config: PretrainedConfig) -> list[str]:
-    """Return the names of the LLM's layers that can have an adapter, with `llm.`."""
+    """Return the names of the LLM's layers that can have an adapter, with the prefix `llm.`."""
     names = (LLM + name.removesuffix(".weight") for name, shape in hf_shapes(hf_config).items() if len(shape) == 2)
     return [name for name in names if can_adapt(name)]
 
@@ -154,7 +155,8 @@ def adaptable_layers(module: nn.Module, prefix: str) -> list[tuple[str, nn.Linea
 
 
 def add_adapters(module: nn.Module, prefix: str, adapters: Adapters) -> None:
-    """Add the adapters to plain linear layers within `module`, and freeze the weights under them.
+    """Add the adapters to the linear layers within `module`, and freeze the weights of these layers
+    (`Adapters.freezes`).
 
     Args:
         module: see `adaptable_layers`; its weights must be loaded already.
@@ -179,7 +181,7 @@ def _add_product(layer: nn.Module, args: tuple[Any, ...], output: Tensor, *, sca
 
 
 def _fused_with(name: str) -> list[str]:
-    """Return the layers whose weights form one matrix in training with that of `name`, including `name`."""
+    """Return `name` and the other layers whose weights form one matrix with the weight of `name` in training."""
     prefix, _, own = name.rpartition(".")
     for group in _FUSED if name.startswith(LLM) else ():
         if own in group:
@@ -188,7 +190,7 @@ def _fused_with(name: str) -> list[str]:
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
-    """Return up to three names similar to the pattern, at most one among layers that differ only in their numbers."""
+    """Return up to three names similar to the pattern, in which `*` replaces the numbers of layers."""
     last = pattern.rpartition(".")[2]
 
     def likeness(kind: str) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The combination of the primary encoder's features with those of the chosen experts.
+"""The combination of the features of the primary encoder and of the chosen encoder experts.
 
 All encoders return 50 frames per second (`model/lengths.py`), so frames with the same index cover the same 20 ms.
 Shapes: B clips, F frames, G gates, K experts, Dp primary width, De expert width.
@@ -19,7 +19,7 @@ from model.transfer import to_device
 
 
 class Expert(nn.Module):
-    """An encoder, followed by a projection of its features to the common width of all experts."""
+    """An encoder, followed by a projection of its features to the expert width, which is the same for all experts."""
 
     def __init__(self, encoder: nn.Module, dim: int, expert_dim: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | No
         for gate in range(num_gates):
             stream = like.new_zeros(
                 sum(lengths), like.shape[1], dtype=weights.dtype
-            )  # fp32: the sum of several experts
+            )  # fp32, in which several experts are summed
             for k, (rows, features) in enumerate(zip(rows_of, experts, strict=True)):
                 stream.index_add_(0, rows, weights_of[k][:, gate, k, None] * features.values)
             streams.append(stream.to(like.dtype))

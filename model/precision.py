@@ -7,9 +7,9 @@ from torch import nn
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast parameters and those buffers that checkpoints contain to a floating-point type, as `nn.Module.to` does.
+    """Cast the parameters and persistent buffers to a floating-point type, as `nn.Module.to` does.
 
-    Buffers that are not persistent keep their type, as when transformers loads a model in `dtype`. They are computed
+    Non-persistent buffers keep their type, as when transformers loads a model in `dtype`. They are computed
     from the config, and some need full precision. In bf16, for example, the errors of rotary embeddings would grow with
     the position.
     """

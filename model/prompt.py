@@ -19,7 +19,7 @@ def render(template: str, instruction: str, placeholder: str, num_clips: int) ->
 
 
 def cut(ids: Sequence[int], placeholder_id: int) -> list[list[int]]:
-    """Split `ids` at the placeholders, and return the tokens before, between and after them."""
+    """Split `ids` at the placeholders, and return the tokens before, between and after the placeholders."""
     pieces: list[list[int]] = [[]]
     for token in ids:
         if token == placeholder_id:

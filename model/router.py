@@ -1,9 +1,9 @@
 """The router, which chooses the encoder experts of each clip and weights their features.
 
 MoWE-Audio (arXiv 2409.06635, section 2.2) has two gates over the pool of weak encoders (here: encoder experts). The
-data-independent gate is a learned vector. The data-dependent gate reads the average over time of the features of the
-base encoder (here: primary encoder). Each gate computes one feature stream z = Σ_k r[k]·E_k(a) over its top-k experts.
-Gating on the instruction follows PaM (arXiv 2502.15178).
+data-independent gate is a learned vector. The input of the data-dependent gate is the average over time of the features
+of the base encoder (here: primary encoder). Each gate computes one feature stream z = Σ_k r[k]·E_k(a) over its top-k
+experts. Gating on the instruction follows PaM (arXiv 2502.15178).
 
 Shapes: B clips, F frames, P prompt tokens, D width of the gate's input, G gates, K experts.
 """
@@ -29,7 +29,7 @@ ENTRY_OFFSET = -30.0
 
 @dataclass(frozen=True)
 class Routing:
-    """The decisions of the router for B clips. The router returns them and does not store them."""
+    """The decisions of the router for B clips."""
 
     probs: Tensor
     """The softmax of each gate's logits, [B, G, K]."""
@@ -40,7 +40,8 @@ class Routing:
 
     @property
     def weights(self) -> Tensor:
-        """The mixing weights [B, G, K]: probabilities of the chosen experts, not renormalised; 0 for the others."""
+        """The mixing weights [B, G, K]: the probabilities of the chosen experts without renormalization, and 0
+        elsewhere."""
         return self.probs * self.chosen
 
     @cached_property
@@ -55,7 +56,7 @@ class Routing:
         return self.on_host[1].any(dim=1)
 
     def with_probs(self, probs: Tensor) -> Routing:
-        """Return the same decisions with another tensor that has the values of `probs`, without another transfer."""
+        """Return the same decisions with another tensor of equal values as `probs`, without another transfer."""
         found = replace(self, probs=probs)
         found.__dict__["on_host"] = self.on_host
         return found
@@ -89,7 +90,8 @@ class Router(nn.Module):
         self.config = config
         self.num_experts = num_experts
         self.steps_to_enter: Tensor
-        """The number of steps until each added encoder's logits have no offset, [K] int64; 0 for all other encoders."""
+        """The number of steps until the logit of each added encoder has no offset, [K] int64; 0 for all other
+        encoders."""
         self.register_buffer("steps_to_enter", torch.zeros(num_experts, dtype=torch.int64))
         if "data_independent" in config.gates:
             self.independent = IndependentGate(num_experts)

@@ -1,6 +1,6 @@
-"""The whole model in one process in plain PyTorch.
+"""The whole model in one process, in plain PyTorch.
 
-It specifies the model, is the oracle of all parity tests, and is what exports contain.
+This module specifies the model. It is the reference in all parity tests, and exports contain it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Losses:
 class SpeechLLM(nn.Module):
     """The audio tower and the LLM.
 
-    Parameters are named `audio.…` and `llm.…`. Names after `llm.` are those of Hugging Face.
+    Parameters are named `audio.…` and `llm.…`, where the rest of `llm.…` is the Hugging Face name.
 
     Args:
         config: The config of the model.
@@ -79,7 +79,7 @@ class SpeechLLM(nn.Module):
         return self.audio(batch.clips, batch.prompts, noise) if batch.clips.lengths else None
 
     def logits(self, batch: Batch, audio: AudioOutput | None) -> Tensor:
-        """Return the next-token logits [B, max L, vocabulary]. Those past the end of a sample are meaningless."""
+        """Return the next-token logits [B, max L, vocabulary]. Logits past the end of a sample are meaningless."""
         text = self.llm.get_input_embeddings()(batch.tokens.values)
         if audio is not None:
             text = splice(text, batch.audio_mask, audio.embeddings.values)
@@ -105,7 +105,7 @@ class SpeechLLM(nn.Module):
         return Losses(terms, None if audio is None else audio.routing, choices)
 
     def _router_terms(self, batch: Batch, choices: Sequence[Choice]) -> list[LossTerm]:
-        """Return the terms of the routers' losses, given the choices of each layer for all tokens."""
+        """Return the terms of the router losses, given the choices of each layer's router for all tokens."""
         lengths = torch.tensor(batch.tokens.lengths)
         samples = torch.arange(len(lengths)).repeat_interleave(lengths)
         layers = [RoutedTokens(choice, samples, lengths, alone) for choice in choices]

@@ -1,4 +1,4 @@
-"""Transfers of small arrays from the host to the device that do not block the host."""
+"""Transfers of small arrays from the host to the device, without blocking the host."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.devic
     if host.device == device or device.type == "cpu":
         return host.to(device)
     if device.type == "cuda":
-        host = host.pin_memory()  # the copy is asynchronous only from pinned memory
+        host = host.pin_memory()  # a copy from other memory is not asynchronous
     return host.to(device, non_blocking=True)

@@ -1,5 +1,6 @@
-"""The LLM in Megatron-core. The `GPTModel`s of all pipeline stages together compute the same function as transformers'
-model.
+"""The LLM in Megatron-core.
+
+The `GPTModel`s of all pipeline stages together compute the same function as transformers' model.
 
 Before building a model, the caller must call `parallel_state.initialize_model_parallel` and
 `model_parallel_cuda_manual_seed`. On machines without CUDA, all calls must be within
@@ -121,7 +122,8 @@ def transformer_config(
         pipeline_model_parallel_size=pp_size,
         context_parallel_size=cp_size,
         pipeline_model_parallel_layout=_layout(hf_config.num_hidden_layers, pp_size, vp_size),
-        # With two stages, the same rank is both neighbors; separate transfers keep the two directions apart.
+        # With two stages, the next and the previous stage are the same rank. Separate transfers keep the two directions
+        # apart.
         overlap_p2p_comm=vp_size > 1,
         batch_p2p_comm=vp_size == 1,
         sequence_parallel=tp_size > 1,
@@ -302,10 +304,11 @@ def _attention_modules(config: TransformerConfig, family: LLMFamily, norm: Any, 
 
 
 def _add_hooks(gpt: GPTModel, hf_config: PretrainedConfig, first: bool, last: bool) -> None:
-    """Add computations to a chunk that Megatron's modules lack. For `first` and `last`, see `_build_chunk`."""
+    """Add hooks to a chunk for computations that Megatron's modules lack. For `first` and `last`, see
+    `_build_chunk`."""
     config, scales = gpt.config, family_of(hf_config).scales(hf_config)
     for layer in gpt.decoder.layers:
-        # Megatron enables gradients at this point even in evaluation, so that an `Addition` would keep its inputs.
+        # Megatron's handler enables gradients even in evaluation, so an `Addition` would keep its inputs in memory.
         layer.bias_dropout_add_exec_handler = nullcontext
     watch(gpt)
     if config.recompute_granularity == "selective":
@@ -346,7 +349,8 @@ def _scale_logits(
 def _require_grad(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Make the input of the first layer require a gradient.
 
-    Otherwise, for text under a frozen embedding, recomputed layers would get no gradient, and no error would be raised.
+    Otherwise, if the embedding is frozen and the pack contains only text, recomputed layers would silently get no
+    gradient.
     """
     x = kwargs["hidden_states"]
     if torch.is_grad_enabled() and not x.requires_grad:

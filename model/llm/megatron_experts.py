@@ -1,8 +1,8 @@
-"""Layers with experts in Megatron-core: Megatron's all-to-all dispatcher and experts, with this project's router.
+"""Megatron-core layers with experts, which use Megatron's all-to-all dispatcher and experts and this project's router.
 
 The router chooses experts by the same function as the single-process model (`model.llm.experts.choose`), in fp32.
 Megatron's own auxiliary losses are not used, because their gradients depend on the topology. The losses of the router
-are terms of the loss table instead (`model.losses.router`).
+are entries of the loss table instead (`model.losses.router`).
 
 A *pack* is a packed sequence (`model.llm.packing`).
 
@@ -30,7 +30,7 @@ from model.llm.packing import PackedSequences
 
 
 def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, expert_tp_size: int) -> dict[str, Any]:
-    """Return the fields of Megatron's config that describe the experts; none for an LLM without experts.
+    """Return the fields of Megatron's config that describe the experts, which are none for an LLM without experts.
 
     Args:
         mixture: The experts.
@@ -47,7 +47,7 @@ def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, exper
         "moe_router_topk": mixture.top_k,
         "moe_ffn_hidden_size": mixture.width,
         "moe_router_load_balancing_type": "none",
-        "moe_router_pre_softmax": True,  # our router ignores it, but Megatron rejects top_k = 1 without it
+        "moe_router_pre_softmax": True,  # `Router` ignores it, but Megatron rejects top_k = 1 without it
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": ep_size,
@@ -64,7 +64,7 @@ def expert_spec(mixture: Mixture) -> ModuleSpec:
 
 
 class Router(nn.Module):
-    """The router of a layer. With sequence parallelism, each tensor-parallel rank routes its own rows of a pack.
+    """The router of a layer. With sequence parallelism, each tensor-parallel rank routes only its rows of a pack.
 
     Args:
         config: Megatron's config.
@@ -81,18 +81,19 @@ class Router(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.layer_number = 0
         self.packed: PackedSequences | None = None
-        """The pack whose rows are routed next, which a hook on the layer sets (`watch`)."""
+        """The pack whose rows the next forward pass routes. A hook on the layer sets it (`watch`)."""
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Set the number of the layer, from 1. Megatron calls this method."""
+        """Set the number of the layer, counted from 1. Megatron calls this method."""
         self.layer_number = layer_number
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the weight [t/TP, E] of every expert for each row, zero if not chosen, and a bool mask of the chosen.
+        """Return the weights [t/TP, E] of the experts, which are 0 for experts not chosen, and a bool mask of the
+        chosen ones.
 
         Args:
             hidden: This rank's rows [t/TP, 1, H] of a pack.
-            padding_mask: Must be None.
+            padding_mask: An argument that Megatron passes. It must be None.
         """
         assert padding_mask is None
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -107,7 +108,7 @@ class Router(nn.Module):
 
 
 def watch(gpt: Any) -> None:
-    """Make every layer with experts tell its router which pack the layer processes.
+    """Make every layer with experts pass its pack to its router before each forward pass.
 
     The pack is an argument of the layer, so a recomputed layer gets the same pack again.
     """
@@ -121,7 +122,7 @@ def _set_pack(layer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
 
 
 class _WithLoss(torch.autograd.Function):
-    """The identity on `values`, which adds the gradient of the scalar `loss` to the backward pass."""
+    """The identity on `values`, whose backward pass also computes the gradient of the scalar `loss`."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, loss: Tensor) -> Tensor:

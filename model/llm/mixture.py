@@ -1,7 +1,7 @@
-"""The description of the experts in an LLM's feed-forward layers, and functions that read it from a config.
+"""The description of an LLM's FFN experts, and functions that read it from a Hugging Face config.
 
 A family with experts, such as Mixtral, describes them in its Hugging Face config. A dense LLM gets experts from the
-recipe (`model.llm.experts`). They are then stored in the additional field `ffn_experts` of its Hugging Face config.
+recipe (`model.llm.experts`). The additional field `ffn_experts` of its Hugging Face config then describes them.
 
 Shapes: E experts, k chosen experts per token, F width of an expert.
 """
@@ -16,30 +16,30 @@ from typing import TYPE_CHECKING, Any
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig  # recipes are read without PyTorch
+    from transformers import PretrainedConfig  # not at run time, since recipes are read without PyTorch
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of an LLM."""
+    """The FFN experts of an LLM."""
 
     experts: tuple[str, ...]
     """The names of the E experts of a layer, in the order of the router's outputs."""
     top_k: int
     """The number k of experts to which a token is sent."""
     width: int
-    """The width of an expert, F."""
+    """The width F of an expert."""
     layers: tuple[int, ...]
-    """The layers with experts, counted from 0, in ascending order. The others have one feed-forward network."""
+    """The layers with experts, counted from 0, in ascending order. Every other layer has one feed-forward network."""
     normalize: bool
-    """True if the weights of the chosen experts are divided by their sum, which is the same as a softmax over the
-    chosen experts alone. False if they are the probabilities among all experts."""
+    """True if the weights of the chosen experts are divided by their sum, which is equivalent to a softmax over the
+    chosen experts alone. False if the weights are the probabilities of a softmax over all experts."""
     forced: str | None = None
     """The expert to which every token is sent with weight 1, for tests; None for the router's choice."""
 
 
 BASE = "base"
-"""The value of `from` for an expert that starts as the feed-forward network of the LLM itself."""
+"""The value of `from` for an expert whose initial weights are the feed-forward network of the LLM itself."""
 FIELD = "ffn_experts"
 """The additional field in the Hugging Face config of a dense LLM to which experts were added."""
 
@@ -74,7 +74,7 @@ class ExpertRouterConfig:
 def describe_experts(
     names: Sequence[str], layers: str | Sequence[int], top_k: int, router: ExpertRouterConfig, num_layers: int
 ) -> dict[str, Any]:
-    """Return the value of `ffn_experts` in the Hugging Face config of a dense LLM that gets experts.
+    """Return the value of `ffn_experts` for the Hugging Face config of a dense LLM to which experts are added.
 
     Args:
         names: The names of the experts.
@@ -108,14 +108,14 @@ def describe_experts(
 
 
 def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
-    """Check a value of `ffn_experts`, which may have been changed, and return it.
+    """Check a value of `ffn_experts` from a config file, which may have been edited, and return it.
 
     Args:
         tree: The value, of any type.
         num_layers: The number of layers of the LLM.
 
     Raises:
-        UserError: If it is not a value that `describe_experts` returns for an LLM with this number of layers.
+        UserError: If `describe_experts` does not return this value for any experts of an LLM with `num_layers` layers.
     """
     kinds = {"experts": list, "layers": list, "top_k": int, "normalize": bool}
     found = tree if isinstance(tree, dict) else {}
@@ -134,7 +134,7 @@ def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
 
 
 def described(hf_config: PretrainedConfig) -> Mixture | None:
-    """Return the experts that the recipe added to a dense LLM; None if there are none."""
+    """Return the experts that a recipe added to a dense LLM; None if there are none."""
     stored = getattr(hf_config, FIELD, None)
     if stored is None:
         return None
@@ -168,7 +168,10 @@ def mixtral(hf_config: PretrainedConfig) -> Mixture | None:
 
 def qwen3_moe(hf_config: PretrainedConfig) -> Mixture | None:
     """Return the experts of a Qwen3-MoE model; None if no layer has experts."""
-    dense, step = set(hf_config.mlp_only_layers), hf_config.decoder_sparse_step  # reading a field takes microseconds
+    dense, step = (
+        set(hf_config.mlp_only_layers),
+        hf_config.decoder_sparse_step,
+    )  # read once, since each access takes microseconds
     layers = tuple(n for n in every_layer(hf_config) if n not in dense and (n + 1) % step == 0)
     if not layers or not hf_config.num_experts:
         return None

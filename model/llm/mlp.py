@@ -20,8 +20,9 @@ from model.llm.features import Activation
 class GatedMLP(MLP):
     """Megatron's MLP with a gate (SwiGLU or GeGLU, arXiv 2002.05202) and without biases.
 
-    Autograd would also save the activated gate and copies of both halves of the input, which are 2 f more values per
-    token, where f is the hidden width. With selective recomputation, the gate's output is not saved either.
+    Autograd would also save the activated gate and copies of both halves of the input. These are 2 f more values per
+    token, where f is the hidden width of the network. With selective recomputation, the gate's output is not saved
+    either.
     """
 
     def __init__(self, config: TransformerConfig, activation: Activation = "silu") -> None:
@@ -50,16 +51,16 @@ class GeGLUMLP(GatedMLP):
 
 
 MLPS: dict[Activation, type[GatedMLP]] = {"silu": GatedMLP, "gelu_tanh": GeGLUMLP}
-"""The feed-forward networks by activation function. They are separate classes, since Megatron warns about a ModuleSpec
-of an unknown class."""
+"""The feed-forward network for each activation function. These are separate classes, because Megatron logs a warning
+about a ModuleSpec of a class that it does not know."""
 
 
 def gated(both: Tensor, activation: Activation) -> Tensor:
     """Return activation(gate) · up, [..., f], for `both` [..., 2 f], in which the columns of gate come first.
 
-    On CUDA, SwiGLU is Megatron's function, which `torch.compile` fuses into one kernel per pass. These kernels read and
-    write 3 f values per token in the forward pass and 5 f in the backward pass. PyTorch's separate kernels read and
-    write 5 f and 15 f values.
+    On CUDA, SwiGLU is computed by Megatron's function, which `torch.compile` fuses into one kernel per pass. Per token,
+    the fused kernels read and write 3 f values in the forward pass and 5 f in the backward pass. PyTorch's separate
+    kernels read and write 5 f values in the forward pass and 15 f in the backward pass.
     """
     result: Tensor
     if activation == "silu" and both.is_cuda:

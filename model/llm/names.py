@@ -1,15 +1,15 @@
-"""The mapping between Hugging Face's and Megatron's parameters, and the part that a tensor-parallel rank holds.
+"""The mapping between the parameters of Hugging Face and of Megatron, and the part of each on a tensor-parallel rank.
 
-The functions only compute names, shapes and indices, and do not access a model. In Megatron names, layers are numbered
-globally here: `decoder.layers.<n>`, with n counted from 0 over all pipeline stages. Megatron-core's local layer spec
-has these layouts:
+The functions only compute names, shapes and indices, and do not access a model. In this module, the Megatron name
+`decoder.layers.<n>` contains the number n of the layer counted from 0 over all pipeline stages. Megatron-core's local
+layer spec has these layouts:
 
-- `linear_qkv` holds for each query group its query heads, its key head and its value head. A rank holds consecutive
+- `linear_qkv` holds, for each query group, the query heads, the key head and the value head. A rank holds consecutive
   rows. If there are fewer key-value heads than ranks, these rows are a part of a group.
 - `linear_fc1` holds `[gate_r; up_r]` on rank r, so the concatenation of all ranks' shards is *not* `[gate; up]`.
 - The vocabulary is padded with zero rows to a multiple of the tensor-parallel size.
-- In layers with experts, `mlp.experts.local_experts.<e>` is expert e of all ranks. Expert tensor parallelism divides
-  its `linear_fc1` and `linear_fc2` among ranks, as tensor parallelism divides those of a dense layer.
+- In layers with experts, `mlp.experts.local_experts.<e>` is expert e, counted over all ranks. Expert tensor parallelism
+  divides the expert's `linear_fc1` and `linear_fc2` among ranks, as tensor parallelism divides a dense layer.
 
 "Full" always means the concatenation of all ranks' shards along `tp_dim`.
 """
@@ -31,7 +31,7 @@ Read = Callable[[str, Index], Tensor]
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _FACTOR = re.compile(r"^(.+)\.(lora_[AB])\.([^.]+)$")
-"""Matches the name of a LoRA factor (`model.llm.lora`). Its groups are the layer, the factor and the projection."""
+"""A pattern for the name of a LoRA factor (`model.llm.lora`), with groups for the layer, factor and projection."""
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
 
 _COLUMN_PARALLEL = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "word_embeddings.weight")
@@ -48,7 +48,8 @@ _SINGLE = {
     "pre_mlp_layernorm.weight": "mlp_norm",
     "mlp_bda.norm.weight": "mlp_output_norm",
 }
-"""The parameters of a layer that correspond to a single Hugging Face tensor, with its role in `LLAMA_MODULES`."""
+"""The parameters of a layer that each correspond to a single Hugging Face tensor, and the tensor's role in
+`LLAMA_MODULES`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def is_expert(megatron_name: str) -> bool:
 
 
 def tp_dim(megatron_name: str) -> int | None:
-    """Return the dimension along which tensor parallelism splits a parameter; None if every rank holds all of it."""
+    """Return the dimension along which tensor parallelism splits a parameter; None if every rank holds the whole
+    parameter."""
     if (found := _FACTOR.match(megatron_name)) is not None:
         dim = tp_dim(found[1] + ".weight")
         return dim if (dim == 0) == (found[2] == "lora_B") else None
@@ -86,7 +88,7 @@ def head_dim(hf_config: PretrainedConfig) -> int:
 
 
 def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of the Hugging Face model, in the model's order, without a tied output layer."""
+    """Return the shape of every tensor of the Hugging Face model by name, in order. A tied output layer is omitted."""
     modules = modules_of(hf_config)
     hidden, ffn = hf_config.hidden_size, hf_config.intermediate_size
     attention = _attention_shapes(hf_config)
@@ -97,7 +99,7 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     def add(tensors: Mapping[str, tuple[int, ...]], layer: int) -> None:
         for tensor, (rows, *columns) in tensors.items():
             name = _hf_name(modules, tensor, layer)
-            # Roles that share a module are one tensor.
+            # Roles with the same module are stored in one tensor, one after the other.
             shapes[name] = (shapes.get(name, (0,))[0] + rows, *columns)
 
     for n in range(hf_config.num_hidden_layers):
@@ -117,7 +119,7 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _attention_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a layer's tensors, except those of the feed-forward network, by role."""
+    """Return the shapes by role of a layer's tensors outside the feed-forward network."""
     family, hidden, width = family_of(hf_config), hf_config.hidden_size, head_dim(hf_config)
     rows = _projection_rows(hf_config)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -138,7 +140,7 @@ def _attention_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]
 
 
 def _projection_rows(hf_config: PretrainedConfig) -> dict[str, int]:
-    """Return the number of rows of each projection that a checkpoint may store in one tensor with others, by role."""
+    """Return the number of rows, by role, of the projections that some families store together in one tensor."""
     width = head_dim(hf_config)
     keys = hf_config.num_key_value_heads * width
     rows = {"query": hf_config.num_attention_heads * width, "key": keys, "value": keys}
@@ -146,7 +148,7 @@ def _projection_rows(hf_config: PretrainedConfig) -> dict[str, int]:
 
 
 def _first_row(hf_config: PretrainedConfig, role: str) -> int:
-    """Return the first row of a projection in its tensor, which is 0 unless projections share the tensor."""
+    """Return the first row of a projection in its tensor. It is 0 unless several projections share the tensor."""
     modules, first = modules_of(hf_config), 0
     for other, rows in _projection_rows(hf_config).items():
         if other == role:
@@ -164,9 +166,10 @@ def _hf_name(modules: Mapping[str, str], tensor: str, layer: int | None = None, 
 
 
 def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
-    """Return the pieces that rank `tp_rank` of `tp_size` holds of a parameter, in order along dimension 0.
+    """Return the pieces of a parameter that rank `tp_rank` of `tp_size` holds, in order along dimension 0.
 
-    The two numbers are those of expert tensor parallelism if the parameter belongs to an expert (`is_expert`).
+    For a parameter of an expert (`is_expert`), `tp_rank` and `tp_size` are the rank and size of expert tensor
+    parallelism.
     """
     if _FACTOR.match(megatron_name):
         return _factor_pieces(megatron_name, hf_config, tp_rank, tp_size)
@@ -203,11 +206,11 @@ def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, 
 
 
 def hf_to_local(megatron_name: str, read: Read, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> Tensor:
-    """Return the shard of rank `tp_rank`, reading only the slices that it consists of.
+    """Return the shard of a parameter on rank `tp_rank`, reading only the required slices of Hugging Face tensors.
 
     Args:
         megatron_name: the parameter.
-        read: returns the part of a Hugging Face tensor, given its name and the index.
+        read: a function that returns the part of a Hugging Face tensor at an index, given the tensor's name.
         hf_config: the LLM.
         tp_rank: the tensor-parallel rank.
         tp_size: the tensor-parallel size.
@@ -223,7 +226,7 @@ def hf_to_local(megatron_name: str, read: Read, hf_config: PretrainedConfig, tp_
 
 
 def global_to_hf(megatron_name: str, full: Tensor, hf_config: PretrainedConfig, tp_size: int) -> dict[str, Tensor]:
-    """Return the Hugging Face tensors that a parameter holds. This reverses `hf_to_local` for the shards of all ranks.
+    """Return the Hugging Face tensors that a parameter contains. This is the inverse of `hf_to_local` on all ranks.
 
     Args:
         megatron_name: the parameter.
@@ -233,7 +236,7 @@ def global_to_hf(megatron_name: str, full: Tensor, hf_config: PretrainedConfig, 
     """
     dim, shapes = tp_dim(megatron_name), hf_shapes(hf_config)
     tensors: dict[str, Tensor] = {}
-    # A parameter that is not split is the same on every rank, so it is described by the pieces of a single rank.
+    # A parameter that is not split is the same on every rank, so the pieces of one rank describe it.
     ranks = 1 if dim is None else tp_size
     for rank, shard in enumerate(full.chunk(ranks, dim=dim or 0)):
         row = 0
@@ -257,7 +260,7 @@ def _vocab_pieces(hf_name: str, hf_config: PretrainedConfig, start: int, num_row
 
 
 def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> Iterator[Piece]:
-    """Yield the pieces of query, key and value that the rank holds, in the order of their rows in `linear_qkv`."""
+    """Yield the pieces of queries, keys and values on a rank, in the order of their rows in `linear_qkv`."""
     modules, width = modules_of(hf_config), head_dim(hf_config)
     per_group = hf_config.num_attention_heads // hf_config.num_key_value_heads
     num_rows = hf_config.num_key_value_heads * (per_group + 2) * width
@@ -276,7 +279,7 @@ def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int
 
 
 def _router_tensors(hf_config: PretrainedConfig, layer: int) -> list[tuple[str, int]]:
-    """Return the Hugging Face tensors of a layer's router with their numbers of rows, in order."""
+    """Return the names of the Hugging Face tensors of a layer's router and their numbers of rows, in order."""
     modules, mixture = modules_of(hf_config), mixture_of(hf_config)
     assert mixture is not None, "the LLM has no experts"
     if "{e}" in modules["router"]:
@@ -287,7 +290,7 @@ def _router_tensors(hf_config: PretrainedConfig, layer: int) -> list[tuple[str, 
 def _expert_pieces(
     layer: int, expert: int, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int
 ) -> list[Piece]:
-    """Return the pieces of an expert's `linear_fc1` or `linear_fc2` that a rank of expert tensor parallelism holds."""
+    """Return the pieces of an expert's `linear_fc1` or `linear_fc2` on a rank of expert tensor parallelism."""
     modules, mixture = modules_of(hf_config), mixture_of(hf_config)
     assert mixture is not None, "the LLM has no experts"
     name, share = mixture.experts[expert], mixture.width // tp_size
@@ -299,7 +302,7 @@ def _expert_pieces(
 
 
 def _factor_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
-    """Return the pieces of a LoRA factor that a rank holds. B is split like the weight's rows, A like its columns."""
+    """Return the pieces of a LoRA factor on a rank. B is split like the weight's rows, and A like its columns."""
     found = _FACTOR.match(megatron_name)
     assert found is not None, megatron_name
     weight, factor, projection = found[1] + ".weight", found[2], found[3]

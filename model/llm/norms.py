@@ -1,4 +1,4 @@
-"""The norms of a Megatron layer, and the addition of the output of attention or the feed-forward network."""
+"""The norms of a Megatron layer, and the addition of the output of attention or of the MLP to the residual stream."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ def parameter_device(config: TransformerConfig) -> Any:
 
 
 class RMSNorm(nn.Module):
-    """An RMSNorm over the last dimension. Its weight is marked for Megatron's sequence-parallel gradient all-reduce.
+    """An RMSNorm over the last dimension. Its weight is marked for Megatron's gradient all-reduce of sequence
+    parallelism.
 
     Args:
         config: Megatron's config.
         hidden_size: The size of the last dimension.
         eps: The number that is added to the mean square.
-        from_zero: True if the factor of a channel is 1 + weight, as in Gemma, instead of the weight.
+        from_zero: True if each channel is multiplied by 1 + weight, as in Gemma, instead of by the weight.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class RMSNorm(nn.Module):
         """The latest output, which `recompute_after` discards."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x` [..., hidden_size]."""
+        """Return `x` [..., hidden_size], normalized."""
         if not (self.is_recomputed and self.training):
             return self._normalize(x)
         self.latest = CheckpointWithoutOutput(fp8=None)
@@ -57,7 +58,8 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
     def recompute_after(self, consumer: nn.Module) -> None:
-        """Discard the norm's output once `consumer` has used it, and recompute it in the backward pass."""
+        """Make the norm discard its output after the forward pass of `consumer`, and recompute it in the backward
+        pass."""
         self.is_recomputed = True
         consumer.register_forward_hook(self._discard)
 
@@ -68,14 +70,15 @@ class RMSNorm(nn.Module):
 
 
 class AllHeadsNorm(nn.Module):
-    """An RMSNorm over all heads of all tensor-parallel ranks together, as OLMo 2 normalizes queries and keys.
+    """An RMSNorm over the heads of all tensor-parallel ranks together, as for the queries and keys of OLMo 2.
 
-    Every rank holds the weights of all heads and uses those of its own heads. The weights are marked for Megatron's
-    sequence-parallel all-reduce, which sums the ranks' gradients.
+    Every rank holds the weights of all heads, but uses only the weights of the heads that it computes. The weights are
+    marked for Megatron's all-reduce of sequence parallelism, which sums the ranks' gradients.
 
     Args:
         config: Megatron's config.
-        num_heads: The number of heads over all ranks. With fewer heads than ranks, several ranks have the same head.
+        num_heads: The number of heads over all ranks. If it is less than the number of ranks, several ranks compute the
+            same head.
         hidden_size: The width D of a head.
         eps: The number that is added to the mean square.
     """
@@ -90,28 +93,28 @@ class AllHeadsNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize this rank's heads `x` [t, 1, heads of this rank, D]."""
+        """Return this rank's heads `x` [t, 1, heads of this rank, D], normalized over the heads of all ranks."""
         own, weight = x.shape[-2], self.weight.view(self.num_heads, self.width)
         values = x.float()
         squares = values.square().sum((-2, -1), keepdim=True)
         if self.tp_size > 1:
             copies = own * self.tp_size // self.num_heads
-            # The forward pass sums over ranks, and the backward pass sums the ranks' gradients.
+            # Summed over ranks both in the forward pass (values) and in the backward pass (gradients).
             squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares)) / copies
             first = parallel_state.get_tensor_model_parallel_rank() // copies * own
             weight = weight[first : first + own]
         scale = torch.rsqrt(squares / (self.num_heads * self.width) + self.eps)
-        return (values * scale * weight).to(x.dtype)  # as in transformers, rounded after the product with the weight
+        return (values * scale * weight).to(x.dtype)  # rounded after the product, as in transformers
 
 
 class Addition(nn.Module):
     """The addition of the output of attention or of the feed-forward network to its input: x + scale · norm(output).
 
-    It takes the place of Megatron's bias-dropout-add.
+    It replaces Megatron's bias-dropout-add.
 
     Args:
-        norm: A function that returns the norm for the output; None for no norm.
-        scale: The factor on the output.
+        norm: A function that builds the norm for the output; None for no norm.
+        scale: The factor by which the output is multiplied.
     """
 
     def __init__(self, norm: Callable[[], nn.Module] | None, scale: float) -> None:
@@ -120,7 +123,7 @@ class Addition(nn.Module):
         self.scale = scale
 
     def forward(self, _training: bool, _fused: bool) -> Callable[[tuple[Tensor, None], Tensor, float], Tensor]:
-        """Return the function that adds, as Megatron's `get_bias_dropout_add` does."""
+        """Return the function that computes the sum. It has the signature of Megatron's `get_bias_dropout_add`."""
         return self._add
 
     def _add(self, output_and_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:

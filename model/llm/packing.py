@@ -1,4 +1,4 @@
-"""Packed sequences, and the KV cache.
+"""Packed sequences and the KV cache.
 
 A packed sequence, or *pack*, is a concatenation of several token sequences (*segments*) that do not attend to each
 other. A pack has one row per token, including padding.
@@ -23,7 +23,7 @@ from model.llm.rotary import Rotary
 from model.transfer import to_device
 
 PADDING = -1
-"""The sequence index of a segment of padding (`KVCache.extend`)."""
+"""The value of `PackedSequences.sequences` for a segment of padding."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Bucket:
     max_length: int
     """The length of the longest segment in tokens."""
     rows: Tensor
-    """[n], the rows of the pack that belong to these segments."""
+    """[n] int64, the rows of the pack that belong to these segments."""
     places: Tensor
-    """[n], the index of each row in the padded batch [num_segments * max_length]."""
+    """[n] int64, the index of each row in the flattened padded batch [num_segments * max_length]."""
 
     def pad(self, x: Tensor) -> Tensor:
-        """Return the padded batch [num_segments, heads, max_length, D] of the pack's rows `x` [t, heads, D]."""
+        """Return this bucket's rows of `x` [t, heads, D] as a padded batch [num_segments, heads, max_length, D]."""
         batch = x.new_zeros(self.num_segments * self.max_length, *x.shape[1:])
         batch = batch.index_copy(0, self.places, x.index_select(0, self.rows))
         return batch.unflatten(0, (self.num_segments, self.max_length)).transpose(1, 2)
@@ -61,19 +61,19 @@ class CachedSegments:
     starts: Tensor
     """[B], the position of each segment's first token."""
     num_keys: int
-    """The number of tokens of the longest sequence, including those of the pack."""
+    """The number of tokens of the longest sequence, including the tokens of the pack."""
     row_sequences: Tensor
-    """[n], the index in the cache of the sequence of every row of `bucket.rows`."""
+    """[n], the index in the cache of the sequence to which each row of `bucket.rows` belongs."""
     row_positions: Tensor
-    """[n], the position in its sequence of every row of `bucket.rows`."""
+    """[n], the position of each row of `bucket.rows` in its sequence."""
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
     """The segments of a pack of t rows, passed to Megatron as `packed_seq_params`.
 
-    t must be a multiple of the tensor-parallel size. Rows of padding form a segment like any other, but their labels
-    are ignored. `KVCache.extend` sets the fields for decoding.
+    t must be a multiple of the tensor-parallel size. Rows of padding form a segment whose labels are ignored.
+    `KVCache.extend` sets the fields for decoding.
     """
 
     lengths: tuple[int, ...] = ()
@@ -81,19 +81,19 @@ class PackedSequences(PackedSeqParams):
     starts: tuple[int, ...] = ()
     """The position of each segment's first token; empty if all are 0."""
     sequences: tuple[int, ...] = ()
-    """The sequence in `cache` of each segment, or PADDING; empty without a cache."""
+    """The index in `cache` of each segment's sequence, or PADDING; empty without a cache."""
     cache: KVCache | None = None
     """The cache that the segments continue; None in training."""
     num_samples: int = 0
     """The number of segments that are samples, used only with `observe`. The segments after them are padding."""
     continued: tuple[Continued, ...] = ()
-    """The segments that continue a segment from another chunk, in order (`of_part`)."""
+    """The segments that begin in an earlier chunk of the pack, in order (`of_part`)."""
     gathers_keys: bool = False
-    """True if any of the context-parallel ranks has a segment in `continued`; see `of_part`."""
+    """True if `continued` is not empty on at least one of the context-parallel ranks (`of_part`)."""
     observe: Callable[..., Tensor] | None = None
-    """A function that the router of every layer with experts calls in training, with the number of the layer, the
-    router's choices, this pack and the tensor-parallel group. It returns a loss, a scalar, whose gradient is added to
-    that of the router."""
+    """A function that the router of every layer with experts calls in training. Its arguments are the number of the
+    layer, the router's choices, this pack and the tensor-parallel group. It returns a scalar loss, whose gradient is
+    added to the gradient of the router's output."""
 
     def __post_init__(self) -> None:
         assert self.lengths and all(n > 0 for n in self.lengths), self.lengths
@@ -112,7 +112,7 @@ class PackedSequences(PackedSeqParams):
 
     @classmethod
     def of_part(cls, lengths: tuple[int, ...], part: ContextPart) -> PackedSequences:
-        """Return the rows of a pack that one of several context-parallel ranks holds, as a separate pack.
+        """Return the rows of a pack on one of several context-parallel ranks, as a separate pack.
 
         The segments of the new pack are pieces of the given pack's segments (`model.llm.context`).
 
@@ -146,9 +146,10 @@ class PackedSequences(PackedSeqParams):
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The segments of each bucket. Lengths in a bucket have the same next power of two, which limits padding.
+        """The indices of the segments in each bucket. To limit padding, the lengths in a bucket have the same next
+        power of 2.
 
-        The segments in `continued` come first, each in a separate bucket.
+        The segments in `continued` are first, each in a separate bucket.
         """
         alone = [self.offsets.index(own.row) for own in self.continued]
         found: dict[int, list[int]] = {}
@@ -158,11 +159,11 @@ class PackedSequences(PackedSeqParams):
         return (*((i,) for i in alone), *map(tuple, found.values()))
 
     def layout(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return four tensors [t] on the device, which are computed on the host and moved in one transfer.
+        """Return four index tensors [t] on the device, which are computed on the host and copied in one transfer.
 
         Returns:
-            The position of each row, the rows of all buckets, their places in the padded batches, and the index of each
-            row among the buckets' rows.
+            The position of each row in its sequence, the fields `rows` and `places` of all buckets (each concatenated),
+            and the index of each row of the pack in the concatenated `rows`.
         """
         if self._layout is None:
             parts = [self._rows_and_places(members) for members in self.groups]
@@ -174,7 +175,8 @@ class PackedSequences(PackedSeqParams):
         return positions, rows_there, places_there, inverse_there
 
     def rotation(self, rotary: Rotary, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine [t, 1, R] of a rotary embedding, which are computed once per pack for all layers.
+        """Return the cosines and sines [t, 1, R] of a rotary embedding, which are computed once per pack for all
+        layers.
 
         Args:
             rotary: The embedding, on the device of `like`.
@@ -189,14 +191,15 @@ class PackedSequences(PackedSeqParams):
         return self._rotations[key]
 
     def query_factors(self, beta: float, length: int, like: Tensor) -> Tensor:
-        """Return the factors [t, 1, 1] on queries, 1 + beta · log(1 + ⌊position / length⌋), as in Llama 4."""
+        """Return the factors 1 + beta · log(1 + ⌊position / length⌋) [t, 1, 1] of the queries, as in Llama 4."""
         if self._query_factors is None or self._query_factors.dtype != like.dtype:
             spans = torch.div(self.layout(like.device)[0], length, rounding_mode="floor")
             self._query_factors = (1 + beta * torch.log(1 + spans.float())).to(like)[:, None, None]
         return self._query_factors
 
     def window_mask(self, length: int, window: int, device: torch.device) -> Tensor:
-        """Return a bool mask [length, length]: a row attends to itself and to the `window` - 1 rows before it."""
+        """Return a bool mask [length, length], with which a row attends to itself and the `window` - 1 rows before
+        it."""
         if (length, window) not in self._window_masks:
             rows = torch.arange(length, device=device)
             distances = rows[:, None] - rows
@@ -204,7 +207,7 @@ class PackedSequences(PackedSeqParams):
         return self._window_masks[length, window]
 
     def buckets(self, device: torch.device) -> tuple[Bucket, ...]:
-        """Return the segments of similar length, as in `groups`, without those in `continued`."""
+        """Return the buckets of `groups`, without those of the segments in `continued`."""
         if self._buckets is None:
             _, rows, places, _ = self.layout(device)
             lengths = [[self.lengths[i] for i in members] for members in self.groups]
@@ -217,17 +220,17 @@ class PackedSequences(PackedSeqParams):
         return self._buckets
 
     def segment_ends(self, device: torch.device) -> Tensor:
-        """Return [S + 1] in int32, which is 0 followed by the row after the end of each segment."""
+        """Return 0 followed by the end of each segment (the row after its last row), [S + 1] int32."""
         if self._segment_ends is None:
             self._segment_ends = to_device(np.cumsum((0, *self.lengths), dtype=np.int32), device)
         return self._segment_ends
 
     def row_samples(self, device: torch.device) -> Tensor:
-        """Return [t] int64, the index of each row's segment."""
+        """Return the index of each row's segment, [t] int64."""
         return self._samples(device)[0]
 
     def sample_lengths(self, device: torch.device) -> Tensor:
-        """Return [num_samples] int64, the lengths of the segments that are samples."""
+        """Return the lengths of the segments that are samples, [num_samples] int64."""
         return self._samples(device)[1][: self.num_samples]
 
     def _samples(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -238,11 +241,11 @@ class PackedSequences(PackedSeqParams):
         return self._row_samples
 
     def unbucket(self, device: torch.device) -> Tensor:
-        """Return [t], the index of each row of the pack in the concatenation of the buckets' rows."""
+        """Return the index of each row of the pack in the concatenation of the buckets' rows, [t] int64."""
         return self.layout(device)[3]
 
     def cached_segments(self, device: torch.device) -> CachedSegments:
-        """Return the segments that are not padding."""
+        """Return the segments that are not padding. The pack must have a cache."""
         if self._cached_segments is None:
             real = [i for i, sequence in enumerate(self.sequences) if sequence != PADDING]
             rows, places = self._rows_and_places(real)
@@ -261,7 +264,7 @@ class PackedSequences(PackedSeqParams):
         return self._cached_segments
 
     def _rows_and_places(self, segments: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the fields `rows` and `places` of a `Bucket` with these segments."""
+        """Return the fields `rows` and `places` of a `Bucket` with the segments of the given indices."""
         lengths = [self.lengths[i] for i in segments]
         return (
             _spans([self.offsets[i] for i in segments], lengths),
@@ -270,18 +273,18 @@ class PackedSequences(PackedSeqParams):
 
 
 def _spans(starts: Sequence[int], lengths: Sequence[int]) -> NDArray[np.int64]:
-    """Return start, start + 1, …, start + length - 1 of each span, concatenated."""
+    """Return the numbers start, start + 1, …, start + length - 1 of each span, concatenated."""
     return np.concatenate([np.arange(s, s + n, dtype=np.int64) for s, n in zip(starts, lengths, strict=True)])
 
 
 class KVCache:
     """The keys and values of `num_sequences` sequences in every layer of a pipeline stage.
 
-    `extend` reserves the positions of one forward pass, and the layers fill them.
+    `extend` reserves the positions for one forward pass, and each layer writes its keys and values with `store`.
 
     Args:
         num_sequences: The number of sequences.
-        max_tokens: The largest number of tokens of a sequence.
+        max_tokens: The maximum number of tokens of a sequence.
     """
 
     def __init__(self, num_sequences: int, max_tokens: int) -> None:
@@ -293,12 +296,12 @@ class KVCache:
     def extend(
         self, lengths: Sequence[int], sequences: Sequence[int] | None = None, num_padding: int = 0
     ) -> PackedSequences:
-        """Return the pack that appends tokens to sequences.
+        """Reserve positions for new tokens, and return the pack that appends these tokens to their sequences.
 
         Args:
             lengths: The number of tokens to append to each sequence.
-            sequences: The sequences; None for all, in order.
-            num_padding: The number of rows of padding after them, which are not stored.
+            sequences: The indices of the sequences; None for all sequences in order.
+            num_padding: The number of rows of padding after the tokens. They are not stored.
         """
         which = tuple(range(len(self.num_tokens))) if sequences is None else tuple(sequences)
         assert len(which) == len(lengths) and len(set(which)) == len(which), (which, lengths)
@@ -315,7 +318,8 @@ class KVCache:
         )
 
     def store(self, layer: int, key: Tensor, value: Tensor, packed: PackedSequences) -> tuple[Tensor, Tensor]:
-        """Store `key` and `value` [t, G, D] of a pack, and return both caches [sequences, tokens, G, D]."""
+        """Store `key` and `value` [t, G, D] of a pack, and return the layer's caches [num_sequences, max_tokens, G,
+        D]."""
         assert not torch.is_grad_enabled(), "a cache is for inference: use torch.no_grad()"
         if layer not in self._layers:
             shape = (len(self.num_tokens), self.max_tokens, *key.shape[1:])

@@ -1,4 +1,4 @@
-"""The LLM in transformers: its config, which determines everything else, and the single-process model."""
+"""The LLM in transformers: its config, its weights and the single-process model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SIZES = (
     "moe_intermediate_size",
     "decoder_sparse_step",
 )
-# Keys that transformers reads from a config even though some families' config classes do not declare them.
+# Keys that transformers reads from a config although the config classes of some families do not declare them.
 _OTHER_KEYS = (
     "model_type",
     "head_dim",
@@ -55,7 +55,8 @@ def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
     """Return the Hugging Face config that the recipe's section `model.llm` describes.
 
     Raises:
-        UserError: If the family or a key is unknown, or a feature is not supported by the Megatron model.
+        UserError: If the config is invalid, the family or a key is unknown, or the Megatron model lacks a required
+            feature.
     """
     if config.weights is None:
         hf_config = _make_config(config.config)
@@ -66,7 +67,7 @@ def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
         _complete(hf_config, config)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - the file comes from elsewhere, and may provoke anything
+    except Exception as error:  # noqa: BLE001 - an arbitrary config file can cause any exception
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise UserError(
             f"model.llm.weights = {config.weights}: config.json is not a usable model config ({reason}); give other "
@@ -76,7 +77,7 @@ def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
 
 
 def dense_config(hf_config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config of a dense LLM without the experts that the recipe added."""
+    """Return a copy of the config without the experts that a recipe added to a dense LLM."""
     dense = copy.deepcopy(hf_config)
     if hasattr(dense, FIELD):
         delattr(dense, FIELD)
@@ -100,7 +101,7 @@ def _add_experts(hf_config: PretrainedConfig, config: LLMConfig) -> None:
 
 
 def _complete(hf_config: PretrainedConfig, config: LLMConfig) -> None:
-    """Add the experts of the feed-forward layers to a config, and check it."""
+    """Add the FFN experts of the recipe to a config, and check the config."""
     if (given := getattr(hf_config, FIELD, None)) is not None:
         setattr(hf_config, FIELD, read_experts(given, hf_config.num_hidden_layers))
     if config.experts:
@@ -119,8 +120,8 @@ def weight_source(
     Args:
         config: The section.
         hf_config: The LLM.
-        seed: The seed of random weights; required without a checkpoint, and for the routers of `config.experts`.
-        donors: The initial weights of experts, by the name of the expert, except for experts from `base`.
+        seed: The seed of random weights. It is required without a checkpoint, and for the routers of `config.experts`.
+        donors: The initial weights of each expert by its name, except for experts whose `from` is `base`.
 
     Raises:
         UserError: If the checkpoint cannot be read or does not fit `hf_config`.
@@ -142,17 +143,18 @@ def weight_source(
 
 @torch.no_grad()
 def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedModel:
-    """Build the transformers model in fp32 with SDPA attention, with the weights that Megatron loads on any topology.
+    """Build the transformers model in fp32 with SDPA attention and with the same weights as the Megatron model.
 
     Raises:
-        UserError: If `resolve_hf_config` or `weight_source` raises it, or the family's tensors are not the model's.
+        UserError: If `resolve_hf_config` or `weight_source` raises it, or if the `LLMFamily` describes other tensors
+            than the model has.
     """
     hf_config = resolve_hf_config(config)
     source = weight_source(config, hf_config, seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         hf_config, dtype=torch.float32, attn_implementation="sdpa"
     )
-    # With `pad_token_id` in the config, that token's embedding would not be trained. Megatron trains all embeddings.
+    # Otherwise, the embedding of the token `pad_token_id` would not be trained. Megatron trains all embeddings.
     model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
     if (mixture := mixture_of(hf_config)) is not None:
         place_experts(model, mixture, modules_of(hf_config))
@@ -164,7 +166,7 @@ def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedMod
 
 
 def _check_shapes(hf_config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> None:
-    """Check that the family describes the tensors of transformers' model, since a plug-in's family may be wrong."""
+    """Check that the family describes the tensors of transformers' model. The family of a plug-in may be wrong."""
     wrong = sorted(dict(found.items() ^ hf_shapes(hf_config).items()))
     if wrong:
         raise UserError(
@@ -231,7 +233,7 @@ def _check_keys(config_class: type, values: dict[str, Any]) -> None:
 
 
 def _check_features(hf_config: PretrainedConfig) -> None:
-    """Check that the config requires nothing that the Megatron model would compute differently."""
+    """Check that the Megatron model supports every feature that the config uses."""
     where = "model.llm.config"
     check_family(hf_config.model_type)
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
@@ -250,7 +252,7 @@ def _check_features(hf_config: PretrainedConfig) -> None:
 
 
 def _check_rotary(hf_config: PretrainedConfig) -> None:
-    """Check the windows, rotary embeddings and scales of a config."""
+    """Check the attention windows, rotary embeddings and scales of a config."""
     family = family_of(hf_config)
     for key, rope in rope_sets(hf_config).items():
         where = f"model.llm.config.rope_parameters{'.' * bool(key)}{key}"

@@ -21,11 +21,11 @@ class Rotary:
     """A rotary embedding that rotates R of the D channels of a head."""
 
     key: str
-    """The name of this embedding among those of the LLM, `AttentionLayer.rope`."""
+    """The name of this embedding, to which `AttentionLayer.rope` refers."""
     inv_freq: Tensor
     """The inverse frequencies [R/2] in fp32."""
     scaling: float
-    """The factor on cosine and sine."""
+    """The factor by which the cosines and sines are multiplied."""
     in_fp32: bool = False
     """True if queries and keys are rotated in fp32, regardless of their dtype."""
 
@@ -33,8 +33,8 @@ class Rotary:
 def rotary_embeddings(hf_config: PretrainedConfig) -> dict[str, Rotary]:
     """Return the rotary embeddings of an LLM by `AttentionLayer.rope`.
 
-    Embeddings of the type longrope are valid for sequences of up to `original_max_position_embeddings` tokens, for
-    which transformers uses `short_factor`.
+    Embeddings of the type longrope are correct only for sequences of up to `original_max_position_embeddings` tokens,
+    since transformers uses `short_factor` only up to this length.
     """
     found, in_fp32 = {}, family_of(hf_config).rotates_in_fp32
     for key, rope in rope_sets(hf_config).items():
@@ -44,7 +44,7 @@ def rotary_embeddings(hf_config: PretrainedConfig) -> dict[str, Rotary]:
             found[key] = Rotary(key, inv_freq, 1.0, in_fp32)
         else:
             initial = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
-            with torch.device("cpu"):  # YaRN creates some tensors on the default device, which a plan sets to meta
+            with torch.device("cpu"):  # YaRN creates tensors on the default device, which is meta in a plan
                 inv_freq, scaling = initial(hf_config, torch.device("cpu"), layer_type=key or None)
             found[key] = Rotary(key, inv_freq, float(scaling), in_fp32)
     return found

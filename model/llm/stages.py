@@ -1,7 +1,7 @@
-"""The division of the LLM's layers into chunks for pipeline stages, and what the backward pass recomputes.
+"""The division of the LLM's layers into chunks for pipeline stages, and the modes of recomputation.
 
 With V virtual stages, each of the PP pipeline stages holds V chunks of consecutive layers. The PP·V chunks are numbered
-in the order of the model: chunk c belongs to stage c % PP, where it is virtual stage c // PP.
+in the order of the model. Chunk c is virtual stage c // PP of pipeline stage c % PP.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import Literal
 
 Recompute = Literal["none", "selective", "full"]
-"""What the backward pass recomputes. `none`: nothing. `selective`: norms, activation functions and attention, but none
-of the matmuls of linear layers. `full`: whole layers, of which only the input is saved."""
+"""The mode of recomputation in the backward pass. `none` recomputes nothing. `selective` recomputes norms, activation
+functions and attention, but no matmul of a linear layer. `full` recomputes whole layers and saves only their inputs."""
 
 
 def chunk_layers(num_layers: int, pp_size: int, vp_size: int = 1) -> tuple[int, ...]:
     """Return the number of layers of each chunk, in the order of the model.
 
-    The numbers differ by at most one. If some chunks must have one layer fewer, the last chunk is chosen first, because
-    it also has the output layer and the loss. Chunk 0, which has the embedding, is chosen next, followed by chunks 1, 2
-    and so on, because early stages hold the activations of more micro-batches.
+    The numbers differ by at most one. If some chunks must have one layer fewer, the last chunk is the first of them,
+    because it also contains the output layer and the loss. The next is chunk 0, which contains the embedding, followed
+    by chunks 1, 2 and so on, because early stages hold the activations of more micro-batches.
 
     Args:
         num_layers: The number of layers of the LLM, at least one per chunk.
@@ -34,5 +34,5 @@ def chunk_layers(num_layers: int, pp_size: int, vp_size: int = 1) -> tuple[int, 
 
 
 def stage_chunks(num_layers: int, pp_size: int, vp_size: int, stage: int) -> tuple[int, ...]:
-    """Return the number of layers of each chunk of a stage, in the order of its virtual stages."""
+    """Return the number of layers of each chunk of the pipeline stage `stage`, in the order of its virtual stages."""
     return chunk_layers(num_layers, pp_size, vp_size)[stage::pp_size]

@@ -1,4 +1,5 @@
-"""Sources of the LLM's weights, read slice by slice: a Hugging Face directory, a state dict, or a random seed."""
+"""Sources of the LLM's weights, from which slices can be read: a Hugging Face directory, a state dict, or a random
+seed."""
 
 from __future__ import annotations
 
@@ -18,14 +19,15 @@ from model.llm.families import family_of
 from model.llm.names import Index, hf_shapes, hf_to_local, is_expert, local_pieces
 
 RANDOM_BLOCK_ROWS = 256
-"""The number of rows of a random tensor that are drawn from one generator. Changing it changes every seed's weights."""
+"""The number of rows of a random tensor that one generator draws. A different value changes the weights of all
+seeds."""
 
 
 class WeightSource(Protocol):
-    """A source of Hugging Face tensors, which can be read in part."""
+    """A source of Hugging Face tensors, of which any slice can be read."""
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Return the shape of a tensor; None if the source does not hold it."""
+        """Return the shape of a tensor; None if the source does not contain the tensor."""
         ...
 
     def read(self, name: str, index: Index) -> Tensor:
@@ -41,7 +43,7 @@ class SafetensorsSource:
     """A directory with `model.safetensors`, or with shards and `model.safetensors.index.json`.
 
     Raises:
-        UserError: If the directory holds neither, or a file cannot be read. Methods can also raise this error.
+        UserError: If the directory contains neither, or a file cannot be read. Methods can also raise this error.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -96,9 +98,10 @@ class SafetensorsSource:
 
 
 def embedding_rms(source: WeightSource, hf_config: PretrainedConfig) -> float:
-    """Return the root mean square of the LLM's token embeddings, from at most 16 evenly spaced blocks of 256 rows.
+    """Estimate the root mean square of the LLM's token embeddings from evenly spaced blocks of 256 rows.
 
-    The embeddings include the factor that the LLM applies only to token embeddings (`Scales.tokens`).
+    At most 17 blocks are read. The result includes the factor that the LLM applies only to token embeddings
+    (`Scales.tokens`).
     """
     name = "model.embed_tokens.weight"
     shape = source.shape(name)
@@ -128,9 +131,10 @@ class StateDictSource:
 
 
 class RandomSource:
-    """Random initial weights: normal with standard deviation `initializer_range`; norms are 1, biases 0.
+    """Random initial weights.
 
-    Norms are 0 in families whose norms multiply by 1 + weight.
+    Matrices are normally distributed with the standard deviation `initializer_range`. Biases are 0. The weights of
+    norms are 1, or 0 in families whose norms multiply by 1 + weight.
 
     Every block of rows is drawn from a generator that is seeded by (seed, name, block). Any rank of any topology
     therefore gets the same values for the slices that it reads, and draws at most one additional block.
@@ -147,7 +151,7 @@ class RandomSource:
         return self._shapes.get(name)
 
     def read(self, name: str, index: Index) -> Tensor:
-        """Implement `WeightSource`; the result is in fp32."""
+        """Implement `WeightSource`. The result is in fp32."""
         shape = self._shapes[name]
         if len(shape) == 1:
             constant = torch.zeros if name.endswith(".bias") else self._norm
@@ -173,10 +177,10 @@ class RandomSource:
 
 
 def local_directory(weights: str) -> Path:
-    """Return the directory of `weights`: itself, or the snapshot of a hub id with its configs and safetensors files.
+    """Return `weights` if it is a directory, or else the snapshot of this hub id with its JSON and safetensors files.
 
     Raises:
-        UserError: If it is not a directory and cannot be downloaded.
+        UserError: If `weights` is not a directory and cannot be downloaded.
     """
     if Path(weights).is_dir():
         return Path(weights)
@@ -194,7 +198,7 @@ def local_directory(weights: str) -> Path:
 
 
 def check_source(source: WeightSource, hf_config: PretrainedConfig) -> None:
-    """Check that `source` holds every tensor of the model in its shape.
+    """Check that `source` contains every tensor of the model in the correct shape.
 
     Raises:
         UserError: If a tensor is missing or has a different shape.
@@ -204,7 +208,7 @@ def check_source(source: WeightSource, hf_config: PretrainedConfig) -> None:
 
 
 def check_tensor(source: WeightSource, name: str, expected: tuple[int, ...]) -> None:
-    """Check that `source` holds the tensor `name` in the shape `expected`.
+    """Check that `source` contains the tensor `name` in the shape `expected`.
 
     Raises:
         UserError: If the tensor is missing or has a different shape.
@@ -222,9 +226,9 @@ def check_tensor(source: WeightSource, name: str, expected: tuple[int, ...]) -> 
 
 
 def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a stage's chunks.
+    """Yield the names and parameters of a pipeline stage's chunks.
 
-    Layers are numbered over the whole model, and experts over all ranks.
+    In the names, layers are numbered over the whole model, and experts over all ranks.
     """
     for chunk in chunks:
         yield from _global_parameters(chunk)
@@ -253,15 +257,15 @@ def load_megatron(
     tp_size: int,
     expert_tp: tuple[int, int] | None = None,
 ) -> None:
-    """Fill every parameter of this rank's chunks, reading only the rank's slices.
+    """Load every parameter of this rank's chunks, reading only this rank's slices.
 
     Args:
-        chunks: The stage.
+        chunks: The chunks of this rank's pipeline stage.
         source: The weights.
         hf_config: The LLM.
         tp_rank: The tensor-parallel rank.
         tp_size: The tensor-parallel size.
-        expert_tp: The rank and the size of expert tensor parallelism; None for those of tensor parallelism.
+        expert_tp: The rank and the size of expert tensor parallelism; None if they equal `tp_rank` and `tp_size`.
 
     Raises:
         UserError: If a tensor is missing or its shape does not match the config. No parameter is written in this case.

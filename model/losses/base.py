@@ -1,8 +1,8 @@
 """The interface of a loss, and the value that it adds to the total loss.
 
-The total is Σ weight · (sum over all ranks of `sum`) / (sum over all ranks of `count`), over the active losses. An
-`AudioLoss` is computed on the rank that loaded the samples, from the output of the audio tower. A `TokenLoss` is
-computed where the LLM's logits are, which is the last pipeline stage of the LLM replica to which the samples were sent.
+The total is Σ weight · (sum over all ranks of `sum`) / (sum over all ranks of `count`), over the active losses. The
+rank that loaded the samples computes an `AudioLoss` from the output of the audio tower. The last pipeline stage of the
+LLM replica to which the samples were sent computes a `TokenLoss` from the LLM's logits.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from model.losses.vocabulary import Vocabulary
 from model.transfer import to_device
 
 Reduce = Callable[[Tensor], Tensor]
-"""A function that returns the sum of a detached tensor over all ranks, which is the tensor itself in one process.
+"""A function that returns the sum of a detached tensor over all ranks. In one process, this is the tensor itself.
 Collective: every rank of the world must call it."""
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """Return `tensor`, which is its sum over all ranks in one process."""
+    """Return `tensor`. This is the `Reduce` function for a single process."""
     return tensor
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One term of the loss, as one rank contributes to it."""
+    """One rank's contribution to one term of the total loss."""
 
     name: str
     """The name of the loss. The metric is `train/loss_<name>`."""
     weight: float
     """The factor of the term in the total loss."""
     sum: Tensor
-    """This rank's share of the sum over the global batch, a scalar. It requires a gradient if the backward pass of the
-    term has yet to run."""
+    """This rank's contribution to the sum over the global batch, a scalar. It requires a gradient if the backward pass
+    of the term has yet to run."""
     count: int
-    """This rank's share of the number by which the sum over the global batch is divided."""
+    """This rank's contribution to the number by which the sum over the global batch is divided."""
 
 
 class Loss(ABC):
@@ -68,8 +68,9 @@ class Loss(ABC):
         """Return whether the loss is computed and reported."""
         return self.weight(config) > 0
 
-    def check(self, config: ModelConfig) -> None:  # noqa: B027 - most losses have nothing more to check
-        """Check the options in the recipe. `check_losses` has already checked names, and that no value is negative.
+    def check(self, config: ModelConfig) -> None:  # noqa: B027 - most losses need no further checks
+        """Check the options in the recipe. `check_losses` has already checked their names, and that no value is
+        negative.
 
         Raises:
             UserError: If a value is invalid.
@@ -77,14 +78,14 @@ class Loss(ABC):
 
     @abstractmethod
     def count(self, batch: Batch, config: ModelConfig) -> int:
-        """Return what `batch` adds to the number by which the loss is divided."""
+        """Return the contribution of `batch` to the number by which the loss is divided."""
 
 
 class AudioLoss(Loss):
     """A loss that is computed from the output of the audio tower."""
 
     def head(self, config: ModelConfig, dim: int, vocab_size: int) -> nn.Module | None:
-        """Return a new layer that reads the adapter's output; None if the loss needs none.
+        """Return a new layer that is applied to the adapter's output; None if the loss needs no layer.
 
         Its parameters are named `audio.<name>_head.…`, and its output is `AudioOutput.heads[name]`.
 
@@ -101,9 +102,9 @@ class AudioLoss(Loss):
 
     @abstractmethod
     def sum(self, audio: AudioOutput, targets: Ragged | None, config: ModelConfig, reduce: Reduce) -> Tensor:
-        """Return this rank's share of the sum over the clips of the global batch, a scalar with gradient.
+        """Return this rank's contribution to the sum over the clips of the global batch, a scalar with gradient.
 
-        Collective: every rank of the world must call it, because it may call `reduce`. A rank may have no clip.
+        Collective: every rank of the world must call it, because it may call `reduce`. A rank may have no clips.
 
         Args:
             audio: The output of the audio tower for this rank's clips.
@@ -117,14 +118,14 @@ class TokenLoss(Loss):
     """A loss that is computed from the LLM's logits at the positions with a label."""
 
     has_reference: ClassVar[bool] = False
-    """True if the logits are compared with those of `reference`. Samples without a reference are then skipped."""
+    """True if the logits are compared with the logits of `reference`. Samples without a reference are then skipped."""
     by_task: ClassVar[bool] = False
     """True if the mean over the tokens of each task is reported as `train/loss/<task>`."""
 
     def reference(self, sample: Sample) -> Sample | None:
-        """Return a sample without audio, whose logits are computed without gradient; None to leave `sample` out.
+        """Return a sample without audio, whose logits are computed without gradient; None to skip `sample`.
 
-        Its labels must be those of `sample`, in the same order and at the end.
+        The labels of the result must be the labels of `sample` in the same order, and must be at the end.
         """
         return None
 
@@ -173,7 +174,7 @@ def audio_terms(
             if targets is not None:
                 targets = Ragged(to_device(targets.values, device), targets.lengths)
             total = loss.sum(audio, targets, config, reduce)
-            if loss.name in audio.heads:  # every rank's head must take part in the backward pass
+            if loss.name in audio.heads:  # so that the head takes part in the backward pass on every rank
                 total = total + audio.heads[loss.name].values[:0].sum()
         terms.append(LossTerm(loss.name, loss.weight(config), total, loss.count(batch, config)))
     return tuple(terms)

@@ -1,7 +1,8 @@
-"""The CTC loss (Graves 2006) of ASR answers on the adapter's output, divided by their symbols in the global batch.
+"""The CTC loss (Graves 2006) of the adapter's output with the transcripts as targets.
 
-Symbols are the LLM's tokens, or the bytes of the text (`model.ctc_vocabulary`). Speech has more bytes per second than
-audio tokens, so there can be several outputs per audio token.
+The loss is divided by the number of target symbols in the global batch. Symbols are the LLM's tokens, or the bytes of
+the text (`model.ctc_vocabulary`). Speech has more bytes than audio tokens per second, so the head can have several
+outputs per audio token.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ NUM_BYTES = 256
 
 
 class CTC(AudioLoss):
-    """The CTC loss of transcripts, computed for samples with one clip whose outputs can spell the answer."""
+    """The CTC loss of transcription samples with one clip, if the clip has enough outputs for the symbols of the
+    answer."""
 
     name = "ctc"
     options = {}
@@ -29,12 +31,12 @@ class CTC(AudioLoss):
         return config.ctc_weight
 
     def head(self, config: ModelConfig, dim: int, vocab_size: int) -> nn.Module:
-        """Return a layer from the adapter's output to the scores, for every output, of the symbols and the blank."""
+        """Return a layer that computes the scores of the symbols and the blank for every output."""
         num_symbols = vocab_size if config.ctc_vocabulary == "tokens" else NUM_BYTES
         return nn.Linear(dim, config.ctc_outputs * (num_symbols + 1))
 
     def targets(self, batch: Batch, config: ModelConfig) -> Ragged:
-        """Return the symbols [ΣC] of every clip's answer; none for a clip that is skipped."""
+        """Return the symbols [ΣC] of every clip's answer. A clip that is skipped has no symbols."""
         none = torch.zeros(0, dtype=torch.int64)
         targets = []
         for samples, owner in zip(batch.clips.lengths, batch.clip_owner, strict=True):
@@ -66,7 +68,7 @@ def _symbols(sample: Sample, config: ModelConfig) -> Tensor:
 
 
 def ctc_feasible(targets: Tensor, num_outputs: int) -> bool:
-    """Return whether `num_outputs` outputs can spell `targets` [C]. A repeated symbol needs a blank in between."""
+    """Return whether `num_outputs` outputs suffice for `targets` [C]. A blank must separate two equal symbols."""
     repeats = int((targets[1:] == targets[:-1]).sum())
     return 0 < len(targets) and len(targets) + repeats <= num_outputs
 
@@ -74,12 +76,13 @@ def ctc_feasible(targets: Tensor, num_outputs: int) -> bool:
 def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:
     """Return the sum of the CTC loss over clips, in fp32.
 
-    If torch is restricted to deterministic algorithms, its own CTC loss raises an error in the backward pass on CUDA.
-    The same loss is then computed from deterministic operations.
+    With `torch.use_deterministic_algorithms`, PyTorch's CTC loss raises an error in the backward pass on CUDA. The same
+    loss is then computed from deterministic operations.
 
     Args:
         logits: The outputs [ΣS, symbols + 1], one sequence per clip. The last class is the blank.
-        targets: The symbols [ΣC] of each clip. A clip without symbols is skipped. All others must be feasible.
+        targets: The symbols [ΣC] of each clip. A clip without symbols is skipped. All other clips must be feasible
+            (`ctc_feasible`).
     """
     rows = [i for i, n in enumerate(targets.lengths) if n]
     if not rows:
@@ -99,11 +102,12 @@ def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:
 
 
 _NEVER = -1e30
-"""The logarithm of a probability of zero. With -inf, the gradient of a sum of zeros would be NaN."""
+"""A finite substitute for log 0. With -inf, the gradient of the logarithm of a sum of zeros would be NaN."""
 
 
 def _ctc_of_steps(log_probs: Tensor, num_steps: tuple[int, ...], targets: Ragged) -> Tensor:
-    """Return the sum of the CTC loss, from the forward recursion over the states blank, symbol, blank, … of every clip.
+    """Return the sum of the CTC loss, computed by the forward recursion over each clip's states blank, symbol, blank,
+    ….
 
     Args:
         log_probs: The log probabilities [S, B, symbols + 1]. The last class is the blank.
@@ -116,7 +120,7 @@ def _ctc_of_steps(log_probs: Tensor, num_steps: tuple[int, ...], targets: Ragged
     blanks = log_probs[:, :, -1:]
     may_follow = torch.cat([torch.zeros_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] != tokens[:, :-1]], dim=1)
     never = log_probs.new_full((len(tokens), 1), _NEVER)
-    # A path begins as if it had just left the first blank.
+    # Before the first output, every path is at the first blank.
     at_blank = torch.cat([torch.zeros_like(never), never.expand(-1, tokens.shape[1])], dim=1)  # [B, C + 1]
     at_token = never.expand(-1, tokens.shape[1])  # [B, C]
     num_outputs = torch.tensor(num_steps, device=device)[:, None]

@@ -10,7 +10,7 @@ from model.losses.vocabulary import Vocabulary
 
 
 class NextToken(TokenLoss):
-    """The cross entropy of the LLM's logits at the labels. It is always on, with weight 1."""
+    """The cross entropy of the LLM's logits at the labels. This loss is always active, with weight 1."""
 
     name = "next_token"
     options = {}

@@ -1,8 +1,10 @@
-"""Losses of the routers of an LLM with experts: the balance of the experts and the size of the router's scores.
+"""The losses of the routers in an LLM with experts, which balance the experts and limit the size of the router's
+scores.
 
-Both losses are averages over the layers with experts, and are sums over samples or tokens that do not depend on the
-micro-batch or rank of a sample. Other definitions do depend on them: Megatron-core's losses are products of averages
-over a micro-batch, and the loss in transformers is a product of averages over the batch and all layers.
+Both losses are averaged over the layers with experts. Each is a sum over samples or tokens, so it does not depend on
+the division of the samples into micro-batches and among ranks. Other definitions do: Megatron-core's losses are
+products of averages over a micro-batch, and the loss in transformers is a product of averages over the batch and all
+layers.
 
 Shapes: n tokens, S samples, E experts, k chosen experts per token.
 """
@@ -24,12 +26,12 @@ from model.losses.base import Loss
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """The choices of one layer's router for tokens of some samples. Other ranks may hold other tokens of them."""
+    """The choices of one layer's router for tokens of S samples. Other ranks may hold other tokens of these samples."""
 
     choice: Choice
     """The choices for n tokens."""
     samples: Tensor
-    """The sample [n] int64 of each token, from 0 to S - 1."""
+    """The index [n] int64 of each token's sample, from 0 to S - 1."""
     lengths: Tensor
     """The number of tokens [S] of each sample, including those on other ranks."""
     reduce: Callable[[Tensor], Tensor]
@@ -42,7 +44,7 @@ class RouterLoss(Loss):
 
     @abstractmethod
     def sum(self, tokens: RoutedTokens, config: ModelConfig) -> Tensor:
-        """Return this rank's share of the sum for one layer, a scalar in fp32 with gradient.
+        """Return this rank's contribution to the sum of one layer, a scalar in fp32 with gradient.
 
         Collective: every rank that holds tokens of these samples must call it, because it may call `tokens.reduce`.
         """
@@ -62,7 +64,7 @@ class ExpertBalance(RouterLoss):
         return len(batch.samples)
 
     def sum(self, tokens: RoutedTokens, config: ModelConfig) -> Tensor:
-        """Return this rank's share of the sum over samples."""
+        """Return this rank's contribution to the sum over samples."""
         choice = tokens.choice
         num_experts, top_k = choice.logits.shape[1], choice.experts.shape[1]
         none = choice.logits.new_zeros(len(tokens.lengths), num_experts)
@@ -82,5 +84,5 @@ class RouterZ(RouterLoss):
         return sum(sample.num_tokens for sample in batch.samples)
 
     def sum(self, tokens: RoutedTokens, config: ModelConfig) -> Tensor:
-        """Return this rank's share of the sum over tokens."""
+        """Return this rank's contribution to the sum over tokens."""
         return tokens.choice.logits.logsumexp(-1).square().sum()

@@ -1,12 +1,12 @@
-"""The routing loss L_MoWE, which rewards confident and diverse use of the encoder experts.
+"""The routing loss L_MoWE, which rewards confident and diverse choices of the encoder experts.
 
-MoWE-Audio (arXiv 2409.06635, section 2.3) adds 0.1·L_MoWE to the next-token loss. The exact terms in the paper could
-not be verified, so the terms below are our own. Each has a weight in the recipe (`model.routing_loss`) and is computed
-over the N clips of the *global* batch:
+MoWE-Audio (arXiv 2409.06635, section 2.3) adds 0.1·L_MoWE to the next-token loss. We could not verify the exact terms
+of the paper, so the terms below may differ from them. Each has a weight in the recipe (`model.routing_loss`) and is
+computed over the N clips of the *global* batch:
 
-    sample_entropy       mean over clips of H(p_dependent)     low if each clip is routed with confidence
+    sample_entropy       mean over clips of H(p_dependent)     low if the gate is confident for each clip
     batch_entropy      − H(mean over clips of p_dependent)     low if the batch as a whole uses all experts
-    independent_entropy  H(p_independent)                      low if the data-independent gate has settled
+    independent_entropy  H(p_independent)                      low if the data-independent gate is confident
 
 Entropies are in nats. A batch without audio has no routing loss.
 """
@@ -24,9 +24,9 @@ from model.router import Routing
 
 
 class RoutingLoss(AudioLoss):
-    """L_MoWE, which is N·L_MoWE (`sum`) divided by N clips (`count`).
+    """The loss L_MoWE, computed as N·L_MoWE (`sum`) divided by the number of clips N (`count`).
 
-    The loss is reported for every model with experts, even at weight 0.
+    The loss is reported for every model with encoder experts, even if its weight is 0.
     """
 
     name = "routing"
@@ -37,7 +37,7 @@ class RoutingLoss(AudioLoss):
         return config.routing_loss.weight
 
     def is_active(self, config: ModelConfig) -> bool:
-        """Return whether the model has experts."""
+        """Return whether the model has encoder experts."""
         return bool(config.experts)
 
     def count(self, batch: Batch, config: ModelConfig) -> int:
@@ -45,7 +45,7 @@ class RoutingLoss(AudioLoss):
         return len(batch.clips)
 
     def sum(self, audio: AudioOutput, targets: Ragged | None, config: ModelConfig, reduce: Reduce) -> Tensor:
-        """Return this rank's share of N·L_MoWE."""
+        """Return this rank's contribution to N·L_MoWE."""
         assert audio.routing is not None
         return routing_sum(config.routing_loss, audio.routing, reduce)
 
@@ -56,24 +56,25 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def routing_sum(config: RoutingLossConfig, routing: Routing, reduce: Reduce = alone) -> Tensor:
-    """Return this rank's share of N·L_MoWE, where N is the number of clips in the global batch.
+    """Return this rank's contribution to N·L_MoWE, where N is the number of clips in the global batch.
 
     Collective: every rank of the world must call it, because it calls `reduce`.
 
-    The batch entropy is not linear in the clips, so the ranks' values are constructed to sum to N·L_MoWE of the global
-    batch. Each rank's gradient is that of N·L_MoWE with respect to its own clips only, so gradients also sum correctly.
+    The batch entropy is not linear in the clips, so the ranks' values are constructed such that they sum to N·L_MoWE of
+    the global batch. The gradient of a rank's value is the gradient of N·L_MoWE with respect to this rank's clips, so
+    the gradients also sum to the correct total.
 
     Args:
         config: The weights of the terms. The caller applies `config.weight`.
-        routing: The decisions for this rank's clips.
+        routing: The router's decisions for this rank's clips.
         reduce: A function that returns the sum over ranks.
     """
     num_local, _, num_experts = routing.probs.shape
     by_gate = dict(zip(routing.gates, routing.probs.unbind(1), strict=True))
     none = routing.probs.new_zeros(0, num_experts)
     dependent, independent = by_gate.get("data_dependent", none), by_gate.get("data_independent", none)
-    # The independent gate is the same for every clip. Summing its entropy over local clips weights each rank by its
-    # number of clips.
+    # The independent gate is the same for every clip. Its entropy is summed over the local clips, so that each rank is
+    # weighted by its number of clips.
     local = torch.cat(
         [
             dependent.sum(0),

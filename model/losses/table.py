@@ -1,4 +1,4 @@
-"""The table of all losses. A new loss is one file and one line here."""
+"""The table of all losses. A new loss needs a module and an entry in `LOSSES`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LOSSES: dict[str, Loss] = {
     "expert_balance": ExpertBalance(),
     "router_z": RouterZ(),
 }
-"""All known losses by name. Plug-ins add theirs."""
+"""All known losses by name. Plug-ins may add entries."""
 
 
 def active_losses(config: ModelConfig) -> tuple[Loss, ...]:
     """Return the losses of a model, in the order of the table.
 
     Raises:
-        UserError: If `model.losses` names an unknown loss or option, or a negative value.
+        UserError: If `model.losses` contains an unknown loss, an unknown option or an invalid value.
     """
     check_losses(config)
     return tuple(loss for loss in LOSSES.values() if loss.is_active(config))
@@ -43,7 +43,7 @@ def check_losses(config: ModelConfig) -> None:
     """Check `model.losses`.
 
     Raises:
-        UserError: If it names an unknown loss or option, or a negative value.
+        UserError: If the section contains an unknown loss, an unknown option or an invalid value.
     """
     known = [name for name, loss in LOSSES.items() if loss.options]
     for name, given in config.losses.items():

@@ -1,4 +1,4 @@
-"""Operations over the whole vocabulary, with which a loss can be written once for any number of ranks."""
+"""Operations over the whole vocabulary, which allow a loss to be written once for any number of ranks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.nn import functional as F
 class Vocabulary:
     """The operations for a rank that holds the logits of the whole vocabulary.
 
-    If tensor parallelism splits the columns over ranks, a subclass is used, whose operations all ranks of the
-    tensor-parallel group must call.
+    If tensor parallelism splits the columns among ranks, a subclass replaces this class. All ranks of the
+    tensor-parallel group must then call its operations.
     """
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -18,22 +18,25 @@ class Vocabulary:
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` over the ranks that hold columns. The gradient is that of one rank's copy."""
+        """Return the sum of `values` over the ranks that hold columns.
+
+        The backward pass does not sum gradients over ranks, because every rank has a copy of the result.
+        """
         return values
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return `values`, which are equal on the ranks that hold columns, for use with this rank's columns alone.
+        """Return `values`, which must be equal on all ranks that hold columns, for use with this rank's columns only.
 
-        The gradient is the sum over these ranks.
+        The backward pass sums the gradients over these ranks.
         """
         return values
 
     def maximum(self, values: Tensor) -> Tensor:
-        """Return the maximum of `values`, which have no gradient, over the ranks that hold columns."""
+        """Return the maximum of `values` over the ranks that hold columns. `values` must not require a gradient."""
         return values
 
     def log_softmax(self, logits: Tensor) -> Tensor:
-        """Return the log probabilities [N, V] of this rank's columns, normalised over all columns, in fp32."""
+        """Return the log probabilities [N, V] of this rank's columns, normalized over all columns, in fp32."""
         logits = logits.float()
         highest = self.maximum(logits.detach().amax(-1))
         shifted = logits - highest[:, None]
