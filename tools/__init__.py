@@ -1,1 +1,4 @@
-"""Command-line tools: thin commands over `trainer/` and `model/`. Run one with `python -m tools.NAME --help`."""
+"""The command-line tools, which are thin wrappers around `trainer/` and `model/`.
+
+`python -m tools.NAME --help` describes each tool.
+"""

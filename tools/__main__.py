@@ -1,4 +1,4 @@
-"""The command `python -m tools`, which is the same as `earshot`."""
+"""The command `python -m tools`, which is equivalent to `earshot`."""
 
 from __future__ import annotations
 

@@ -3,12 +3,13 @@
     earshot chain unimoe_cpu data.root=DIR              run or resume all runs of the chain
     earshot chain unimoe_cpu --list                     print the runs and their progress
     earshot chain unimoe_cpu --show unimoe_mixture      print the resolved recipe of one run
-    earshot chain unimoe_cpu unimoe_align:train.steps=100      change one of the runs
+    earshot chain unimoe_cpu unimoe_align:train.steps=100      change a recipe key of one run
 
-A run that is finished is not started again, and an unfinished one resumes from its newest checkpoint. The same command
-therefore continues a chain that was stopped at any point.
+A finished run is not started again, and an unfinished run resumes from its newest checkpoint. Rerun the same command
+to continue a chain that was stopped.
 
-Exit code 0: all runs are finished. 2: the chain is invalid. Other codes are those of the run that did not finish.
+Exit code 0: all runs are finished. 1: a run was stopped. 2: the chain is invalid. Otherwise, it is the exit code of the
+run that failed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("chain", metavar="CHAIN", help="name of a chain, or path of its YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of all runs, or NAME:KEY=VALUE")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="recipe keys to change in all runs; NAME:KEY=VALUE changes one run",
+    )
     parser.add_argument("--show", metavar="NAME", help="print the resolved recipe of a run")
     parser.add_argument("--list", action="store_true", help="print the runs and their progress")
     options = parser.parse_intermixed_args(arguments)
@@ -68,11 +74,13 @@ def _named(recipes: Sequence[Recipe], name: str) -> Recipe:
     for recipe in recipes:
         if recipe.name == name:
             return recipe
-    raise UserError(f"--show {name}: the chain has no such run; its runs are {', '.join(r.name for r in recipes)}")
+    raise UserError(
+        f"--show {name}: the chain has no run of this name; its runs are {', '.join(r.name for r in recipes)}"
+    )
 
 
 def run(recipes: Sequence[Recipe]) -> int:
-    """Train the runs in order until one does not finish, and return the exit code.
+    """Train the runs in order until one of them does not finish, and return the exit code of the command.
 
     Args:
         recipes: The recipes of the chain.
@@ -98,7 +106,7 @@ def run(recipes: Sequence[Recipe]) -> int:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Return whether a run did its last step, or stopped early as its recipe asks."""
+    """Return whether a run did its last step, or was stopped early by a condition in its recipe."""
     done = steps_done(recipe)
     if done >= recipe.train.steps:
         return True
@@ -108,7 +116,7 @@ def is_finished(recipe: Recipe) -> bool:
 
 
 def steps_done(recipe: Recipe) -> int:
-    """Return the number of steps of the newest checkpoint of a run; 0 if there is none."""
+    """Return the step of the newest checkpoint of a run; 0 if there is no checkpoint."""
     return max(open_checkpoints(join_url(recipe.run_url, SUBFOLDER)).steps(), default=0)
 
 

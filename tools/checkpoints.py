@@ -4,11 +4,11 @@
     earshot checkpoints runs/demo verify             compare every file with its checksum
     earshot checkpoints runs/demo diff 1000 2000     list the tensors that changed between two steps
     earshot checkpoints runs/demo prune --keep 2     remove all checkpoints except the newest two
-    earshot checkpoints runs/demo rollback 1000      remove all checkpoints after step 1000, to resume from there
+    earshot checkpoints runs/demo rollback 1000      remove all checkpoints after step 1000, to resume from step 1000
     earshot checkpoints runs/demo sign               sign all checkpoints with the key in EARSHOT_CHECKPOINT_KEY
 
-`prune` and `rollback` also remove files of frozen weights that no remaining checkpoint uses. Do not use them while the
-run is training.
+`prune` and `rollback` also remove files of frozen weights that no remaining checkpoint uses. Do not run these actions
+during training.
 
 Exit code 0: success. 1: `verify` or `sign` found a damaged checkpoint. 2: invalid arguments or unreadable files.
 """
@@ -60,7 +60,7 @@ def _open(options: argparse.Namespace) -> Checkpoints:
         steps = " ".join(map(str, options.steps)) or "nothing"
         raise UserError(f"{options.action}: takes {_NUM_STEPS[wanted]}, but {steps} was given")
     if step_of(Path(options.run).name) is not None:
-        raise UserError(f"{options.run}: is a single checkpoint; give its run, or the folder that it is in")
+        raise UserError(f"{options.run}: is a single checkpoint; give its run, or the folder that contains it")
     return checkpoints_of(options.run)
 
 
@@ -117,7 +117,8 @@ def _diff(checkpoints: Checkpoints, options: argparse.Namespace) -> dict[str, An
     for name, relative in sorted(found.changed.items(), key=lambda item: -item[1]):
         print(f"{relative:9.2e}  {name}")
     print(
-        f"{len(found.changed)} tensors changed (listed with the relative norm of the change), {found.num_equal} did not"
+        f"{len(found.changed)} tensors changed (listed with the relative norm of the change), "
+        f"{found.num_equal} are equal"
     )
     return {
         "changed": found.changed,
@@ -152,12 +153,12 @@ def _rollback(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]
 
 
 def _check_steps(found: Checkpoints, steps: Sequence[int]) -> None:
-    """Raise a UserError that lists the checkpoints if one of `steps` has none."""
+    """Raise a UserError that lists the known checkpoints if one of `steps` has no checkpoint."""
     known = found.steps()
     for step in steps:
         if step not in known:
             listed = ", ".join(map(str, known))
-            raise UserError(f"{found.url}: there is no checkpoint of step {step}; there are {listed}")
+            raise UserError(f"{found.url}: there is no checkpoint of step {step}; the checkpoints are {listed}")
 
 
 def _sign(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
@@ -190,9 +191,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="the run, as a folder or as s3://…")
     parser.add_argument("action", nargs="?", default="list", choices=tuple(_ACTIONS), help="default: list")
     parser.add_argument("steps", nargs="*", type=int, help="for diff: the two steps to compare; for rollback: the step")
-    parser.add_argument("--keep", type=int, default=2, help="for prune: the number of newest to keep (default: 2)")
     parser.add_argument(
-        "--keep-every", type=int, default=0, metavar="STEPS", help="for prune: also keep multiples of this step"
+        "--keep", type=int, default=2, help="for prune: the number of newest checkpoints to keep (default: 2)"
+    )
+    parser.add_argument(
+        "--keep-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="for prune: also keep checkpoints of multiples of this step",
     )
     parser.add_argument(
         "--keep-best", choices=("lowest", "highest"), help="for prune: also keep the checkpoint with the best score"

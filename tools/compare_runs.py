@@ -1,4 +1,4 @@
-"""The comparison of runs: their recipes, losses, scores and throughput, as text and as one HTML page."""
+"""The comparison of the recipes, losses, scores and throughput of runs, as text and as an HTML page."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TEMPLATE = Path(__file__).with_name("compare_runs.html")
 _NUM_POINTS = 300
 _MAX_CHARACTERS = 40
 _IGNORED = ("name", "train.run_dir")
-"""Keys of recipes that differ between any two runs."""
+"""Recipe keys that are not compared, since they always differ between runs."""
 
 
 def compare_runs(folders: Sequence[Path], now_sec: float) -> dict[str, Any]:
-    """Return the comparison as a tree of plain values, in which the runs have the order of `folders`.
+    """Return the comparison as a JSON-compatible tree, in which the runs have the order of `folders`.
 
     Args:
         folders: The folders of the runs.
@@ -62,7 +62,7 @@ def compare_runs(folders: Sequence[Path], now_sec: float) -> dict[str, Any]:
 
 
 def _recipe(folder: Path) -> dict[str, str]:
-    """Return a run's recipe as text by dotted key; empty if the folder has none."""
+    """Return the values of a run's recipe as text by dotted key; empty if the folder contains no recipe."""
     path = folder / "recipe.yaml"
     if not path.is_file():
         return {}
@@ -74,16 +74,16 @@ def _recipe(folder: Path) -> dict[str, str]:
 
 
 def _curve(records: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """Return at most `_NUM_POINTS` pairs of step and loss. Losses that are not finite are left out."""
+    """Return at most `_NUM_POINTS` + 1 pairs of step and loss, including the first and the last finite loss."""
     points = [[float(r["step"]), float(r["train/loss"])] for r in records if "train/loss" in r]
     points = [p for p in points if math.isfinite(p[1])]
     every = max(1, -(-len(points) // _NUM_POINTS))
     kept = points[::-1][::every][::-1]
-    return kept if kept[:1] == points[:1] else [points[0], *kept]  # The first and the last point are among them.
+    return kept if kept[:1] == points[:1] else [points[0], *kept]  # The last point is always kept.
 
 
 def _scores(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the main scores of the last evaluation of each split, with the bounds of their intervals."""
+    """Return the main scores of the last evaluation of each split, with the bounds of their confidence intervals."""
     merged: dict[str, Any] = {}
     for record in records:
         merged.update({key: value for key, value in record.items() if key.startswith("eval/")})

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.errors import UserError
 
 _CONTROL_TOKEN = 3
-"""GGUF's type of special tokens, such as the end of text."""
+"""GGUF's token type of special tokens, such as the end of text."""
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -38,7 +38,7 @@ def convert_llama(path: Path, folder: Path) -> None:
         folder: An existing, empty folder.
 
     Raises:
-        UserError: If the package gguf is missing, or the file holds another kind of model.
+        UserError: If the package gguf is missing, or the file does not contain such a model.
     """
     try:
         from gguf import GGUFReader
@@ -81,9 +81,10 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _rotary_halves(name: str, weight: Tensor, fields: dict[str, Any]) -> Tensor:
-    """Return a weight with the rows of each head as transformers orders them.
+    """Return a weight with the rows of each head in the order of transformers.
 
-    llama.cpp interleaves the two halves of the rotary embedding, while transformers stores one after the other.
+    llama.cpp interleaves the two halves of the rotary embedding, while transformers stores the second half after the
+    first.
     """
     heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
     key = heads.get(name.split(".")[2]) if name.startswith("blk.") else None
@@ -122,7 +123,10 @@ _SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 
 def _tokenizer(fields: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
-    """Return SmolLM2's tokenizer (byte-level BPE, every digit a token) and the content of `tokenizer_config.json`."""
+    """Return SmolLM2's tokenizer and the content of `tokenizer_config.json`.
+
+    The tokenizer is byte-level BPE, with one token per digit.
+    """
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

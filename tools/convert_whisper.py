@@ -1,7 +1,7 @@
 """Conversion of Whisper weights from CTranslate2's format (faster-whisper) to a Hugging Face folder.
 
 CTranslate2 stores a list of named arrays in one file, `model.bin`. The query, key and value projections of each
-self-attention are joined in one array, and so are the key and value projections of each cross-attention.
+self-attention are stored in one array, as are the key and value projections of each cross-attention.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from model.errors import UserError
 _DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 _HEAD_DIM = 64
 _ENGLISH_VOCABULARY = 51864
-"""The vocabulary size of Whisper's English-only models. Multilingual models have at least one token more."""
+"""The vocabulary size of Whisper's English-only models. Multilingual models have more tokens."""
 
 
 def convert_whisper(model_bin: Path, folder: Path) -> None:
@@ -65,7 +65,7 @@ def read_ctranslate2(path: Path) -> dict[str, NDArray[Any]]:
         path: A `model.bin` of the format's versions 4 to 6.
 
     Raises:
-        ValueError: If the file is too short, or a count in it makes no sense.
+        ValueError: If the version or the type of the model is unknown, or the size of an array is invalid.
         struct.error: If the file ends within a number.
     """
     data = memoryview(path.read_bytes())
@@ -150,7 +150,7 @@ def _hugging_face_tensors(arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
 
 
 def _dequantized(arrays: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
-    """Return an array as floats; int8 weights have one scale per row, by which they were multiplied."""
+    """Return an array as floats. An int8 weight was multiplied by one scale per row, so it is divided by this scale."""
     value, scale = arrays[name], arrays.get(f"{name}_scale")
     if scale is None:
         return value
@@ -164,7 +164,7 @@ def _num_layers(arrays: dict[str, NDArray[Any]], part: str) -> int:
 
 
 def _config(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the content of `config.json`, which follows from the tensors' shapes."""
+    """Return the content of `config.json`, which is derived from the shapes of the tensors."""
     vocab_size, dim = tensors["model.decoder.embed_tokens.weight"].shape
     end = 50256 if vocab_size == _ENGLISH_VOCABULARY else 50257  # <|endoftext|>; <|startoftranscript|> follows it
     sizes = {

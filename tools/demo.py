@@ -1,9 +1,9 @@
-"""Create a small corpus, train a small model on it and show what it learned.
+"""Create a small corpus, train a small model on it and show the results.
 
 earshot demo                       takes a few minutes on two CPU cores
 earshot demo train.steps=2000      trains for more steps
 
-The first run is runs/demo, the next ones are runs/demo-2, runs/demo-3 and so on. No run is ever overwritten.
+The first run is stored in runs/demo, and later runs in runs/demo-2, runs/demo-3 and so on. A run is never overwritten.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 2 after printing a UserError, else that of the training run.
+        The exit code: 2 after printing a UserError, else the exit code of the training run.
     """
     parser = argparse.ArgumentParser(
         prog="earshot demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,13 +63,13 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
         The exit code of the training run.
 
     Raises:
-        UserError: If an override is invalid, the corpus cannot be created, or the run left no results.
+        UserError: If an override is invalid, the corpus cannot be created, or the run wrote no results.
     """
     folder = Path.cwd() / run_dir
-    shown = run_dir.parent / "demo" / "corpus"  # All runs share it.
+    shown = run_dir.parent / "demo" / "corpus"  # All runs share the corpus.
     corpus = Path.cwd() / shown
     keys = [f"name={run_dir.name}", f"train.run_dir={run_dir.parent}", f"data.root={shown}", *overrides]
-    load_recipe("demo_cpu", keys)  # An invalid key is reported before the corpus is made.
+    load_recipe("demo_cpu", keys)  # Report an invalid key before creating the corpus.
     start_sec = time.perf_counter()
     print("1/3  corpus: speech from espeak-ng and sounds from numpy for five tasks", flush=True)
     rows = read_jsonl(write_corpus(corpus))
@@ -82,7 +82,7 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
         again = f"resume it with: earshot train demo_cpu {' '.join(keys)}"
         if not any((folder / "checkpoints").glob("step-*")):
             _clear(folder, keep=corpus)
-            again = "nothing of it is left"
+            again = "its files were removed"
         print(f"\ntraining failed (exit code {code}); its messages are above; {again}", file=sys.stderr)
         return code
     print("3/3  results on voices and sounds that were not in the training data\n")
@@ -91,20 +91,20 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
 
 
 def report(folder: Path, rows: Sequence[Mapping[str, Any]], next_steps: str, split: str = "test") -> str:
-    """Return the text that is printed at the end.
+    """Return a text with the scores of a run before and after training.
 
     Args:
         folder: The folder of the run.
-        rows: The rows of the manifests.
+        rows: The rows of the manifests, which include all evaluated samples.
         next_steps: The last paragraph.
         split: The split that was evaluated before and after training.
 
     Raises:
-        UserError: If the run left no summary or no predictions.
+        UserError: If the run wrote no summary or no predictions.
     """
     summary_file = folder / "summary.json"
     if not summary_file.exists():
-        raise UserError(f"{summary_file}: was not written by the run; see its messages above")
+        raise UserError(f"{summary_file}: the run did not write this file; see the run's messages above")
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
     predictions = read_jsonl(_last_predictions(folder, split))
     metas = {row["id"]: row for row in rows}
@@ -114,7 +114,7 @@ def report(folder: Path, rows: Sequence[Mapping[str, Any]], next_steps: str, spl
     )
     others = [s for s in scores if s.metric == "accuracy" and s.subset == ALL]
     spoken = [p for p in predictions if find_task(p["task"]).is_transcription]
-    # The transcripts are evenly spaced, so that every kind of text is among them.
+    # Evenly spaced transcripts include every kind of text.
     shown = [spoken[i * len(spoken) // NUM_TRANSCRIPTS] for i in range(min(NUM_TRANSCRIPTS, len(spoken)))]
     parts = [
         f"word error rate  {summary['wer_before']:.2f} before  ->  {summary['wer_after']:.2f} after",
@@ -132,7 +132,7 @@ def _next_steps(shown_dir: Path) -> str:
         [
             f"files           {shown_dir}/  (summary.json, metrics.jsonl, predictions, checkpoints)",
             f"your audio      earshot transcribe {shown_dir} FILE.wav",
-            "your data       docs/tutorial_recordings.md leads from a table of recordings to a model",
+            "your data       docs/tutorial_recordings.md explains how to train on your own recordings",
             f"what happened   earshot status {shown_dir}",
             f"curves          mlflow ui --backend-store-uri sqlite:///{shown_dir.parent}/mlflow.db",
             "train longer    earshot demo train.steps=2000",
@@ -184,7 +184,7 @@ def _last_predictions(folder: Path, split: str) -> Path:
 
 
 def _free_run(root: Path) -> Path:
-    """Return the folder of a new run: `demo`, or the first of `demo-2`, `demo-3` … that is not in use."""
+    """Return the folder for a new run: the first of `demo`, `demo-2`, `demo-3` and so on that contains no run."""
     number = 1
     while True:
         folder = root / ("demo" if number == 1 else f"demo-{number}")
@@ -194,7 +194,12 @@ def _free_run(root: Path) -> Path:
 
 
 def _clear(folder: Path, keep: Path) -> None:
-    """Remove what a failed run has left in its folder, and the folder if it is then empty."""
+    """Remove the files of a failed run from its folder, and the folder itself if it is then empty.
+
+    Args:
+        folder: The folder of the run.
+        keep: A path within the folder that is not removed.
+    """
     if not folder.is_dir():
         return
     for path in folder.iterdir():
@@ -209,14 +214,15 @@ def _clear(folder: Path, keep: Path) -> None:
 
 
 def run_command(command: Sequence[str]) -> int:
-    """Run `command` and return its exit code; for a signal, 128 + its number, as a shell does."""
+    """Run `command` and return its exit code. If a signal ended it, the code is 128 + the signal's number, as in a
+    shell."""
     process = subprocess.Popen(command)
     while True:
         try:
             code = process.wait()
             return code if code >= 0 else 128 - code
         except KeyboardInterrupt:
-            # The terminal has sent the signal to the training run as well, which then stops its own ranks.
+            # The terminal also sends the signal to the training run, which then stops its ranks.
             continue
 
 

@@ -1,13 +1,13 @@
 """Create a small corpus of synthetic speech and sounds for five tasks, without any download.
 
     python -m tools.demo_corpus /tmp/corpus                 the corpus of `make demo`
-    python -m tools.demo_corpus /tmp/corpus --scale 0.1     a tenth of it
+    python -m tools.demo_corpus /tmp/corpus --scale 0.1     a tenth of the items
 
-OUT/demo.jsonl is a manifest as `earshot shards make` reads it, and OUT/audio contains its clips as 16 kHz FLAC. Speech
-is synthesized by espeak-ng (PyPI package espeakng-loader), and sounds by numpy. Splits have no speaker and no sound
-setting in common. The same seed and scale give the same bytes.
+The command writes the manifest OUT/demo.jsonl, and its clips as 16 kHz FLAC files to OUT/audio. Speech is synthesized
+by espeak-ng (PyPI package espeakng-loader), and sounds by NumPy. Splits have no speaker and no sound setting in common.
+The same seed and scale always produce the same bytes.
 
-espeak-ng has the licence GPL-3.0-or-later. It is an optional extra that only this tool loads, and its licence does not
+espeak-ng has the licence GPL-3.0-or-later. It is an optional dependency that only this tool loads. Its licence does not
 cover the speech that it synthesizes.
 """
 
@@ -38,7 +38,7 @@ from trainer.files import write_whole
 Wave = NDArray[np.float32]
 
 VERSION = 1
-"""The version of the corpus. Increase it when the corpus changes, so that older ones are created again."""
+"""The version of the corpus. Increase it when the corpus changes, so that existing corpora are created again."""
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COMMANDS = (
@@ -53,7 +53,7 @@ COMMANDS = (
 )
 PHRASES = ("the train is here", "we leave at noon", "dinner is ready", "it is raining")
 EMOTIONS = {"happy": (22, 95, 1.25), "neutral": (0, 45, 1.0), "sad": (-18, 8, 0.72)}
-"""The pitch offset, the pitch range and the factor of the speaking rate of each emotion."""
+"""The pitch offset, the pitch range and the factor of the speaking rate for each emotion."""
 
 TRANSCRIBE = "Transcribe the speech."
 EMOTION = "How does the speaker feel?"
@@ -63,11 +63,11 @@ CAPTION = "Describe the audio."
 
 @dataclass(frozen=True)
 class Speaker:
-    """The settings of the synthesizer for one speaker, around which clips vary slightly."""
+    """The settings of the synthesizer for one speaker. The settings of each clip deviate from them slightly."""
 
     name: str
     voice: str
-    """The name of espeak-ng's voice, with variant."""
+    """The name of espeak-ng's voice, optionally with a variant, such as `en-us+f3`."""
     pitch: int
     """The pitch, 0 to 99."""
     rate: int
@@ -75,7 +75,7 @@ class Speaker:
 
     @staticmethod
     def of(voice: str, pitch: int, rate: int) -> Speaker:
-        """Return a speaker with a name that is composed of its settings."""
+        """Return a speaker whose name consists of the settings."""
         return Speaker(f"{voice}-p{pitch}-r{rate}", voice, pitch, rate)
 
 
@@ -99,11 +99,11 @@ SPEAKERS = {
 }
 """The speakers of each split. No voice is in two splits.
 
-Voices with breath are excluded, since espeak-ng makes breath from unseeded noise.
+Voices with breath are excluded, since espeak-ng synthesizes breath from unseeded noise.
 """
 
 SOUND_SETTINGS = {"train": range(0, 40), "dev": range(100, 104), "test": range(200, 208)}
-"""The settings of `make_sound` in each split, which correspond to the speakers of speech."""
+"""The values of `make_sound`'s argument `setting` in each split. Like speakers, they differ between splits."""
 
 SIZES = {
     "train": {"digits": 400, "digit_strings": 500, "commands": 300, "sqa": 250, "er": 200, "aqa": 250, "ac": 200},
@@ -114,7 +114,7 @@ SIZES = {
 
 
 class _Corpus:
-    """A writer of clips, which collects their manifest rows."""
+    """A writer of clips, with the manifest rows of the clips that were written."""
 
     def __init__(self, out: Path, seed: int, scale: float) -> None:
         self.rng = np.random.default_rng(seed)
@@ -127,11 +127,11 @@ class _Corpus:
         self._num_items: Counter[str] = Counter()
 
     def num(self, split: str, kind: str) -> int:
-        """Return the number of items of a kind in a split, scaled."""
+        """Return the number of items of a kind in a split, multiplied by the scale."""
         return max(1, round(SIZES[split][kind] * self._scale))
 
     def speaker(self, split: str) -> Speaker:
-        """Draw a speaker of a split."""
+        """Return a random speaker of a split."""
         return SPEAKERS[split][int(self.rng.integers(len(SPEAKERS[split])))]
 
     def speak(self, split: str, text: str, speaker: Speaker, prosody: Prosody) -> dict[str, Any]:
@@ -148,7 +148,15 @@ class _Corpus:
         return self._write(split, "sounds", wave) | {"group": f"sounds-{setting:03d}", "source": self._sound_source}
 
     def add(self, task: str, split: str, clip: dict[str, Any], subset: str, **fields: Any) -> None:
-        """Add a manifest row about a clip that was written."""
+        """Add a manifest row for a clip.
+
+        Args:
+            task: The task of the row.
+            split: The split of the row.
+            clip: The result of `speak` or `sound`.
+            subset: The subset of the row.
+            fields: Other fields of the row.
+        """
         self._num_items[task] += 1
         head = {
             "id": f"demo-{task}-{self._num_items[task]:05d}",
@@ -162,7 +170,8 @@ class _Corpus:
     def _write(self, split: str, kind: str, wave: Wave) -> dict[str, Any]:
         quiet = [np.zeros(int(n), np.float32) for n in self.rng.integers(800, 3200, 2)]
         wave = np.concatenate([quiet[0], wave.astype(np.float32) * self.rng.uniform(0.5, 0.9), quiet[1]])
-        # Recordings are never digitally silent. A model trained on such silence would depend on it.
+        # Real recordings are never digitally silent. A model that is trained on digital silence could come to depend on
+        # it.
         wave = np.clip(wave + self.rng.normal(0, 5e-4, len(wave)), -1, 1).astype(np.float32)
         self._num_clips += 1
         name = f"audio/{kind}/{split}-{self._num_clips:05d}.flac"
@@ -175,12 +184,12 @@ class _Corpus:
 
 
 def write_corpus(out: Path, seed: int = 0, scale: float = 1.0) -> Path:
-    """Write the corpus, unless it exists already.
+    """Write the corpus, unless `out` already contains it.
 
     Args:
-        out: The folder to write into. A folder with other files is not changed.
+        out: The folder to write to. It must be new or empty, or contain a demo corpus.
         seed: The seed of all random choices.
-        scale: The factor by which to multiply the number of items.
+        scale: The factor by which the number of items is multiplied.
 
     Returns:
         The path of the manifest.
@@ -206,7 +215,7 @@ def write_corpus(out: Path, seed: int = 0, scale: float = 1.0) -> Path:
 
 
 def _make_speech(corpus: _Corpus, split: str) -> None:
-    """Add the items of `asr`, and the items of `sqa` about its digit strings."""
+    """Add the items of the task `asr`, and items of the task `sqa` about the same digit strings."""
     rng, strings = corpus.rng, []
     for subset, text_of in _TEXTS.items():
         for i in range(corpus.num(split, subset)):
@@ -237,7 +246,7 @@ def _make_emotions(corpus: _Corpus, split: str) -> None:
 
 
 def _make_sounds(corpus: _Corpus, split: str) -> None:
-    """Add the items of `aqa` and `ac`."""
+    """Add the items of the tasks `aqa` and `ac`."""
     rng, names = corpus.rng, list(SOUNDS)
     for i in range(corpus.num(split, "aqa")):
         first, other = rng.permutation(names)[:2]
@@ -246,7 +255,7 @@ def _make_sounds(corpus: _Corpus, split: str) -> None:
             choices = sorted(SOUNDS[name] for name in names)
             fields = {"instruction": WHICH_SOUND, "answer": SOUNDS[first], "qtype": "first", "choices": choices}
         else:
-            # The absent sound is neither of the two drawn ones, so "no" is also right for clips of two sounds.
+            # The absent sound is neither `first` nor `other`, so "no" is also correct for clips with two sounds.
             present = i % 4 == 0
             asked = first if present else rng.choice([n for n in names if n not in (first, other)])
             question = f"Is there {SOUNDS[asked]}? Answer yes or no."
@@ -280,7 +289,7 @@ _TEXTS: dict[str, Callable[[np.random.Generator, int], str]] = {
 
 
 def _varied(speaker: Speaker, rng: np.random.Generator, emotion: str = "neutral") -> Prosody:
-    """Return the speaker's prosody in `emotion`, with a small random variation."""
+    """Return the speaker's prosody for `emotion`, with a small random variation."""
     offset, pitch_range, factor = EMOTIONS[emotion]
     return Prosody(
         pitch=int(np.clip(speaker.pitch + offset + rng.integers(-4, 5), 0, 99)),
@@ -299,9 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.demo_corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="new or empty folder to write into")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new or empty folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of items (default: 1)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor by which the number of items is multiplied (default: 1)"
+    )
     options = parser.parse_args(arguments)
     try:
         manifest = write_corpus(options.out, options.seed, options.scale)

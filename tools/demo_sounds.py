@@ -19,7 +19,7 @@ SOUNDS = {
     "siren": "a siren",
     "hum": "a low hum",
 }
-"""The noun of each sound in questions and captions, by the sound's name."""
+"""The noun phrase for each sound in questions and captions, by the sound's name."""
 
 
 def make_sound(name: str, setting: int, rng: np.random.Generator) -> Wave:
@@ -27,8 +27,9 @@ def make_sound(name: str, setting: int, rng: np.random.Generator) -> Wave:
 
     Args:
         name: A key of `SOUNDS`.
-        setting: The seed of the sound's pitch and tempo; a setting is to sounds what a speaker is to speech.
-        rng: The source of the variation between sounds of the same setting.
+        setting: The seed of the sound's pitch and tempo. Sounds of one setting resemble each other, like clips of one
+            speaker.
+        rng: The generator for the variation between sounds of the same setting.
 
     Returns:
         A waveform `[T]` at 16 kHz with peak 1.

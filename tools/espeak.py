@@ -36,7 +36,7 @@ class Prosody:
 
 
 class Espeak:
-    """A synthesizer. The same calls in the same order give the same waveforms.
+    """A speech synthesizer. The same calls in the same order return the same waveforms.
 
     Raises:
         UserError: If espeakng-loader is not installed.
@@ -49,8 +49,8 @@ class Espeak:
             raise UserError(
                 "espeakng-loader is not installed: run `make setup`, or `pip install espeakng-loader`"
             ) from None
-        # A copy of the library starts without the state that utterances leave, which initializing does not reset. The
-        # link is needed since the library's data path may have at most 160 characters.
+        # Utterances change state in the library that initialization does not reset, so a new copy of the library is
+        # loaded. The link is needed because the library's data path may have at most 160 characters.
         self._folder = tempfile.TemporaryDirectory(prefix="espeak-")
         library = Path(self._folder.name) / "libespeak-ng.so"
         shutil.copyfile(espeakng_loader.get_library_path(), library)
@@ -63,7 +63,7 @@ class Espeak:
         """The sampling rate of the waveforms that `speak` returns, in Hz."""
         assert self.rate_hz > 0, f"espeak_Initialize failed: {self.rate_hz}"
         self._chunks: list[bytes] = []
-        self._callback = _Callback(self._collect)  # The library stores only a pointer, so a reference is kept here.
+        self._callback = _Callback(self._collect)  # Keep a reference, since the library only stores a pointer.
         self._library.espeak_SetSynthCallback(self._callback)
 
     def speak(self, text: str, voice: str, prosody: Prosody | None = None) -> NDArray[np.float32]:
@@ -71,8 +71,8 @@ class Espeak:
 
         Args:
             text: The text.
-            voice: The name of a voice of espeak-ng, with variant, such as `en-us+f3`.
-            prosody: The prosody; None for the default one.
+            voice: The name of espeak-ng's voice, optionally with a variant, such as `en-us+f3`.
+            prosody: The prosody; None for `Prosody()`.
 
         Returns:
             A waveform `[T]` in [-1, 1] at `rate_hz`.

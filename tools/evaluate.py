@@ -3,7 +3,8 @@
     earshot evaluate out/model --data test.jsonl                              an exported model
     earshot evaluate runs/demo --data data/shards --split test --nproc 2      a run, in two processes
 
-The command prints every metric with its 95 % interval, and the main metrics by subset, language, source and duration.
+The command prints the scores with their 95 % intervals, including the main metrics by subset, language, source and
+duration.
 It writes predictions.jsonl (which `earshot compare` and `earshot judge` read), scores.json, scores.csv, report.html
 and plots.
 Rerun an interrupted command to resume it. docs/evaluation.md explains the metrics.
@@ -136,9 +137,11 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _note_choice(options: argparse.Namespace, stored: StoredData, indices: Sequence[int]) -> None:
-    """Say which samples are evaluated if this may not be what the user expects."""
+    """Print a note if fewer samples, or samples of more splits, are evaluated than the user may expect."""
     if options.max_samples is not None and len(indices) < options.max_samples:
-        print(f"note: --max-samples {options.max_samples}: there are only {len(indices)} samples", file=sys.stderr)
+        print(
+            f"note: --max-samples {options.max_samples}: the data contains only {len(indices)} samples", file=sys.stderr
+        )
     splits = Counter(stored.items[i].split or "none" for i in indices) if options.split is None else Counter[str]()
     if len(splits) > 1:
         listed = ", ".join(f"{num} of {name}" for name, num in splits.most_common())
@@ -150,7 +153,7 @@ def _meteor(wordnet: str | None, needed: bool) -> Meteor | None:
     from trainer.scoring.meteor import Meteor
     from trainer.scoring.wordnet import wordnet_if_any
 
-    # A missing WordNet must be reported before decoding, which may take hours.
+    # Report a missing WordNet before decoding, which may take hours.
     folder = wordnet_if_any(wordnet, "captions are scored") if needed else None
     return None if folder is None else Meteor(folder)
 
@@ -205,21 +208,45 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="an exported folder, a checkpoint, or a run (its newest checkpoint)")
     add("--data", required=True, help="a manifest (JSONL), or a folder or bucket of shards")
-    add("--split", help="evaluate only this split (default: all, with a note if there are several)")
-    add("--tasks", nargs="+", default=[], metavar="TASK", help="evaluate only these tasks (default: all)")
-    add("--max-samples", type=int, metavar="N", help="evaluate N random samples, always the same (default: all)")
+    add("--split", help="evaluate only this split (default: all splits, with a note if there are several)")
+    add("--tasks", nargs="+", default=[], metavar="TASK", help="evaluate only these tasks (default: all tasks)")
+    add(
+        "--max-samples",
+        type=int,
+        metavar="N",
+        help="evaluate N samples from a random choice with a fixed seed (default: all samples)",
+    )
     add("--out", type=Path, help="folder for the files (default: in the run's folder, or next to the export)")
-    add("--nproc", type=int, default=1, metavar="N", help="processes that share the samples (default: 1)")
+    add(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of processes among which the samples are divided (default: 1)",
+    )
     add("--dtype", choices=("fp32", "bf16"), help="type of weights and activations (default: bf16 on GPUs, else fp32)")
-    add("--beams", type=int, default=1, metavar="N", help="beams of beam search (default: 1, which is greedy)")
-    add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: as in the training run)")
-    add("--batch-size", type=int, default=64, metavar="N", help="samples that are decoded together (default: 64)")
+    add(
+        "--beams", type=int, default=1, metavar="N", help="number of beams of beam search (default: 1, which is greedy)"
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="maximum number of tokens of an answer (default: as in the training run)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="maximum number of samples that are decoded together (default: 64)",
+    )
     add(
         "--batch-sec",
         type=float,
         default=600.0,
         metavar="SEC",
-        help="seconds of padded audio that are decoded together (default: 600)",
+        help="maximum seconds of padded audio that are decoded together (default: 600)",
     )
     add(
         "--window",
@@ -228,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         help="transcribe longer recordings in windows of this length (default: the longest clip in training, at most "
         "30 seconds)",
     )
-    add("--overlap", type=float, metavar="SEC", help="least overlap of windows (default: a sixth of a window)")
+    add("--overlap", type=float, metavar="SEC", help="minimum overlap of windows (default: a sixth of a window)")
     add(
         "--wordnet",
         help="folder of WordNet 3.0, for METEOR of captions (default: where operating systems' packages install it)",

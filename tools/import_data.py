@@ -1,4 +1,4 @@
-r"""Import data in the formats of other programs, as a manifest or as shards.
+r"""Convert data in the formats of other programs to a manifest or to shards.
 
     earshot import --from csv corpus.csv data/corpus
     earshot import --from nemo train.json data/train --follow --set split=train
@@ -7,8 +7,8 @@ r"""Import data in the formats of other programs, as a manifest or as shards.
     earshot import --from kaldi data/train data/train-import --check
 
 OUT is a folder. With --shards, it may also be s3://BUCKET/PREFIX (gs://, az://). Without --shards, audio files of types
-that shards may contain stay where they are; parts of recordings and files of other types are written as FLAC to
-OUT/audio. OUT/skipped.jsonl lists the rows that were skipped, with reasons. Repeat an interrupted command to continue.
+that shards may contain are not copied. Parts of recordings and files of other types are written as FLAC to OUT/audio.
+OUT/skipped.jsonl lists the skipped rows with reasons. Rerun an interrupted command to resume it.
 
 Exit code 0: the data was imported. 1: it was imported, but more rows were skipped than --max-skipped-fraction allows.
 2: it was not imported.
@@ -38,7 +38,7 @@ from trainer.storage.open import open_store, scheme_of
 from trainer.storage.store import LocalStore
 
 _VERSION = 2
-"""The version of what an import writes. An unfinished import of another version is not continued."""
+"""The version of the files that an import writes. An unfinished import of another version is not resumed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,25 +77,29 @@ def _parser() -> argparse.ArgumentParser:
         "out", metavar="OUT", help="empty folder (or bucket URL), or one with an unfinished import of SRC"
     )
     parser.add_argument(
-        "--map", action="append", default=[], metavar="FIELD=NAME", help="the name that SRC gives to a manifest's field"
+        "--map",
+        action="append",
+        default=[],
+        metavar="FIELD=NAME",
+        help="read the manifest's field FIELD from the field NAME of SRC",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=TEXT",
-        help="a field to add to all rows that lack it",
+        help="add this field to all rows that lack it",
     )
     parser.add_argument(
         "--divide",
         default="",
         metavar="SPLIT=SHARE,…",
-        help="splits that get shares of the recordings of rows without a split, such as dev=0.05,test=0.05; the others "
-        "get the split train",
+        help="divide the recordings of rows without a split among these splits, such as dev=0.05,test=0.05; the rest "
+        "gets the split train",
     )
     parser.add_argument("--columns", metavar="A,B", help="names of the columns of a table without a header")
     parser.add_argument(
-        "--audio", type=Path, metavar="DIR", help="folder to which paths of audio are relative (default: SRC's)"
+        "--audio", type=Path, metavar="DIR", help="folder to which audio paths are relative (default: SRC's folder)"
     )
     parser.add_argument("--follow", action="store_true", help="also read audio outside of SRC's folder and --audio")
     parser.add_argument("--shards", action="store_true", help="write shards instead of a manifest, in the order of SRC")
@@ -180,7 +184,7 @@ def _pairs(option: str, texts: Sequence[str], form: str) -> dict[str, str]:
         if not found or not name or not value:
             raise UserError(f"{option} {text}: must be {form}")
         if name in pairs:
-            raise UserError(f"{option} {text}: {name} is given twice; remove one")
+            raise UserError(f"{option} {text}: {name} is given twice; remove one of the two")
         pairs[name] = value
     return pairs
 
@@ -204,11 +208,11 @@ def _as_text(args: argparse.Namespace, report: ImportReport) -> str:
     hours = f"{totals.seconds / 3600:.3f} h of audio"
     lines = [f"{place}: {totals.num_samples} samples, {hours}, from {totals.num_rows} rows"]
     if args.check:
-        lines.insert(0, "nothing was written (--check); without --check, there would be:")
+        lines.insert(0, "nothing was written (--check); without --check, the import would write:")
     if report.num_resumed:
         lines.append(f"{report.num_resumed} rows had been imported before")
     if report.num_changed_ids:
-        lines.append(f"{report.num_changed_ids} ids were changed; the original is in the field original_id")
+        lines.append(f"{report.num_changed_ids} ids were changed; the field original_id contains the original id")
     if totals.skipped:
         listed = "" if args.check else f", listed in {args.out}/{SKIPPED_NAME}"
         lines.append(f"skipped: {totals.reasons()}{listed}")

@@ -1,12 +1,12 @@
-"""Import a published speech LLM, to train it further with earshot.
+"""Import a published speech LLM for further training with earshot.
 
     earshot import-model Qwen2-Audio-7B-Instruct models/qwen2_audio
     earshot import-model ultravox-v0_5-llama-3_2-1b models/ultravox --part Llama-3.2-1B-Instruct
     earshot train models/qwen2_audio/recipe.yaml data.root=DIR
 
-FOLDER is the folder of the published model, with config.json, safetensors files and tokenizer. OUT becomes a folder in
-the layout of `earshot export`, with the same weights under other names, and a recipe that starts from it. `--part` is
-the folder of the LLM or of the encoder, if FOLDER names it but does not contain it. The supported architectures are
+FOLDER is the folder of the published model, with config.json, safetensors files and tokenizer. The command writes OUT
+in the layout of `earshot export`, with the same weights under other names and a recipe that starts from them. If FOLDER
+only refers to its LLM or its encoder, give the folder of this part with `--part`. The supported architectures are
 Qwen2-Audio, Ultravox, Voxtral and Audio Flamingo 3.
 
 Exit code 0: the model was imported. 2: it was not.
@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from trainer.export.published.importing import RECIPE, Prompt, import_model
 
-    logging.set_verbosity_error()  # It warns about architectures that it does not know, such as Ultravox.
+    logging.set_verbosity_error()  # transformers warns about unknown architectures, such as Ultravox.
 
     prompt = Prompt(options.placeholder, options.template, False if options.no_chat_template else None)
     done = import_model(
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         action="append",
         default=[],
-        help="folder of the LLM or of the encoder that FOLDER only names; may be given twice",
+        help="folder of the LLM or encoder to which FOLDER only refers; may be given twice",
     )
     parser.add_argument("--placeholder", metavar="TOKEN", help="the token that stands for audio (default: the model's)")
     parser.add_argument(

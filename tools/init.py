@@ -1,4 +1,4 @@
-"""Create a folder with the files that a site edits: Slurm scripts, DeepSpeed configs and a commented recipe.
+"""Create a folder with files for you to edit: Slurm scripts, DeepSpeed configs and a commented recipe.
 
 earshot init my_project
 cd my_project && sbatch slurm/train_8b.sh recipe.yaml data.root=/data
@@ -30,20 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "folder", metavar="DIR", nargs="?", type=Path, default=Path(), help="default: the current folder"
     )
-    parser.add_argument("--recipe", default="mowe_8b", help="recipe to start from (default mowe_8b)")
+    parser.add_argument("--recipe", default="mowe_8b", help="recipe to start from (default: mowe_8b)")
     options = parser.parse_args(arguments)
     try:
         written = write(options.folder, options.recipe)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {', '.join(written)} into {options.folder.resolve()}")
+    print(f"wrote {', '.join(written)} to {options.folder.resolve()}")
     print(f"next: edit {RECIPE} and slurm/env.sh, then  earshot train {RECIPE} --dry-run")
     return 0
 
 
 def write(folder: Path, recipe: str) -> list[str]:
-    """Write the files into `folder`, which is created if it is missing.
+    """Copy the Slurm scripts, DeepSpeed configs and a recipe to `folder`, which is created if it is missing.
 
     Args:
         folder: The folder. Existing files in it are never overwritten.

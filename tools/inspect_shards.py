@@ -1,12 +1,12 @@
-r"""Summarize a dataset of shards, and check it against its index.
+r"""Summarize a dataset of shards, and compare it with its index.
 
     earshot shards inspect data/shards
     earshot shards inspect s3://bucket/foreign --build-index --set task=asr --set split=train \
         --set "instruction=Transcribe the speech."
 
 URL is a folder or s3://BUCKET/PREFIX (also gs:// and az://). --build-index creates the index of WebDataset shards that
-other programs wrote. In these, a sample is `<key>.<audio type>` with `<key>.json` (the fields of a manifest) or
-`<key>.txt` (the answer). --set gives a field that all samples lack.
+other programs wrote. A sample in such a shard consists of `<key>.<audio type>` and of `<key>.json` (the fields of a
+manifest) or `<key>.txt` (the answer). --set adds a field to all samples that lack it.
 
 Exit code 0: everything matches the index, or --no-check was given. 1: something does not match. 2: invalid arguments,
 or shards that cannot be read.
@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="FIELD=TEXT",
-        help="with --build-index: a field of all samples that have none of this name",
+        help="with --build-index: add this field to all samples that lack it",
     )
     parser.add_argument("--no-check", action="store_true", help="read only the index and offset tables, not the shards")
-    parser.add_argument("--png", type=Path, help="write a histogram of durations into this file")
+    parser.add_argument("--png", type=Path, help="write a histogram of durations to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     try:
@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 class Conversations:
-    """The samples of shards that have `messages`, by their form."""
+    """The numbers of conversations (samples with `messages`) in shards, by their properties."""
 
     def __init__(self) -> None:
         self._answers: Counter[int] = Counter()
@@ -116,7 +116,8 @@ class Conversations:
         self._forms["num_with_later_audio"] += any(turn.num_clips for turn in users[1:])
 
     def counts(self) -> dict[str, Any]:
-        """Return the number of conversations, of their answers and of their forms."""
+        """Return the number of conversations, the number of their answers, and the number of conversations by
+        property."""
         return {
             "num_samples": self._answers.total(),
             "num_answers": sum(num * count for num, count in self._answers.items()),
@@ -142,7 +143,7 @@ def _field(text: str) -> tuple[str, str]:
 
 
 def summary(shards: ShardSet, seconds: Sequence[float]) -> dict[str, Any]:
-    """Return the counts, the hours by task, language, source, split and subset, and the histogram of durations.
+    """Return the counts, the hours for each task, language, source, split and subset, and the histogram of durations.
 
     Args:
         shards: The shards.
@@ -170,7 +171,7 @@ def summary(shards: ShardSet, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Format the report for the terminal."""
+    """Format the report of the command for the terminal."""
     lines = [
         f"{report['url']}: {report['num_samples']} samples, {report['hours']:.3f} h, {report['num_shards']} shard(s), "
         f"{report['num_bytes'] / 1e6:.1f} MB"
@@ -212,7 +213,7 @@ def draw(seconds: Sequence[float], path: Path, title: str) -> None:
         path: The file to write.
         title: The title of the figure.
     """
-    from matplotlib.figure import Figure  # The import is slow and only needed here.
+    from matplotlib.figure import Figure  # The import is slow, so it is only done when a figure is drawn.
 
     from trainer.page.figure import plain
 

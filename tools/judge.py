@@ -1,19 +1,19 @@
-"""Rate open answers with a language model as the judge.
+"""Rate open answers with an LLM as the judge.
 
     earshot judge runs/demo/predictions-test-step500.jsonl --url http://localhost:8000/v1 --model llama-3-70b
 
-URL is the address of any OpenAI-compatible endpoint. Its key, if it needs one, is read from the environment variable
-OPENAI_API_KEY. Ratings are from 0 to 5 on AudioBench's scale. They are written next to the predictions, into
-PREDICTIONS.judged-NAME.jsonl. They are also cached, so that no answer is paid for twice.
+URL is the address of an OpenAI-compatible endpoint. The API key, if the endpoint needs one, is read from the
+environment variable OPENAI_API_KEY. Ratings are from 0 to 5 on AudioBench's scale. They are written to
+PREDICTIONS.judged-NAME.jsonl, and cached so that no answer is paid for twice.
 
     earshot judge runs/b/predictions-test.jsonl --against runs/a/predictions-test.jsonl --url … --model NAME
 
 With --against, the judge compares the answers with those of another evaluation of the same samples. Each pair of
-answers is compared twice, with the answers swapped. The score is the share of pairs in which the answer of PREDICTIONS
-is better, where a tie counts as a half.
+answers is compared in both orders. The score is the fraction of pairs in which the answer from PREDICTIONS is better,
+where a tie counts as one half.
 
-Exit code 0: all answers were rated. 1: the judge failed on some answers. 2: invalid arguments,
-or predictions that cannot be rated.
+Exit code 0: all answers were rated. 1: the judge failed on some answers. 2: invalid arguments, or predictions that
+cannot be rated.
 """
 
 from __future__ import annotations
@@ -55,10 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="a predictions*.jsonl of an evaluation")
     parser.add_argument(
-        "--against", type=Path, metavar="PREDICTIONS", help="compare with the answers of this evaluation instead"
+        "--against",
+        type=Path,
+        metavar="PREDICTIONS",
+        help="compare the answers with this evaluation instead of rating them",
     )
     parser.add_argument("--url", required=True, help="base address of the endpoint, which usually ends in /v1")
-    parser.add_argument("--model", required=True, metavar="NAME", help="name of the judge at the endpoint")
+    parser.add_argument("--model", required=True, metavar="NAME", help="name of the judge's model at the endpoint")
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -75,15 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="concurrent requests (default: 8)")
     parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="SEC", help="seconds for each attempt (default: 60)"
+        "--timeout", type=float, default=60.0, metavar="SEC", help="time limit of each attempt in seconds (default: 60)"
     )
-    parser.add_argument("--attempts", type=int, default=5, metavar="N", help="attempts for each answer (default: 5)")
+    parser.add_argument(
+        "--attempts", type=int, default=5, metavar="N", help="maximum number of attempts for each answer (default: 5)"
+    )
     parser.add_argument(
         "--prices",
         type=float,
         nargs=2,
         metavar=("IN", "OUT"),
-        help="prices of a million tokens sent and received, to report the cost",
+        help="prices of a million sent and a million received tokens, to report the cost",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_plugins(parser)
@@ -113,7 +118,7 @@ def _rate(args: argparse.Namespace, judge: Judge, predictions: Sequence[Predicti
     scores = judge_pairs.mean_scores("judge", predictions, [v.rating for v in verdicts])
     summary = summarise(scores, verdicts, args.prices)
     written = None
-    if summary.scores:  # Without any rating, the file of an earlier call is kept.
+    if summary.scores:  # If no answer could be rated, the file of an earlier call is kept.
         _write(out, args.model, predictions, verdicts)
         written = out
     print(json.dumps(_as_json(summary, written)) if args.json else _as_text(summary, written))
@@ -121,7 +126,7 @@ def _rate(args: argparse.Namespace, judge: Judge, predictions: Sequence[Predicti
 
 
 def _compare(args: argparse.Namespace, judge: Judge, predictions: Sequence[Prediction]) -> int:
-    """Compare the predictions with those of another evaluation, and return the exit code."""
+    """Compare the predictions with another evaluation, and return the exit code."""
     tasks = {p.meta["task"] for p in predictions}
     others = [p for p in read_predictions(args.against) if p.meta["task"] in tasks]
     pairs = judge_pairs.align(args.predictions, predictions, args.against, others)
@@ -140,7 +145,11 @@ def _compare(args: argparse.Namespace, judge: Judge, predictions: Sequence[Predi
     if args.json:
         print(json.dumps(_as_json(summary, written) | judge_pairs.outcomes(found) | {"num_ignored": num_ignored}))
     else:
-        ignored = f"{sum(num_ignored)} answers are ignored, since only one file has them\n" if any(num_ignored) else ""
+        ignored = (
+            f"{sum(num_ignored)} answers are ignored, since the other file lacks their samples\n"
+            if any(num_ignored)
+            else ""
+        )
         print(ignored + judge_pairs.as_text(summary.scores, found) + "\n" + _requests(summary, written))
     return 1 if summary.num_failures else 0
 
@@ -164,7 +173,7 @@ class Summary:
     num_cached: int
     """The number of ratings that were in the cache."""
     num_failures: dict[str, int]
-    """The number of answers without a rating, by kind of failure. They are not included in any score."""
+    """The number of answers without a rating, by the kind of failure. These answers are not included in any score."""
     prompt_tokens: int
     """The number of tokens that were sent."""
     completion_tokens: int
@@ -179,7 +188,7 @@ def summarise(scores: list[TaskScore], verdicts: Sequence[Verdict], prices: Sequ
     Args:
         scores: The scores.
         verdicts: The judge's verdicts.
-        prices: The prices of a million tokens sent and received; None if they are not known.
+        prices: The prices of a million sent and a million received tokens; None if no prices were given.
     """
     sent, received = sum(v.prompt_tokens for v in verdicts), sum(v.completion_tokens for v in verdicts)
     return Summary(
@@ -199,12 +208,12 @@ def _item(path: Path, p: Prediction) -> Item:
 
 
 def _verdicts_path(predictions: Path, model: str) -> Path:
-    """Return the file of a judge's verdicts. Each judge has its own, since ratings of different judges differ."""
+    """Return the path for the verdicts of a judge. It contains the judge's name, since the ratings of judges differ."""
     return predictions.with_suffix(f".judged-{_file_part(model)}.jsonl")
 
 
 def _file_part(text: str) -> str:
-    """Return text in a form that can be part of a file's name."""
+    """Return text in a form that can be part of a file name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:100]
 
 

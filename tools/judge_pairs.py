@@ -1,4 +1,4 @@
-"""The comparison of two evaluations by a judge, for `earshot judge --against`."""
+"""The comparison of two evaluations by a judge model, for `earshot judge --against`."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ _SAME_FIELDS = ("instruction", "messages", "target_language")
 
 @dataclass(frozen=True)
 class Comparison:
-    """The answers of two evaluations to one sample, and what the judge says about them."""
+    """The answers of two evaluations to one sample, and the judge's verdicts on them."""
 
     prediction: Prediction
     """The answer that is judged."""
     other: Prediction
-    """The answer that it is compared with."""
+    """The answer with which the judged answer is compared."""
     forward: Verdict | None
     """The verdict with the judged answer first; None if the answers are equal, so that the judge was not asked."""
     backward: Verdict | None
-    """The verdict with the judged answer second."""
+    """The verdict with the judged answer second; None if the answers are equal."""
 
     @property
     def preference(self) -> float | None:
-        """The mean of both orders: 1 if the judged answer is better, 0 if the other one is; None after a failure."""
+        """The mean verdict over both orders, from 0 (the other answer is better) to 1 (the judged answer is better).
+
+        It is 0.5 if the answers are equal, and None after a failure.
+        """
         if self.forward is None or self.backward is None:
             return 0.5
         if self.forward.rating is None or self.backward.rating is None:
@@ -45,19 +48,19 @@ class Comparison:
 
     @property
     def depends_on_order(self) -> bool:
-        """True if the judge prefers another answer when the answers are swapped."""
+        """True if the two verdicts differ, so that the order of the answers affects the judge's choice."""
         if self.forward is None or self.backward is None or self.preference is None:
             return False
         return self.forward.rating != 1 - (self.backward.rating or 0.0)
 
     @property
     def failure(self) -> str:
-        """The kind of failure; empty without one."""
+        """The kind of failure; empty if there was no failure."""
         return next((v.failure for v in (self.forward, self.backward) if v is not None and v.failure), "")
 
 
 def history(meta: dict[str, Any]) -> tuple[Message, ...]:
-    """Return the messages before the last question of a prediction; none if it is not from a conversation."""
+    """Return the messages before the last question of a prediction; empty if its sample is not a conversation."""
     return tuple(plain_messages(conversation_of(meta)[:-2]))
 
 
@@ -67,7 +70,7 @@ def align(
     """Return the predictions of both evaluations for the samples that they have in common.
 
     Raises:
-        UserError: If there are none, or a key belongs to different samples.
+        UserError: If there are no such samples, or a key belongs to different samples.
     """
     keys = common_keys((path, other_path), (predictions, others))
     ours, theirs = ({p.key: p for p in found} for found in (predictions, others))
@@ -79,7 +82,7 @@ def align(
 
 
 def questions(pairs: Sequence[tuple[Prediction, Prediction]]) -> list[Pair]:
-    """Return the comparisons to ask for: each pair of different answers in both orders, one after the other."""
+    """Return the questions for the judge, which are both orders of each pair of different answers, in sequence."""
     found = []
     for ours, other in pairs:
         if not _are_equal(ours, other):
@@ -95,7 +98,7 @@ def questions(pairs: Sequence[tuple[Prediction, Prediction]]) -> list[Pair]:
 
 
 def comparisons(pairs: Sequence[tuple[Prediction, Prediction]], verdicts: Sequence[Verdict]) -> list[Comparison]:
-    """Return the results for `pairs` from the verdicts on `questions(pairs)`."""
+    """Return the comparisons of `pairs`, given the verdicts on `questions(pairs)`."""
     left = iter(verdicts)
     return [
         Comparison(ours, other, None, None)
@@ -111,7 +114,7 @@ def preferences(found: Sequence[Comparison]) -> list[TaskScore]:
 
 
 def mean_scores(metric: str, predictions: Sequence[Prediction], values: Sequence[float | None]) -> list[TaskScore]:
-    """Return the mean of the judge's values by task and subset, without those that are None."""
+    """Return the mean of the judge's values by task and subset. Values that are None are ignored."""
     rated: dict[str, list[tuple[dict[str, Any], float]]] = {}
     for p, value in zip(predictions, values, strict=True):
         if value is not None:
@@ -143,7 +146,7 @@ def write(path: Path, model: str, files: tuple[Path, Path], found: Sequence[Comp
 
 
 def outcomes(found: Sequence[Comparison]) -> dict[str, int]:
-    """Return how many comparisons were won, tied and lost, were equal answers, and depended on the order."""
+    """Return the numbers of comparisons that were won, tied or lost, had equal answers, or depended on the order."""
     values = [c.preference for c in found if c.preference is not None]
     return {
         "num_won": sum(v > 0.5 for v in values),
@@ -155,7 +158,7 @@ def outcomes(found: Sequence[Comparison]) -> dict[str, int]:
 
 
 def asked(found: Sequence[Comparison]) -> list[Verdict]:
-    """Return the verdicts that the judge was asked for."""
+    """Return all verdicts of the judge."""
     return [v for c in found for v in (c.forward, c.backward) if v is not None]
 
 
@@ -165,7 +168,7 @@ def as_text(scores: Sequence[TaskScore], found: Sequence[Comparison]) -> str:
     lines = [format_table(score_table(scores))] if scores else ["no pair of answers could be compared"]
     lines.append(
         f"{n['num_won']} better, {n['num_tied']} tied, {n['num_lost']} worse; {n['num_equal']} pairs of answers are "
-        f"equal; in {n['num_order_dependent']} pairs the judge's choice depends on the order of the answers"
+        f"equal; in {n['num_order_dependent']} pairs, the judge's choice depends on the order of the answers"
     )
     return "\n".join(lines)
 

@@ -1,17 +1,17 @@
-"""Kill ranks of small training runs repeatedly, and check that every run ends as if it had not been interrupted.
+"""Kill ranks of small training runs repeatedly, and check that each run ends like an uninterrupted run.
 
     python -m tools.kill_test                50 kills, every third during a save
     python -m tools.kill_test --kills 5      5 kills
     python -m tools.kill_test --json         also print one JSON object on the last line
 
-Two ranks train a tiny model. SIGKILL is sent to a random rank at a random moment, and the same command restarts the
-run. A run is killed at most ten times. Then it runs to its end and is compared with an uninterrupted run, and the next
-run starts.
+Two ranks train a tiny model. The tool sends SIGKILL to a random rank at a random moment, and restarts the run with the
+same command. After at most ten kills, the run continues to its end and is compared with an uninterrupted run. Then the
+next run starts.
 
 The test passes if
 - every restart resumes from the newest committed checkpoint,
-- it repeats at most one checkpoint interval, plus the steps that were made while a save was being written, and
-- every loss and gradient norm is identical, bit for bit, to that of the uninterrupted run.
+- every restart repeats at most one checkpoint interval, plus the steps during an unfinished save, and
+- all losses and gradient norms are bit-identical to those of the uninterrupted run.
 
 Exit code 0: passed. 1: failed. 2: the test could not run.
 """
@@ -55,7 +55,7 @@ class Result:
     max_repeated_steps: int = 0
     """The largest number of steps that a restart repeated."""
     failures: list[str] = field(default_factory=list)
-    """Descriptions of what failed; empty if the test passed."""
+    """Descriptions of the failures; empty if the test passed."""
 
     @property
     def passed(self) -> bool:
@@ -68,7 +68,7 @@ class Killed:
     """The state of the run when a rank was killed."""
 
     last_step: int
-    """The last step that was logged."""
+    """The last logged step."""
     committed: int
     """The step of the newest committed checkpoint; 0 if there is none."""
     in_a_save: bool
@@ -82,7 +82,7 @@ def kill_test(folder: Path, num_kills: int, num_steps: int, seed: int, corpus: P
         folder: An empty folder for the runs.
         num_kills: The number of kills.
         num_steps: The number of steps of a run.
-        seed: The seed for choosing the ranks to kill and the moments.
+        seed: The seed for choosing the ranks and the moments of the kills.
         corpus: A demo corpus; None to create one.
 
     Raises:
@@ -146,7 +146,7 @@ def _check_resumed(killed: Killed, output: str, result: Result) -> None:
 
 
 class _Killer:
-    """A random choice of a rank and a moment at which to kill it."""
+    """A random rank, and a random moment at which to kill it."""
 
     def __init__(self, run_dir: Path, choose: random.Random, in_a_save: bool) -> None:
         self.run_dir, self.in_a_save = run_dir, in_a_save
@@ -155,7 +155,7 @@ class _Killer:
         self.killed: Killed | None = None
 
     def watch(self, launcher: subprocess.Popen[bytes]) -> None:
-        """Wait for the moment and kill the rank, unless the run ends earlier."""
+        """Wait for the moment and kill the rank, unless the run ends first."""
         before = self._last_step()
         seen: set[str] = set()
         while launcher.poll() is None:
@@ -174,7 +174,7 @@ class _Killer:
         ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         if launcher.poll() is not None or len(ranks) < 2:
             return
-        os.kill(int(ranks[self.rank]), signal.SIGSTOP)  # The rank is stopped first, so that its state can be recorded.
+        os.kill(int(ranks[self.rank]), signal.SIGSTOP)  # Stop the rank first, so that its state can be recorded.
         in_a_save = bool(self._unfinished_saves())
         committed = LocalCheckpoints(self.run_dir / "checkpoints").steps()
         os.kill(int(ranks[self.rank]), signal.SIGKILL)
@@ -189,7 +189,7 @@ class _Killer:
 
 
 def _attempt(arguments: Sequence[str], killer: _Killer | None) -> tuple[int, str]:
-    """Start the run once, and return its exit code and output."""
+    """Start the run, wait until it ends or is killed, and return its exit code and output."""
     with tempfile.TemporaryFile() as output:
         launcher = subprocess.Popen(
             module_command("trainer", "debug", *arguments),
@@ -211,7 +211,7 @@ def _attempt(arguments: Sequence[str], killer: _Killer | None) -> tuple[int, str
 
 
 def _curve(run_dir: Path) -> dict[int, tuple[float, float]]:
-    """Return the loss and gradient norm of each logged step."""
+    """Return the loss and gradient norm of each logged step, by step."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return {}
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills (default: 50)")
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="length of a run in steps (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and ranks (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of moments and ranks (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     options = parser.parse_args(arguments)
     started = time.monotonic()

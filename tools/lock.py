@@ -1,8 +1,8 @@
-"""Split a lock file that uv compiled into the files of `requirements/`.
+"""Split a lock file from `uv pip compile` into the files of `requirements/`.
 
     make lock
 
-torch comes in two kinds, with and without CUDA. A machine without GPUs must not download CUDA's libraries.
+PyTorch has wheels with and without CUDA. A machine without GPUs must not download CUDA's libraries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 BUILD = ("pip", "setuptools", "wheel", "packaging", "ninja", "numpy")
-"""The packages that build others, or that build scripts import."""
+"""The packages that build other packages, or that build scripts import."""
 _NAMES = ("build", "torch", "torch-cpu", "cuda", "deepspeed", "lock")
 _CUDA = re.compile(r"(nvidia|cuda)-.*|triton")
 _HEAD = "# Written by `make lock`; see requirements/README.md.\n"
@@ -24,8 +24,8 @@ def split(compiled: str, torch_cpu_hashes: Iterable[str]) -> dict[str, str]:
     """Return the content of each file by its name.
 
     Args:
-        compiled: The lock file of everything, with hashes.
-        torch_cpu_hashes: The SHA-256 hashes of torch's wheels without CUDA.
+        compiled: The lock file of all packages, with hashes.
+        torch_cpu_hashes: The SHA-256 hashes of PyTorch's wheels without CUDA.
     """
     files: dict[str, list[str]] = {f"{name}.txt": [] for name in _NAMES}
     for entry in re.findall(r"^[A-Za-z0-9].*(?:\n[ \t]+.*)*", compiled, re.MULTILINE):

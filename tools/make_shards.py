@@ -40,34 +40,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "out", metavar="OUT", help="folder or bucket URL, empty or with an unfinished build of the same manifest"
     )
-    parser.add_argument("--split", help="pack only this split (default: all)")
+    parser.add_argument("--split", help="pack only this split (default: all splits)")
     parser.add_argument(
         "--max-shard-samples",
         type=int,
         default=ShardLimits().max_samples,
         metavar="N",
-        help=f"samples in a shard, at most (default: {ShardLimits().max_samples})",
+        help=f"maximum number of samples in a shard (default: {ShardLimits().max_samples})",
     )
     parser.add_argument(
         "--max-shard-bytes",
         type=int,
         default=ShardLimits().max_bytes,
         metavar="N",
-        help=f"bytes in a shard, at most (default: {ShardLimits().max_bytes})",
+        help=f"maximum size of a shard in bytes (default: {ShardLimits().max_bytes})",
     )
     parser.add_argument(
         "--max-skipped-fraction",
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="fail if more of the samples cannot be used (default: 0.01)",
+        help="fail if more than this fraction of the samples cannot be used (default: 0.01)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="threads that check clips (default: one per CPU core)",
+        help="number of threads that check clips (default: one per CPU core)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     add_plugins(parser)
@@ -115,7 +115,8 @@ def _as_json(report: BuildReport) -> str:
 def _as_text(report: BuildReport) -> str:
     text = (
         f"{report.url}: {report.num_samples} samples, {report.seconds / 3600:.3f} h of audio, "
-        f"{report.num_shards} shard(s)" + (f", of which {report.num_resumed} existed" if report.num_resumed else "")
+        f"{report.num_shards} shard(s)"
+        + (f", of which {report.num_resumed} already existed" if report.num_resumed else "")
     )
     if report.skipped:
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(report.num_skipped_by_reason.items()))

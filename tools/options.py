@@ -1,4 +1,4 @@
-"""Checks of command-line options before a command starts work that may take hours."""
+"""Command-line options that several tools share, and checks of options before a command starts work of hours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REMEDIES = {
 
 
 class AddToTables(argparse.Action):
-    """The action of an option that adds entries to the tables of the program while the command line is parsed.
+    """The action of an option that adds entries to tables, such as the tasks, while the command line is parsed.
 
     Args:
         add: A function of the option's values, which may raise a UserError.
@@ -58,7 +58,7 @@ def _declare_tasks(recipes: Sequence[str]) -> None:
 
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:
-    """Add the options `--plugins` and `--tasks-of`, for commands that read data but not the recipe with its tasks."""
+    """Add the options `--plugins` and `--tasks-of`, for commands that read data but no recipe."""
     parser.add_argument(
         "--plugins",
         nargs="+",
@@ -94,10 +94,10 @@ def check_at_least(least: int, **options: int | None) -> None:
 
 @contextmanager
 def plain_faults(out: object) -> Iterator[None]:
-    """Turn faults of the machine that the user can fix into one-line errors.
+    """Convert errors of the machine that the user can fix to one-line errors.
 
     Args:
-        out: What the command writes, for the message.
+        out: The path that the command writes, for errors that contain no path.
 
     Raises:
         UserError: If the disk is full or read-only, a quota is exceeded, or too many files are open.
@@ -112,10 +112,10 @@ def plain_faults(out: object) -> Iterator[None]:
 
 
 def check_output(what: str, path: Path, *, is_folder: bool = False) -> None:
-    """Check that a file, or the files in a folder, can be written. Parent folders need not exist.
+    """Check that a file, or files in a folder, can be written. Parent folders need not exist.
 
     Args:
-        what: The path as the user gave it, for the error.
+        what: The path, possibly with the name of its option, for the error.
         path: The file or folder.
         is_folder: True if `path` is a folder.
 

@@ -4,20 +4,20 @@
     earshot parity --ranks 2    up to 2 processes
     earshot parity --steps 0    without loss curves
     earshot parity --deepspeed ds_configs/zero3_offload.json    with the DeepSpeed settings of a run
-    earshot parity --pack-multiple 24    with train.pack_multiple_tokens, which pads packs more
+    earshot parity --pack-multiple 24    with train.pack_multiple_tokens = 24, which adds padding to packs
     earshot parity --gathering per_module    with weights that are gathered around every call of a module
-    earshot parity --recompute-calls    with encoder calls that run again in the backward pass
+    earshot parity --recompute-calls    with encoder calls that are recomputed in the backward pass
     earshot parity --lora       train low-rank adapters over partly frozen weights
     earshot parity --stages --steps 11    train different parameters in each of several stages
-    earshot parity --adapter queries    with another kind of adapter, and normalization
-    earshot parity --family mixtral    an LLM with experts, spread over ranks in several ways
-    earshot parity --family all --steps 0    every family of LLMs without experts
+    earshot parity --adapter queries    with another kind of adapter, followed by normalization
+    earshot parity --family mixtral    an LLM with experts, which are distributed over ranks in several ways
+    earshot parity --family all --steps 0    all families of LLMs without experts
     earshot parity --freeze 'llm.*.experts.*'    with some parameters frozen
     earshot parity --modes      all modes of the LLM's engine: virtual and uneven stages, recomputation, overlap
     earshot parity --json       also print one JSON object on the last line
 
-Run this command on a new cluster before training there. For each topology and five kinds of batches, it compares the
-loss and all gradients.
+Run this command on a new cluster before the first training run. For each topology and each of six kinds of batches, it
+compares the loss and all gradients.
 
 Exit code 0: all differences are within the limits. 1: a difference exceeds its limit. 2: invalid arguments.
 """
@@ -51,12 +51,12 @@ CURVE_TOLERANCE = 1e-4
 MAX_TENSOR, MAX_CONTEXT = 4, 4
 MIXTURE = "mixture"
 ALL_DENSE = "all"
-"""The value of `--family` for all families without experts, which share the processes of a topology."""
+"""The value of `--family` for all families without experts. They are compared in the same processes."""
 DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
     "zero_force_ds_cpu_optimizer": False,
-    # No parameter stays gathered, so that every gather is tested.
+    # No parameter stays gathered after its use, so that every gather is tested.
     "zero_optimization": {
         "stage": 3,
         "overlap_comm": False,
@@ -71,18 +71,18 @@ class Row:
     """The comparison of one topology on one kind of batch."""
 
     topology: str
-    """The name of the topology, and the mode of the LLM's engine if it is not the default."""
+    """The name of the topology, followed by the mode of the LLM's engine if it is not the default mode."""
     kind: str
     """One of `KINDS`, or `curve of N steps`."""
     loss: float
-    """The relative difference of the loss; of a curve, the largest one."""
+    """The relative difference of the loss. For a curve, it is the largest of all steps."""
     gradient: float
-    """The largest relative difference of a gradient; of a curve, of a gradient norm."""
+    """The largest relative difference of a gradient. For a curve, it is the largest of a gradient norm."""
     worst: str
     """The parameter with the largest difference."""
     gap: float | None = None
-    """The smallest difference of scores that decided which experts of the LLM a token was sent to; None without
-    experts, and for a curve."""
+    """The smallest difference of router scores that decided to which FFN experts a token was sent; None for an LLM
+    without experts, and for a curve."""
 
     @property
     def passed(self) -> bool:
@@ -96,11 +96,11 @@ class Row:
 
 
 EVEN, UNEVEN = 4, 7
-"""Numbers of layers that can and cannot be divided evenly among two stages, and among four chunks."""
+"""A number of layers that can be divided evenly among two stages and among four chunks, and a number that cannot."""
 
 
 def modes(topology: Topology) -> list[dict[str, Any]]:
-    """Return the fields of every `trainer.parity.Mode` that differs from the default on this topology."""
+    """Return the fields of every `trainer.parity.Mode` that is compared on this topology with `--modes`."""
     layers = (EVEN, UNEVEN) if topology.pp > 1 else (EVEN,)
     overlaps = ("none", "gradients", "both") if topology.without_context.dp > 1 else ("none",)
     combinations = itertools.product(layers, ("none", "selective", "full"), overlaps)
@@ -110,14 +110,14 @@ def modes(topology: Topology) -> list[dict[str, Any]]:
 def topologies(max_ranks: int, experts: bool = False, max_virtual: int = 1) -> list[Topology]:
     """Return the topologies of 1, 2, 4, … up to `max_ranks` processes.
 
-    Expert parallelism of the encoders is 1, 2 (so that ranks hold different numbers of the three experts) and 4 (so
-    that a rank holds no expert). Context parallelism is compared without it, as the encoders do not see it.
+    The encoders' expert-parallel size is 1, 2 (with different numbers of the three experts on the ranks) or 4 (with a
+    rank that holds no expert). Context parallelism is only combined with size 1, since it does not affect the encoders.
 
     Args:
-        max_ranks: The largest number of processes.
-        experts: True for an LLM with experts. Its experts are spread over 1, 2 and 4 ranks, each on one rank or shared
-            by the tensor-parallel ranks, and the encoders' experts over all ranks.
-        max_virtual: The largest number of virtual stages on a pipeline of two stages.
+        max_ranks: The maximum number of processes.
+        experts: True for an LLM with experts. Its experts are distributed over 1, 2 or 4 ranks. Each expert is on one
+            rank, or divided among the tensor-parallel ranks. The encoders' expert-parallel size is then 1.
+        max_virtual: The maximum number of virtual stages of a pipeline with two stages.
     """
     worlds = [w for w in (1, 2, 4, 8, 16) if w <= max_ranks]
     grids = [
@@ -144,7 +144,8 @@ def topologies(max_ranks: int, experts: bool = False, max_virtual: int = 1) -> l
 def name(topology: Topology) -> str:
     """Return the name of a topology, such as `DP2·TP2`. Sequence parallelism is on if TP > 1.
 
-    `FFN-EP` is the number of ranks over which the LLM's experts are spread, and `ETP` the number that share an expert.
+    `FFN-EP` is the number of ranks over which the FFN experts are distributed, and `ETP` is the number of ranks that
+    share an FFN expert.
     """
     sizes = [("DP", topology.dp), ("TP", topology.tp), ("CP", topology.cp), ("PP", topology.pp), ("VP", topology.vp)]
     sizes.append(("EP", topology.ep))
@@ -178,13 +179,13 @@ def check(
         kinds: The kinds of batches.
         deepspeed: A DeepSpeed JSON file; None for `DS_CONFIG`.
         pack_multiple: `train.pack_multiple_tokens`.
-        lora: train low-rank adapters over partly frozen weights.
+        lora: True to train low-rank adapters over partly frozen weights.
         adapter: `model.adapter.kind`.
-        stages: train other parameters in each of several stages.
-        freeze: Patterns on the names of parameters that are not trained.
+        stages: True to train different parameters in each of several stages.
+        freeze: Patterns for the names of parameters that are not trained.
         gathering: `train.gather_audio_weights`.
         recompute_calls: `train.recompute_encoder_calls`.
-        modes: The fields of each `trainer.parity.Mode` to compare; those not given have their defaults.
+        modes: The fields of each `trainer.parity.Mode` to compare. Fields that are not given have their defaults.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
@@ -229,7 +230,7 @@ def measure(
     modes: Sequence[Mapping[str, Any]] = ({},),
     cp: int = 1,
 ) -> list[dict[str, Any]]:
-    """Compare the topology of this launch with the oracle.
+    """Compare the topology of this launch with the single-process model.
 
     Collective: every rank of the world must call it.
 
@@ -243,12 +244,12 @@ def measure(
         kinds: The kinds of batches.
         deepspeed: A DeepSpeed JSON file; None for `DS_CONFIG`.
         pack_multiple: `train.pack_multiple_tokens`.
-        lora: train low-rank adapters over partly frozen weights.
+        lora: True to train low-rank adapters over partly frozen weights.
         adapter: `model.adapter.kind`.
-        stages: train other parameters in each of several stages.
-        ffn_ep: The number of ranks over which the experts of an LLM layer are spread.
-        ffn_etp: The number of ranks that share an expert of the LLM; None for `tp`.
-        freeze: Patterns on the names of parameters that are not trained.
+        stages: True to train different parameters in each of several stages.
+        ffn_ep: The number of ranks over which the FFN experts of a layer are distributed.
+        ffn_etp: The number of ranks that share an FFN expert; None for `tp`.
+        freeze: Patterns for the names of parameters that are not trained.
         gathering: `train.gather_audio_weights`.
         recompute_calls: `train.recompute_encoder_calls`.
         modes: The fields of each `trainer.parity.Mode` to compare.
@@ -305,14 +306,14 @@ def measure(
 def _compared_modes(
     options: argparse.Namespace, topology: Topology, dense: Sequence[str]
 ) -> Sequence[Mapping[str, Any]]:
-    """Return the fields of each `trainer.parity.Mode` to compare, given the names of the families without experts."""
+    """Return the fields of each `trainer.parity.Mode` to compare. `dense` lists the families without experts."""
     if options.modes:
         return modes(topology)
     return [{"family": family} for family in dense] if options.family == ALL_DENSE else ({},)
 
 
 def _check_deepspeed(path: str | None) -> None:
-    """Check a DeepSpeed JSON file, which would otherwise fail on every rank of every topology.
+    """Check a DeepSpeed JSON file here, since an invalid file would fail on every rank of every topology.
 
     Raises:
         UserError: If the file cannot be used.
@@ -334,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="earshot parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="largest number of processes (default: 4)")
+    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="maximum number of processes (default: 4)")
     parser.add_argument(
         "--steps", type=int, default=20, metavar="N", help="length of the loss curves; 0 for none (default: 20)"
     )
@@ -342,11 +343,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--family",
         default="llama",
         choices=(*LLM_FAMILIES, MIXTURE, ALL_DENSE),
-        help=f"family of the LLM (default: llama); {MIXTURE} is a Llama that got experts from the recipe, and "
+        help=f"family of the LLM (default: llama); {MIXTURE} is a Llama to which the recipe adds experts, and "
         f"{ALL_DENSE} stands for all families without experts",
     )
     parser.add_argument(
-        "--deepspeed", metavar="FILE", help="a DeepSpeed JSON file (default: ZeRO-3 in which no weight stays gathered)"
+        "--deepspeed",
+        metavar="FILE",
+        help="a DeepSpeed JSON file (default: ZeRO-3 that gathers every weight anew for each use)",
     )
     parser.add_argument(
         "--pack-multiple", type=int, metavar="N", help="train.pack_multiple_tokens, a multiple of 8 (default: none)"
@@ -366,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--adapter",
         default="convolutions",
         choices=tuple(ADAPTERS),
-        help="kind of the adapter; kinds other than convolutions are compared with normalization",
+        help="kind of the adapter; kinds other than convolutions are followed by normalization",
     )
     parser.add_argument(
         "--gathering",
@@ -392,7 +395,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dense = [name for name, family in LLM_FAMILIES.items() if family.experts is None]
         has_experts = options.family not in (*dense, ALL_DENSE)
         if options.modes and (has_experts or options.stages or options.family == ALL_DENSE):
-            raise UserError("--modes: not with --stages, --family all or an LLM with experts, which exclude most modes")
+            raise UserError(
+                "--modes: cannot be combined with --stages, --family all or an LLM with experts; remove one of them"
+            )
         compared = topologies(options.ranks, has_experts, 2 if options.modes else 1)
         rows_of_ranks = math.lcm(*(topology.row_multiple for topology in compared))
         if options.pack_multiple is not None and (options.pack_multiple < 1 or options.pack_multiple % rows_of_ranks):

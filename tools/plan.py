@@ -1,14 +1,14 @@
 """Estimate the memory, traffic and time of a training run before it starts.
 
-    earshot plan mowe_70b                                       on H100s
-    earshot plan mowe_70b parallel.tensor=4 --accelerator a100  another layout, on A100s
+    earshot plan mowe_70b                                       a plan for H100s
+    earshot plan mowe_70b parallel.tensor=4 --accelerator a100  another layout, for A100s
     earshot plan mowe_8b --fit                                  the fastest layout that fits
-    earshot plan mowe_70b --explain                             how the time of a step is spent
+    earshot plan mowe_70b --explain                             the parts of a step's time
     earshot plan mowe_70b --sweep parallel.num_ranks=64,128,256 --price-per-gpu-hour 2.5
 
 The command needs no GPU, cluster, weights or network. docs/plan.md explains the numbers.
 
-The exit code is 0 if the run fits into the accelerator's memory, and 2 if it does not fit or the recipe is invalid.
+Exit code 0: the run fits into the accelerator's memory. 2: it does not fit, or the recipe is invalid.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from trainer.plan.workload import Workload
 
 _ADVICE_RANKS = 1024
-"""The largest number of ranks for which a plan searches for a better layout without being asked to."""
+"""The maximum number of ranks for which the command searches for a better layout without `--fit`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         raise UserError(f"--plot {options.plot}: draws a sweep; add --sweep KEY=v1,v2,…")
     recipe = load_recipe(options.recipe, options.overrides)
-    # These modules import torch and Megatron, which takes seconds, so a misspelt key is reported first.
+    # The following modules import PyTorch and Megatron, which takes seconds. A misspelt key is reported before.
     from trainer.config.checks import check_recipe
 
     check_recipe(recipe)
@@ -110,7 +110,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _accelerator(options: argparse.Namespace) -> Accelerator:
-    """Return the accelerator to plan for, with as many of them in a node as asked for."""
+    """Return the accelerator of `--accelerator`, with the number of ranks in a node of `--per-node`."""
     from trainer.plan.accelerator import parse_accelerator
 
     found = parse_accelerator(options.accelerator)
@@ -122,7 +122,7 @@ def _accelerator(options: argparse.Namespace) -> Accelerator:
 
 
 def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Workload]:
-    """Return a planner for a recipe, and the recipe's typical workload."""
+    """Return a planner for a recipe, and the workload of the recipe's data or of assumed lengths."""
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
@@ -142,7 +142,7 @@ def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Work
 
 
 def _data(options: argparse.Namespace, recipe: Recipe) -> DataSummary | None:
-    """Return the lengths of the recipe's data; None if lengths are assumed.
+    """Return the lengths of the recipe's samples; None if lengths are assumed.
 
     Raises:
         UserError: If the data is requested but missing or unreadable.
@@ -156,15 +156,15 @@ def _data(options: argparse.Namespace, recipe: Recipe) -> DataSummary | None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Print a table with one plan for every combination of the values of some keys, and draw it if `--plot` is given.
+    """Print a table with one plan for every combination of the values of `--sweep`, and draw it if `--plot` is given.
 
     Returns:
-        0 if any of the plans fits, 2 if none does.
+        The exit code: 0 if at least one plan fits, 2 if no plan fits.
     """
     from trainer.config.load import load_recipe
     from trainer.engine.imports import lean_imports
 
-    recipe = load_recipe(options.recipe, options.overrides)  # A misspelt key is reported before torch is imported.
+    recipe = load_recipe(options.recipe, options.overrides)  # A misspelt key is reported before PyTorch is imported.
     with lean_imports():
         from trainer.config.checks import check_recipe
         from trainer.plan.plan import Plan
@@ -195,7 +195,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> float:
-    """Parse a number with an optional suffix, such as 500k or 2.1M."""
+    """Parse a positive number with an optional suffix, such as 500k or 2.1M. Raises a ValueError for other text."""
     units = {"k": 1e3, "M": 1e6}
     number = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
     if not 0 < number < float("inf"):
@@ -219,7 +219,10 @@ def _parser() -> argparse.ArgumentParser:
         "(see docs/plan.md; default: h100)",
     )
     parser.add_argument(
-        "--per-node", type=int, metavar="N", help="ranks of a node (default: `per_node` of the accelerator, usually 8)"
+        "--per-node",
+        type=int,
+        metavar="N",
+        help="number of ranks in a node (default: `per_node` of the accelerator, usually 8)",
     )
     parser.add_argument(
         "--audio-sec",
@@ -245,17 +248,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--transformer-engine",
         action="store_true",
-        help="assume that the ranks have TransformerEngine, whose attention needs no padding (default: whether it is "
-        "installed here)",
+        help="assume that TransformerEngine, whose attention needs no padding, is installed on the ranks (default: if "
+        "it is installed on this machine)",
     )
     parser.add_argument(
-        "--explain", action="store_true", help="print what a step's time is spent on, and how to shorten it"
+        "--explain", action="store_true", help="print the parts of a step's time, and how to shorten them"
     )
     parser.add_argument(
         "--no-advice",
         dest="advice",
         action="store_false",
-        help="do not search for a better layout, which takes longer than the plan; above 1024 ranks, no search is done",
+        help="do not search for a better layout, which takes longer than the plan (no search is done above 1024 ranks)",
     )
     parser.add_argument(
         "--price-per-gpu-hour", type=float, metavar="PRICE", help="price of one accelerator for an hour, to print costs"
@@ -264,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sweep",
         action="append",
         metavar="KEY=v1,v2,…",
-        help="print only a table with one plan per value of a recipe key; may be repeated, for all combinations of "
+        help="print only a table with one plan for each value of a recipe key; if repeated, for all combinations of "
         "values",
     )
     parser.add_argument(

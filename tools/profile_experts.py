@@ -1,4 +1,4 @@
-"""Report which encoder experts a run uses for which tasks, what they cost, and which experts its LLM uses.
+"""Report how often a run uses each encoder expert for each task, the experts' cost, and the use of the LLM's experts.
 
     earshot profile runs/demo                                  the routing during training
     earshot profile runs/demo --data test.jsonl                the routing of other data
@@ -30,11 +30,11 @@ class Limits:
     """The limits of `--fail-on`."""
 
     dead: bool = False
-    """Fail if an encoder expert, or an expert of the LLM, is never chosen."""
+    """True to fail if an encoder expert, or an expert of the LLM, is never chosen."""
     imbalance: float = math.inf
-    """Fail if the load of the slowest rank, relative to the mean, exceeds this."""
+    """The largest allowed load of the slowest rank, relative to the mean load."""
     overload: float = math.inf
-    """Fail if an expert of the LLM is chosen more than this many times as often as the average expert of its layer."""
+    """The largest allowed number of choices of an expert of the LLM, relative to the mean of its layer's experts."""
 
     @staticmethod
     def parse(text: str) -> Limits:
@@ -85,12 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, help="profile the routing of this manifest (JSONL) or folder of shards instead"
     )
-    parser.add_argument("--split", help="with --data: use only this split (default: all)")
+    parser.add_argument("--split", help="with --data: use only this split (default: all splits)")
     parser.add_argument(
         "--out", type=Path, help="folder for the files (default: RUN/profile, with --data RUN/profile-data)"
     )
     parser.add_argument(
-        "--fail-on", default="", metavar="LIMITS", help="limits that set the exit code to 1, e.g. dead,imbalance=1.5"
+        "--fail-on",
+        default="",
+        metavar="LIMITS",
+        help="limits that set the exit code to 1 if they are exceeded, e.g. dead,imbalance=1.5",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     options = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""List recipes, print one with all its values, and explain the keys.
+"""List recipes, print a recipe with all its values, or explain the keys.
 
 earshot recipe                        list the recipes that are part of the project
 earshot recipe --keys optim           explain every key of a section: its type, default and meaning
-earshot recipe --show kit_cpu         print a recipe with all its values, defaults included
+earshot recipe --show kit_cpu         print a recipe with all its values, including defaults
 """
 
 from __future__ import annotations
@@ -58,15 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
-        "--keys", nargs="?", const="", metavar="SECTION", help="explain all keys, or those of one section"
+        "--keys", nargs="?", const="", metavar="SECTION", help="explain all keys, or the keys of one section"
     )
     kind.add_argument(
         "--show", metavar="RECIPE", help="print a recipe with all its values; key=value overrides may follow"
     )
     kind.add_argument("--markdown", action="store_true", help="print the text of docs/recipe.md")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="a value to change in the recipe; only with --show"
-    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="with --show: recipe keys to change")
     return parser
 
 

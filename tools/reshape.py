@@ -1,4 +1,4 @@
-"""The former name of `tools.reshard`, which is kept so that existing scripts work."""
+"""The former name of `tools.reshard`, kept for existing scripts."""
 
 from __future__ import annotations
 

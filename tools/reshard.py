@@ -1,7 +1,7 @@
-"""Check that a run continues identically after its checkpoint is loaded on another topology.
+"""Check that a run continues in the same way after its checkpoint is loaded on another topology.
 
     earshot reshard             all pairs of topologies, on up to 4 processes
-    earshot reshard --ranks 2   checkpoints are loaded on up to 2 processes
+    earshot reshard --ranks 2   load checkpoints on up to 2 processes
     earshot reshard --json      also print one JSON object on the last line
 
 A tiny model trains 2 steps, saves a checkpoint, and trains 10 more steps. Each topology loads the checkpoint and trains
@@ -31,9 +31,9 @@ BEFORE, AFTER = 2, 10
 TOLERANCE = 1e-4
 SAVING_RANKS = 2
 
-# The cases that are saved on two ranks. They cover tied embeddings on two stages, norms of q and k on two tensor ranks,
-# virtual stages of unequal length, context parallelism, frozen parts, parameters that ZeRO-3 keeps gathered
-# (persistence), and an LLM whose experts are spread over ranks.
+# The cases that are saved on two ranks. They cover tied embeddings on two stages, norms of queries and keys on two
+# tensor-parallel ranks, virtual stages of unequal length, context parallelism, frozen parts, parameters that ZeRO-3
+# keeps gathered (persistence), and an LLM whose experts are distributed over ranks.
 SAVED: dict[str, dict[str, Any]] = {
     "dp2·ep2": {"ep": 2, "persistence": 1000, "frozen": ["audio.primary.*", "llm.model.layers.0.*"]},
     "tp2": {"tp": 2, "family": "qwen3"},
@@ -42,11 +42,11 @@ SAVED: dict[str, dict[str, Any]] = {
     "pp2·vp2": {"pp": 2, "vp": 2, "layers": 7, "family": "qwen2"},
     "cp2": {"cp": 2, "family": "qwen3", "frozen": ["llm.model.layers.1.*"]},
 }
-# A case with fp32 master weights of bf16 weights. Its losses depend on the topology, so only the topology that
-# saved it loads it.
+# A case with bf16 weights and fp32 master weights. Its losses depend on the topology, so its checkpoint is only loaded
+# on the topology that saved it.
 SAME_ONLY: dict[str, dict[str, Any]] = {"dp2-bf16": {"dtype": "bfloat16", "persistence": 1000}}
-# The other topologies on which each case of `SAVED` is loaded, by number of ranks. `ffn_ep` counts only for an LLM with
-# experts, and `cp` only for one without.
+# The other topologies on which each case of `SAVED` is loaded, by number of ranks. `ffn_ep` only applies to LLMs with
+# experts, and `vp` and `cp` only to LLMs without experts.
 LOADED: dict[int, dict[str, dict[str, Any]]] = {
     1: {"1": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1, "cp": 1}},
     2: {
@@ -69,11 +69,11 @@ class Row:
     """The result of loading one checkpoint on one topology."""
 
     saved: str
-    """The case that was saved."""
+    """The case whose checkpoint was loaded."""
     loaded: str
-    """The topology that loaded it; `same` for the one that saved it."""
+    """The topology that loaded the checkpoint; `same` for the topology that saved it."""
     difference: float
-    """The largest relative difference of a loss; on the same topology, also of a gradient norm."""
+    """The largest relative difference of a loss or, on the same topology, of a loss or gradient norm."""
     limit: float
     """The largest difference that passes."""
 
@@ -84,12 +84,12 @@ class Row:
 
 
 def save(folder: Path) -> Results:
-    """Save the checkpoints of all cases in one launch, and return the results of the uninterrupted runs."""
+    """Train all cases and save their checkpoints, and return the results of these uninterrupted runs."""
     return _launch(SAVING_RANKS, "save", folder)
 
 
 def same(folder: Path, whole: Results) -> list[Row]:
-    """Load every case on the topology that saved it, and compare with the uninterrupted runs."""
+    """Load every case on the topology that saved it, and return the comparison with the uninterrupted runs."""
     found, rows = _launch(SAVING_RANKS, "resume", folder), []
     for case in SAVED | SAME_ONLY:
         extra, wanted = found[case]["extra"], {"data": {"batch": BEFORE}, "case": case}
@@ -100,7 +100,7 @@ def same(folder: Path, whole: Results) -> list[Row]:
 
 
 def others(folder: Path, whole: Results, world: int) -> list[Row]:
-    """Load every case on all topologies of `world` ranks, and compare with the uninterrupted runs."""
+    """Load every case on all topologies of `world` ranks, and return the comparison with the uninterrupted runs."""
     found = _launch(world, "reshape", folder)
     return [
         Row(
@@ -129,7 +129,7 @@ def _launch(world: int, phase: str, folder: Path) -> Results:
     return results[0]  # Sums over four ranks may differ in the last bit between ranks.
 
 
-# ---- functions that run on every rank
+# ---- Functions that run on every rank
 
 
 def work(task: str) -> int:
@@ -142,7 +142,7 @@ def work(task: str) -> int:
     with lean_imports():
         import torch
 
-        import trainer.parity  # noqa: F401 - what the cases import, with both engines
+        import trainer.parity  # noqa: F401 - the modules that the cases import, with both engines
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     phase, folder, scratch = json.loads(task)
     found = {"save": save_cases, "resume": resume_cases, "reshape": reshape_cases}[phase](folder)
@@ -198,9 +198,9 @@ def reshape_cases(folder: str) -> dict[str, Any]:
 
 
 def _in_order(cases: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the cases, those without expert parallelism first.
+    """Return the cases, starting with the cases without expert parallelism.
 
-    DeepSpeed numbers the modules of a process. Without expert parallelism, it requires the same numbers on all ranks.
+    DeepSpeed numbers the modules of a process. Without expert parallelism, it requires equal numbers on all ranks.
     """
     return sorted(cases.items(), key=lambda case: case[1].get("ep", 1) > 1)
 
@@ -244,7 +244,7 @@ def start(folder: str, case: str, **options: Any) -> tuple[Any, Any]:
 
 
 def stop() -> None:
-    """Destroy Megatron's process groups, so that this process can start the next case."""
+    """Destroy Megatron's process groups, so that this process can build the next case."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -337,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"{row.saved:10} {row.loaded:10} {text:>10}{'' if row.passed else '   OVER'}", flush=True)
     passed = all(row.passed for row in rows)
     print(
-        "every run continues identically after its checkpoint is loaded"
+        "every run continues in the same way after its checkpoint is loaded"
         if passed
         else "some runs differ; see the lines with OVER"
     )

@@ -29,15 +29,15 @@ _STATES = {
     "diverged": "failed",
     "finished": "finished",
 }
-"""The state of a run after each event that changes it."""
+"""The state of a run after each event that changes the state."""
 STATES = (*dict.fromkeys(_STATES.values()), "stored")
 """All states of a run."""
 _FINAL = {"finished": ("submitted", "started"), "cancelled": ("submitted", "started", "finished")}
-"""The events that change a final state. Others, such as `stopped` after `cancelled`, do not change it."""
+"""The events that change a final state. Other events, such as `stopped` after `cancelled`, do not change it."""
 _NUM_EVENTS = 8
 _METRICS_NAME = "metrics.jsonl"
 _DEPTH = 3
-"""The number of levels of folders below the given one that are searched for runs."""
+"""The number of levels of subfolders that are searched for runs."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Status:
     step: int
     """The number of finished steps."""
     num_steps: int | None
-    """The number of steps of the whole run; None if it is not known."""
+    """The number of steps of the whole run; None if the number is not known."""
     stage: str | None
-    """The stage of training that began last, such as `adapters (2 of 3)`; None in a run without stages."""
+    """The latest stage of training, such as `adapters (2 of 3)`; None in a run without stages."""
     num_ranks: int | None
-    """The number of ranks; None if it is not known."""
+    """The number of ranks; None if the number is not known."""
     left_sec: float | None
     """The expected seconds until the last step; None if the run is not running, or its speed is not known."""
     silent_sec: float | None
@@ -64,28 +64,30 @@ class Status:
     attempts: int
     """The number of attempts that started."""
     goodput: float | None
-    """The share of the time since the first start that was spent on steps whose updates are in the weights."""
+    """The fraction of the time since the first start that was spent on steps whose updates are in the weights; None if
+    it is not known."""
     losses: list[float]
-    """The loss of each logging interval, without steps that were undone."""
+    """The mean loss of each logging interval, without steps that a restart repeated."""
     num_skipped_updates: int
     """The number of steps whose updates are not in the weights, because they were skipped or undone by a rewind."""
     num_samples_skipped: int
     """The number of samples that could not be used."""
     straggler: dict[str, Any] | None
-    """The last straggler event of this attempt."""
+    """The last straggler event of the latest attempt; None if there is none."""
     events: list[dict[str, Any]]
     """The last events."""
     plan: dict[str, Any] | None = None
-    """The last comparison of this attempt with the run's plan, see `trainer.training.plan_check.compare`."""
+    """The last comparison of the latest attempt with the run's plan (`trainer.training.plan_check.compare`); None if
+    there is none."""
     scores: dict[str, float] = field(default_factory=dict)
     """The main scores of the last evaluation of each split, by `SPLIT/TASK/METRIC`."""
     host: str | None = None
-    """The host of rank 0; None if it is not known."""
+    """The host of rank 0; None if the host is not known."""
     event_counts: dict[str, int] = field(default_factory=dict)
     """The number of events of each kind."""
     latest: dict[str, float] = field(default_factory=dict)
-    """The last values of `lr`, `grad_norm`, `tokens_per_sec`, `audio_sec_per_sec`, `mfu` and `peak_bytes`, as far as
-    they are logged."""
+    """The latest values of `lr`, `grad_norm`, `tokens_per_sec`, `audio_sec_per_sec`, `mfu` and `peak_bytes`. Values
+    that are not logged are missing."""
 
 
 _LATEST = {
@@ -99,7 +101,7 @@ _LATEST = {
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is that of a run."""
+    """Return whether a folder is the folder of a run."""
     return (folder / EVENTS_NAME).is_file() or (folder / _METRICS_NAME).is_file()
 
 
@@ -118,7 +120,7 @@ def find_runs(folder: Path) -> list[Path]:
         elif depth >= _DEPTH:
             folders.clear()
     if not found:
-        raise UserError(f"{folder}: contains no run; give the folder of a run or of several, e.g. runs")
+        raise UserError(f"{folder}: contains no run; give the folder of a run or a folder of runs, e.g. runs")
     return sorted(found)
 
 
@@ -178,10 +180,10 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
 
 
 def read_stored(url: str, now_sec: float) -> list[Status]:
-    """Return the status of all runs whose checkpoints are below a bucket's prefix, as far as these tell it.
+    """Return the status of all runs whose checkpoints are below a bucket's prefix. Other fields have default values.
 
     Raises:
-        UserError: If there is none, or the bucket cannot be read.
+        UserError: If there are no checkpoints, or the bucket cannot be read.
     """
     from trainer.checkpoint.catalog import SUBFOLDER, open_checkpoints, read_extra
     from trainer.storage.open import join_url, open_store
@@ -224,7 +226,7 @@ def read_stored(url: str, now_sec: float) -> list[Status]:
 
 
 def _steps_of(recipe: str) -> int | None:
-    """Return `train.steps` of a recipe that is stored as YAML."""
+    """Return `train.steps` of a recipe in YAML; None if the key is missing."""
     import yaml
 
     steps = (yaml.safe_load(recipe) or {}).get("train", {}).get("steps")
@@ -254,7 +256,7 @@ def main_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def undone_steps(events: Sequence[Event], last_step: int) -> set[int]:
     """Return the steps up to `last_step` whose updates are not in the weights.
 
-    An attempt repeats the steps after the one it resumed from, so events of earlier attempts about them are ignored.
+    An attempt repeats the steps after its checkpoint, so earlier events about these steps are ignored.
     """
     undone: set[int] = set()
     for event in events:
@@ -269,7 +271,7 @@ def undone_steps(events: Sequence[Event], last_step: int) -> set[int]:
 
 
 def goodput(records: Sequence[Mapping[str, Any]], undone: set[int], wall_sec: float) -> float | None:
-    """Return the share of the elapsed time that was spent on steps whose updates are in the weights.
+    """Return the fraction of the elapsed time that was spent on steps whose updates are in the weights.
 
     Args:
         records: The metrics of the run, by logging interval.
@@ -277,7 +279,7 @@ def goodput(records: Sequence[Mapping[str, Any]], undone: set[int], wall_sec: fl
         wall_sec: The elapsed time in seconds.
 
     Returns:
-        A share between 0 and 1; None if the elapsed time is 0.
+        A fraction between 0 and 1; None if the elapsed time is 0.
     """
     useful_sec, before = 0.0, 0
     for record in records:
@@ -296,7 +298,7 @@ def _state(events: Sequence[Event]) -> tuple[str, Event | None]:
     for event in events:
         attempt = max(attempt, event["attempt"])
         if event["attempt"] < attempt and "rank" in event:
-            continue  # A rank of an earlier attempt still runs somewhere.
+            continue  # The event is from a rank of an earlier attempt that is still running.
         new = _STATES.get(event["event"])
         if new is not None and event["event"] in _FINAL.get(state, (event["event"],)):
             state, cause = new, event
@@ -307,9 +309,10 @@ def _state(events: Sequence[Event]) -> tuple[str, Event | None]:
 
 
 def _ended_by_slurm(events: Sequence[Event]) -> str | None:
-    """Return the final state of a run whose job Slurm has ended without running any of its code.
+    """Return the final state of a run whose Slurm job ended without writing an event; None if the job may still run.
 
-    Such a job was cancelled while it was pending, or killed. The result is None if Slurm does not answer.
+    This happens if the job was cancelled while it was pending, or was killed. The result is also None if Slurm does not
+    answer.
     """
     job = next((e.get("job") for e in reversed(events) if e["event"] == "submitted"), None)
     found = job_state_now(job) if isinstance(job, int) else None

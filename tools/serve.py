@@ -1,13 +1,13 @@
-"""Serve a model to OpenAI clients, with a page to try it in the browser.
+"""Serve a model to OpenAI clients and on a page in the browser.
 
-    earshot serve out/model                     http://127.0.0.1:8000
+    earshot serve out/model                     an exported model, at http://127.0.0.1:8000
     earshot serve runs/demo --port 9000         the newest checkpoint of a run
 
-MODEL is a folder that `earshot export` wrote, a checkpoint or a run. The server answers /v1/chat/completions and
-/v1/audio/transcriptions, one request after another. It is meant for trying a model, not for heavy traffic.
+MODEL is a folder from `earshot export`, a checkpoint or a run. The server answers requests to /v1/chat/completions and
+/v1/audio/transcriptions, one after another. It is meant for trying a model, not for production traffic.
 
-It listens on this machine only unless --host says otherwise. If the environment variable EARSHOT_API_KEY is set,
-clients must send that key.
+Without --host, only clients on this machine can connect. If the environment variable EARSHOT_API_KEY is set, clients
+must send this key.
 
 Exit code 0: ended by Ctrl-C or SIGTERM. 2: the model or the port cannot be used.
 """
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", metavar="MODEL", help="an exported folder, a checkpoint, or a run")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for any (default: 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for any free port (default: 8000)")
     parser.add_argument(
         "--allow-host",
         nargs="+",
@@ -50,10 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="names by which clients on other machines address this server",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: as in the training run)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="maximum number of tokens of an answer (default: as in the training run)",
     )
     parser.add_argument(
-        "--max-request-mib", type=int, default=100, metavar="N", help="largest request, in MiB (default: 100)"
+        "--max-request-mib", type=int, default=100, metavar="N", help="maximum size of a request, in MiB (default: 100)"
     )
     options = parser.parse_args(arguments)
     be_calm()
@@ -70,14 +73,14 @@ def _run(options: argparse.Namespace) -> int:
         for package in _PACKAGES:
             __import__(package)
     except ImportError:
-        raise UserError("earshot serve needs more packages; install them: pip install 'earshot[serve]'") from None
+        raise UserError("earshot serve needs additional packages: pip install 'earshot[serve]'") from None
     for name in options.allow_host:
         if "*" in name.removeprefix("*."):
             raise UserError(f"--allow-host {name}: give a name, or *. and a domain")
     import uvicorn
 
     class Server(uvicorn.Server):
-        """A server that shuts down cleanly on Ctrl-C or SIGTERM, and does not pass the signal on."""
+        """A server that shuts down cleanly on Ctrl-C or SIGTERM, and does not raise the signal again afterwards."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -103,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, so that a port in use is reported before the model is loaded."""
+    """Return a listening socket. It is created before the model is loaded, so that a port in use is reported early."""
     if not 0 <= port < 2**16:
         raise UserError(f"--port {port}: must be 0 to 65535")
     try:

@@ -1,10 +1,10 @@
 """Show the state, progress, scores, goodput and recent events of a run, or a table of all runs in a folder.
 
-    earshot status runs/demo            one run: a few lines
-    earshot status runs                 all runs below the folder: a table
-    earshot status s3://bucket/runs     runs of which only the checkpoints are known
-    earshot status runs --watch         draw it again every few seconds, until Ctrl-C
-    earshot status runs/demo --json     one JSON object; for several runs, a list of them
+    earshot status runs/demo            a few lines about one run
+    earshot status runs                 a table of all runs below the folder
+    earshot status s3://bucket/runs     a table of all runs with checkpoints in the bucket
+    earshot status runs --watch         a table that is updated every few seconds, until Ctrl-C
+    earshot status runs/demo --json     a JSON object, or a list of objects for several runs
 
 The command reads events.jsonl and metrics.jsonl in the runs' folders. It works while runs are training.
 
@@ -34,11 +34,14 @@ _NUM_BARS = 60
 _WIDTH = 100
 _WATCH_SEC = 5.0
 _HOME = "\033[H\033[J"
-"""The control sequence that moves to the top of the terminal and clears it."""
+"""The control sequence that moves the cursor to the top of the terminal and clears the terminal."""
 
 
 def sparkline(values: Sequence[float], width: int = _NUM_BARS) -> str:
-    """Draw values as bars, each of which is the mean of a part of equal length. A part without finite values is `×`."""
+    """Return at most `width` bars, each of which shows the mean of consecutive values.
+
+    `×` stands for values of which none is finite.
+    """
     num = min(width, len(values))
     if num == 0:
         return ""
@@ -84,7 +87,7 @@ def describe(status: Status, now_sec: float) -> str:
 
 
 def _plan(status: Status) -> list[str]:
-    """Return the lines about the comparison with the plan, if there was one."""
+    """Return the lines about the comparison with the run's plan; empty if there was no comparison."""
     if status.plan is None:
         return []
     parts = status.plan.get("compared", {}).get("parts_sec", {})
@@ -140,7 +143,7 @@ def as_table(runs: Sequence[tuple[str, Status | str]], now_sec: float) -> str:
     """Format several runs as a table.
 
     Args:
-        runs: The path of each run, and its status, or the reason why it cannot be read.
+        runs: The path of each run, and its status or the reason why the run cannot be read.
         now_sec: The current time in seconds since the epoch.
     """
     head = ["run", "state", "step", "loss", "score", "tokens/s", "MFU", "goodput", "left", "last event"]
@@ -170,10 +173,10 @@ def _cells(status: Status, now_sec: float) -> list[str]:
 
 
 def look(place: str, now_sec: float) -> Status | list[tuple[str, Status | str]]:
-    """Return the status of the run at `place`, or those of all runs below it.
+    """Return the status of the run at `place`, or the paths and statuses of all runs below `place`.
 
     Raises:
-        UserError: If there is none, or the only one cannot be read.
+        UserError: If there is no run, or `place` is a run that cannot be read.
     """
     if "://" in place:
         return [(status.name, status) for status in read_stored(place, now_sec)]
@@ -201,7 +204,7 @@ def _text(place: str, as_json: bool) -> str:
 
 
 def _tree(status: Status) -> dict[str, Any]:
-    """Return a status as values that strict JSON can contain. Numbers that are not finite become text."""
+    """Return a status as a tree for strict JSON. Numbers that are not finite are converted to text."""
     content = asdict(status)
     content["losses"] = [_finite(loss) for loss in status.losses]
     for key in ("scores", "latest"):
@@ -223,14 +226,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="earshot status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("place", metavar="DIR", help="folder of a run, a folder of runs, or s3://BUCKET/PREFIX")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, or a list for several runs")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, or a list of objects for several runs"
+    )
     parser.add_argument(
         "--watch",
         nargs="?",
         type=float,
         const=_WATCH_SEC,
         metavar="SEC",
-        help=f"draw it again every SEC seconds (default {_WATCH_SEC:g})",
+        help=f"print the status again every SEC seconds (default: {_WATCH_SEC:g})",
     )
     options = parser.parse_args(arguments)
     try:

@@ -2,8 +2,8 @@
 
     earshot tokenizer data/asr.jsonl data/text.txt --vocab-size 512 --out tokenizer.model
 
-An INPUT is a manifest (.jsonl) or a plain text file with one sentence per line. From a manifest, the instructions,
-messages, answers and references of one split are used.
+An INPUT is a manifest (.jsonl) or a plain text file with one sentence per line. The command uses the instructions,
+messages, answers and references of one split of a manifest.
 
 Exit code 0: the tokenizer was written. 2: it was not.
 """
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="manifests (.jsonl) or plain text files")
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="exact number of pieces")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="exact number of pieces in the vocabulary"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, ending in .model")
     parser.add_argument("--split", default="train", help="split of the manifests to use (default: train)")
     parser.add_argument(

@@ -1,9 +1,9 @@
-"""Transcribe audio files, or ask a model a question about them.
+"""Transcribe audio files, or ask a model a question about audio files.
 
     earshot transcribe out/model audio.flac                               a recording of any length
     earshot transcribe runs/demo a.wav b.wav --prompt "Who speaks?"      a question about each recording
 
-MODEL is a folder that `earshot export` wrote, a checkpoint or a run. Recordings longer than a window are transcribed in
+MODEL is a folder from `earshot export`, a checkpoint or a run. Recordings longer than a window are transcribed in
 overlapping windows, and the transcripts are joined. With --prompt, the model receives each recording as a whole, unless
 --window is given.
 
@@ -39,11 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", metavar="MODEL", help="an exported folder, a checkpoint, or a run")
     parser.add_argument(
-        "audio", nargs="*", type=Path, metavar="AUDIO", help="audio files; if there is none, only the prompt is sent"
+        "audio",
+        nargs="*",
+        type=Path,
+        metavar="AUDIO",
+        help="audio files; without audio files, the model only receives the prompt",
     )
     parser.add_argument("--prompt", default=PROMPT, help=f"instruction (default: {PROMPT!r})")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: as in the training run)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="maximum number of tokens of an answer (default: as in the training run)",
     )
     parser.add_argument(
         "--window",
@@ -52,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="length of the windows of longer recordings (default: the longest clip in training, at most 30 seconds)",
     )
     parser.add_argument(
-        "--overlap", type=float, metavar="SEC", help="least overlap of windows (default: a sixth of a window)"
+        "--overlap", type=float, metavar="SEC", help="minimum overlap of windows (default: a sixth of a window)"
     )
     options = parser.parse_args(arguments)
     be_calm()
@@ -91,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _answer(answerer: Answerer, path: Path | None, prompt: str, in_windows: bool) -> tuple[str, bool]:
-    """Return the answer, and True if it ended on its own. The use of windows is reported on stderr."""
+    """Return the answer, and whether it ended before the maximum length. The use of windows is reported on stderr."""
     from trainer.data.decode import decode_audio
     from trainer.data.errors import SampleError
     from trainer.evaluation.offline.answer import Question

@@ -58,9 +58,9 @@ def test_diff_reports_what_changed_and_how_much(run: Path, capsys: pytest.Captur
         (["prune", "2"], "prune: takes no step, but 2 was given"),
         (["list", "1", "3"], "list: takes no step, but 1 3 was given"),
         (["diff", "1"], "diff: takes two steps, but 1 was given"),
-        (["diff", "1", "9"], "there is no checkpoint of step 9; there are 1, 2, 3"),
+        (["diff", "1", "9"], "there is no checkpoint of step 9; the checkpoints are 1, 2, 3"),
         (["rollback"], "rollback: takes one step, but nothing was given"),
-        (["rollback", "7"], "there is no checkpoint of step 7; there are 1, 2, 3"),
+        (["rollback", "7"], "there is no checkpoint of step 7; the checkpoints are 1, 2, 3"),
     ],
 )
 def test_steps_are_checked(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:

@@ -29,7 +29,7 @@ def test_choice_of_samples_is_said_if_it_may_surprise(tmp_path: Path, capsys: py
     said = note([0, 1, 2, 3, 4], None, None)
     assert "no --split: all splits are evaluated (3 of train, 2 of test), which include training data" in said
     assert note([3, 4], "test", None) == "" and note([3, 4], "test", 2) == ""
-    assert note([3, 4], "test", 9) == "note: --max-samples 9: there are only 2 samples\n"
+    assert note([3, 4], "test", 9) == "note: --max-samples 9: the data contains only 2 samples\n"
 
 
 def test_missing_wordnet_is_a_note_unless_it_was_named(

@@ -258,9 +258,9 @@ def test_rarely_used_encoders_are_dropped(run: Run, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--activated-only", "2"], "--activated-only 2: must be a share"),
-        (["--activated-only", "-0.1"], "--activated-only -0.1: must be a share"),
-        (["--activated-only", "nan"], "--activated-only nan: must be a share"),
+        (["--activated-only", "2"], "--activated-only 2: must be a fraction"),
+        (["--activated-only", "-0.1"], "--activated-only -0.1: must be a fraction"),
+        (["--activated-only", "nan"], "--activated-only nan: must be a fraction"),
         (["--shard-gib", "0"], "--shard-gib 0: must be above 0"),
         (["--shard-gib", "inf"], "--shard-gib inf: must be above 0"),
         (["--verify", "m.jsonl", "--samples", "0"], "--samples 0: must be at least 1"),
