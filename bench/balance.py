@@ -12,10 +12,10 @@ Goals:
 - On real ranks, with all long clips on one rank, a step takes less time with the plan than without it. The ranks use
   gloo, DeepSpeed ZeRO-3 and Megatron as in training, and one thread each.
 
-Without the plan, every clip is encoded on its source rank, or on the nearest rank that holds its expert. The duration
-of a step is that of its busiest rank only if every rank has a core. Hence steps are timed on as many ranks as there are
-cores, at most 4. On 4 ranks with fewer cores, the CPU seconds of the busiest rank are compared, which are a lower bound
-on the duration with enough cores. The exit code is 1 if a goal is missed.
+Without the plan, every clip is encoded on its source rank, or on the nearest rank that holds its expert. If every rank
+has a core, the busiest rank determines the duration of a step. Steps are therefore timed with one rank per core, on at
+most 4 ranks. With 4 ranks on fewer cores, the CPU seconds of the busiest rank are compared, which are a lower bound on
+the duration with enough cores. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -68,20 +68,22 @@ def draw_clips(ranks: int, num_encoders: int, chosen: int, seed: int) -> ClipTab
 def stay_at_source(
     clips: ClipTable, costs: Sequence[ClipCost], places: Sequence[int], ep: int, world: int
 ) -> DispatchPlan:
-    """Return a plan that sends each clip to the encoder's replica among the neighbouring ranks, whatever its load."""
+    """Return a plan that sends each clip to the encoder's replica in the source rank's group, regardless of its
+    load."""
     plan = plan_dispatch(clips, costs, places, ep, world)
     source_rank = clips.source_rank[plan.clip]
     return replace(plan, encoder_rank=source_rank // ep * ep + np.asarray(places)[plan.encoder])
 
 
 def imbalance(plan: DispatchPlan, ep: int, world: int) -> float:
-    """Return the largest ratio of maximum to mean cost over the groups of ranks that hold the same encoders."""
+    """Return the ratio of maximum to mean cost of the least balanced group of ranks that hold the same encoder."""
     loads = np.bincount(plan.encoder_rank, weights=plan.cost, minlength=world).reshape(-1, ep)
     return float((loads.max(axis=0) / loads.mean(axis=0)).max())
 
 
 def simulate(ranks: int = 64) -> dict[str, Any]:
-    """Return the worst and the median ratio of maximum to mean cost over several batches, with and without the plan."""
+    """Return the largest and the median ratio of maximum to mean cost over several batches, with and without the
+    plan."""
     rows: dict[str, Any] = {}
     print(f"{ranks} ranks, max/mean cost (worst of {NUM_BATCHES} batches)   with plan   without")
     for name, encoders, ep, chosen in (("primary", (PRIMARY,), 1, 1), (f"8 experts, EP{EP}", EXPERTS, EP, 1)):
@@ -100,8 +102,8 @@ def simulate(ranks: int = 64) -> dict[str, Any]:
 
 
 def time_plans(ranks: int = 4096) -> dict[str, Any]:
-    """Return the median CPU time of planning. Other processes on the machine barely affect CPU time."""
-    torch.zeros(num_samples(240))  # freed immediately, after which malloc keeps large blocks, as it does in training
+    """Return the median CPU time of planning. Other processes on the machine hardly affect the CPU time."""
+    torch.zeros(num_samples(240))  # freed immediately, so that malloc keeps large blocks, as in training
 
     def dispatch(encoders: Sequence[EncoderConfig], ep: int, chosen: int) -> Callable[[], object]:
         clips, costs = draw_clips(ranks, len(encoders), chosen, seed=0), [clip_cost(e) for e in encoders]
@@ -130,7 +132,7 @@ def time_plans(ranks: int = 4096) -> dict[str, Any]:
 
 
 def skewed_batch(rank: int, model: ModelConfig) -> Batch:
-    """Return a batch of noise, with long clips on rank 0 and short ones on the others."""
+    """Return a batch of noise for a rank, with long clips on rank 0 and short clips on all other ranks."""
     from trainer.parity_cases import PLACEHOLDER
 
     generator = torch.Generator().manual_seed(rank)
@@ -153,7 +155,7 @@ def skewed_batch(rank: int, model: ModelConfig) -> Batch:
 
 
 def work(out: str) -> int:
-    """Run one of the real ranks. It alternately times steps with and without the plan."""
+    """Run one of the real ranks, which times steps with and without the plan in turn."""
     import torch.distributed as dist
 
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -214,9 +216,9 @@ def num_cores() -> int:
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench.balance", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts to measure (default: all)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

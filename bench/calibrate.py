@@ -3,8 +3,8 @@
     python -m bench.calibrate [--device cuda|cpu] [--out device.json] [--like h100]
     earshot plan RECIPE --accelerator device.json
 
-The sweep takes about a minute on one GPU or on a CPU. Values that cannot be measured on one device (links, memory size,
-devices per node) are those of the accelerator `--like`. The last line is the JSON object that `--out` stores.
+The sweep takes about a minute on a GPU or a CPU. Values that cannot be measured on one device (links, memory size,
+devices per node) are copied from the accelerator `--like`. The last line is the JSON object that `--out` stores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CPU_SIDES = (32, 64, 128, 256, 512, 1024)
 
 
 def measured_seconds(call: Callable[[], Any], device: torch.device, round_sec: float = _SECONDS_PER_SHAPE) -> float:
-    """Return the mean time of a call in seconds, in the fastest of a few rounds of `round_sec` seconds each."""
+    """Return the mean time of a call in seconds, in the fastest of three rounds of `round_sec` seconds each."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -63,8 +63,8 @@ def calibrate(
         device: The device to measure.
         dtype: The dtype of matmuls and attention.
         like: The accelerator that provides the values that cannot be measured.
-        peak_tflops: The peak rate of which the measured rates are given as fractions. None uses the data sheet's rate
-            on a GPU, and the rate of the fastest matmul on a CPU.
+        peak_tflops: The peak rate in TFLOP/s, relative to which measured rates are stored. None uses the data sheet's
+            rate on a GPU, and the rate of the fastest matmul on a CPU.
         round_sec: The length of a round in seconds. Each measurement has three rounds.
     """
     sides = _GPU_SIDES if device.type == "cuda" else _CPU_SIDES
@@ -74,7 +74,7 @@ def calibrate(
         peak_tflops = listed if device.type == "cuda" else max(rate for _, rate in rates) / 1e12
     peak = peak_tflops * 1e12
     size = torch.empty((), dtype=dtype).element_size()
-    # FLOPs per byte are computed for bf16, as in `Accelerator.matrix`, regardless of the dtype.
+    # As in `Accelerator.matrix`, the FLOPs per byte are those of a bf16 matmul, regardless of the measured dtype.
     table = tuple((round(at, 3), round(min(1.0, rate / peak), 4)) for at, rate in rates)
     memory = _memory_rate(device, round_sec)
     known = dataclasses.asdict(like)
@@ -110,7 +110,7 @@ def _attention_rate(device: torch.device, dtype: torch.dtype, round_sec: float) 
 
 
 def _memory_rate(device: torch.device, round_sec: float) -> float:
-    """Return the bytes per second of a sum of two tensors, which reads both and writes a third."""
+    """Return the memory bandwidth, in bytes per second, of the addition of two tensors into a third tensor."""
     count = 2**28 if device.type == "cuda" else 2**23
     a, b = (torch.ones(count, device=device) for _ in range(2))
     out = torch.empty_like(a)
@@ -118,7 +118,7 @@ def _memory_rate(device: torch.device, round_sec: float) -> float:
 
 
 def _kernel_seconds(device: torch.device, round_sec: float) -> float:
-    """Return the time of an operation on a single number, in seconds."""
+    """Return the time of an operation on a tensor with one element, in seconds."""
     one = torch.ones(1, device=device)
     return measured_seconds(lambda: one.add(1), device, round_sec)
 
@@ -131,9 +131,14 @@ def main() -> int:
         prog="python -m bench.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to store the result")
-    parser.add_argument("--like", default="h100", metavar="NAME", help="accelerator for what is not measured")
-    parser.add_argument("--peak-tflops", type=float, metavar="N", help="peak rate to which the shares refer")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="file for the result")
+    parser.add_argument(
+        "--like",
+        default="h100",
+        metavar="NAME",
+        help="accelerator from which values that are not measured are copied (default: h100)",
+    )
+    parser.add_argument("--peak-tflops", type=float, metavar="N", help="peak rate relative to which rates are stored")
     options = parser.parse_args()
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

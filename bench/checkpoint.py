@@ -3,8 +3,8 @@
     python -m bench.checkpoint
 
 Three arms (variants) alternate on two ranks, each of which holds half of the tensors: our save in the background, our
-save including the commit, and `torch.distributed.checkpoint.async_save`, which, like ours, keeps its staging buffers
-between saves.
+save including the commit, and `torch.distributed.checkpoint.async_save`. Like ours, the latter keeps its staging
+buffers between saves.
 
 Goal: our save in the background interrupts training for at most 10 % of the time of the synchronous save. Each save
 begins when the previous one has finished. The first save of each arm, which allocates buffers, is reported separately.
@@ -40,7 +40,8 @@ ROWS, COLS, NUM_TENSORS = 1024, 1024, 43  # · 3 kinds · 4 bytes · 2 ranks = 1
 
 
 class TensorsState(EngineState):
-    """The state of a rank that has tensors (by kind and number) instead of engines."""
+    """The state of a rank with plain tensors instead of engines. The argument `engines` is a list of tensors by
+    kind."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -132,7 +133,7 @@ def _report(stalls: dict[str, list[float]], num_bytes: int) -> None:
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goal is met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goal is met, else 1."""
     if "RANK" in os.environ:
         return work(Path(sys.argv[1]))
     folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-"))

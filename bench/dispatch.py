@@ -2,29 +2,26 @@
 
     python -m bench.dispatch
 
-Four ranks (gloo) hold one encoder each, and every clip is sent to one of them. Each variant below (*arm*) moves the
-same clips with the same routing, and the arms take turns. Nothing is computed, since the encoders return existing
-features.
+Four ranks (gloo) hold one encoder each, and every clip is sent to one of the encoders. Each variant below (*arm*) moves
+the same clips with the same routing, and the arms take turns. The encoders compute nothing and return stored features.
 
 - ours: `trainer.engine.expert_parallel.EncoderDispatch`, which gathers the lengths on all ranks, plans the exchange,
   sends the clips and returns the features.
-- bare: two calls to `all_to_all_single` with exactly the bytes that must leave a rank, between buffers that are
-  arranged in advance.
-- messages, lengths: two steps of `ours`, timed separately. `messages` sends each clip and each feature sequence as a
-  separate message, without copying it first. `lengths` gathers the lengths on all ranks. Any dispatch scheme must pay
+- bare: two calls to `all_to_all_single` that send only the bytes that must leave a rank, between prepared buffers.
+- messages, lengths: two parts of `ours`, timed separately. `messages` sends each clip and each feature sequence as a
+  separate message, without copying it first. `lengths` gathers the lengths on all ranks. Every dispatch method has
   these costs.
 - AutoEP: `_AllToAllV` from deepspeed.module_inject, with its own split plan. It moves rows of one width. A row is a
   frame, with 320 samples on the way to the encoder and 768 features on the way back. Rounding up to whole frames pads a
   clip by at most 20 ms.
 - MOELayer: `deepspeed.moe`. It moves rows of one width in both directions, up to a capacity that is the same for all
   experts. A row is a frame in 768 columns, and the capacity is the smallest that drops no frame (`drop_tokens=False`).
-  With whole clips as rows, every clip would be padded to the length of the longest.
+  If rows were whole clips, every clip would be padded to the length of the longest clip.
 
-Goals: the bytes sent are at most 1.02 times the payload, which is the samples and features of the clips that are
-encoded on another rank, and the time is at most 1.3 times that of the bare exchange. On a busy machine, every wait for
-another rank adds scheduling delay to the wall time, but not to the CPU time of all ranks, which is also printed. Bytes
-are counted in the collectives, and an all-reduce is counted as a ring all-reduce. The exit code is 1 if a goal is
-missed.
+Goals: `ours` sends at most 1.02 times the payload, which is the samples and features of the clips that are encoded on
+another rank, and takes at most 1.3 times as long as `bare`. On a busy machine, every wait for another rank adds
+scheduling delay to the wall time, but not to the CPU time of all ranks, which is also printed. Bytes are counted in the
+collectives, where an all-reduce counts as a ring all-reduce. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -99,7 +96,7 @@ def _sent_all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> float:
     return 2 * tensor.numel() * tensor.element_size() * (WORLD - 1) / WORLD
 
 
-# The argument names are those of torch.distributed, since DeepSpeed passes keywords.
+# The arguments have the names of torch.distributed, since DeepSpeed passes them as keywords.
 _SENT: dict[str, Callable[..., float]] = {
     "all_to_all_single": _sent_all_to_all,
     "batch_isend_irecv": _sent_messages,
@@ -109,7 +106,8 @@ _SENT: dict[str, Callable[..., float]] = {
 
 
 def measure() -> dict[str, Any]:
-    """Measure the time of the slowest rank and the CPU time of all ranks, while the arms take turns.
+    """Return the bytes sent, the time of the slowest rank and the CPU time of all ranks for each arm. The arms take
+    turns.
 
     Collective: every rank of the world must call it.
     """
@@ -154,7 +152,7 @@ def measure() -> dict[str, Any]:
 
 
 def check(arms: dict[str, Callable[[], list[Tensor]]], work: Work) -> None:
-    """Check that no arm loses a frame, and that MOELayer, whose expert is the identity, keeps the order of frames."""
+    """Check that no arm loses a frame, and that MOELayer keeps the order of frames. Its expert is the identity."""
     frames, expert = work.frames()
     for name, run in arms.items():
         to_others = sum(n for r, n in enumerate(work.frames_to()) if r != dist.get_rank())
@@ -165,13 +163,13 @@ def check(arms: dict[str, Callable[[], list[Tensor]]], work: Work) -> None:
 
 
 def report(found: dict[str, Any]) -> dict[str, Any]:
-    """Print a table, and return the result. The caller prints it as JSON on the last line."""
+    """Print a table, and return the result as a JSON-compatible tree."""
     bare, bare_cpu = found["sec"]["bare"], found["cpu_sec"]["bare"]
     print(f"{'arm':10} {'bytes / payload':>15} {'ms (quartiles)':>22} {'time / bare':>12} {'CPU / bare':>11}   calls")
     rows = {}
     for name, seconds in found["sec"].items():
         low, middle, high = statistics.quantiles(seconds, n=4)
-        # Each time is compared with the bare exchange of the same round, because other load on the machine slows both.
+        # Each time is compared with the bare exchange of the same round, since other load on the machine slows both.
         ratio = statistics.median(s / b for s, b in zip(seconds, bare, strict=True))
         cpu_ratio = statistics.median(s / b for s, b in zip(found["cpu_sec"][name], bare_cpu, strict=True))
         share = found["sent_bytes"][name] / found["payload_bytes"]
@@ -199,7 +197,7 @@ def work_rank() -> int:
     from trainer.parallel.groups import connect
 
     connect(timeout_sec=120)
-    # Off: it would compile a C++ extension at startup that only CPU inference uses.
+    # Otherwise, DeepSpeed would compile a C++ extension at startup that only CPU inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     found = measure()
@@ -214,7 +212,7 @@ def work_rank() -> int:
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, else 1."""
     argparse.ArgumentParser(prog="python -m bench.dispatch", description=(__doc__ or "").splitlines()[0]).parse_args()
     if "RANK" in os.environ:
         return work_rank()

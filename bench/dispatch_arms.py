@@ -1,4 +1,4 @@
-"""The variants (arms) that `bench.dispatch` compares: ways to send clips to encoder ranks and features back."""
+"""The variants (arms) of `bench.dispatch`, which send clips to the ranks of encoders and features back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHORTEST_SEC, LONGEST_SEC = 1.0, 12.0
 
 
 class FeatureBank(nn.Module):
-    """A stand-in encoder that computes nothing and returns a view of stored features."""
+    """A substitute for an encoder that computes nothing and returns a view of stored features."""
 
     def __init__(self, max_frames: int) -> None:
         super().__init__()
@@ -53,18 +53,19 @@ class Work:
         return nn.functional.one_hot(self.chosen, WORLD).bool()
 
     def samples_to(self) -> list[int]:
-        """Return the number of samples that are sent to each rank, [W]."""
+        """Return the number of samples that this rank sends to each rank, [W]."""
         return self._sums(self.clips.lengths)
 
     def frames_to(self) -> list[int]:
-        """Return the number of frames that are received from each rank, [W]."""
+        """Return the number of feature frames that this rank receives from each rank, [W]."""
         return self._sums([num_frames(n) for n in self.clips.lengths])
 
     def _sums(self, sizes: Any) -> list[int]:
         return np.bincount(self.chosen, weights=sizes, minlength=WORLD).astype(int).tolist()
 
     def frames(self) -> tuple[Tensor, Tensor]:
-        """Return (clips as frames [ΣF, 320], each clip's last frame zero-padded; each frame's encoder index [ΣF])."""
+        """Return the clips as frames [ΣF, 320], and the index of each frame's encoder [ΣF]. Last frames are
+        zero-padded."""
         counts = [num_frames(n) for n in self.clips.lengths]
         rows = torch.zeros(sum(counts), FRAME_SAMPLES)
         for clip, part in zip(self.clips.split(), rows.split(counts), strict=True):
@@ -73,7 +74,7 @@ class Work:
 
 
 def build_ours(work: Work) -> Callable[[], list[Tensor]]:
-    """Return the arm that uses the trainer's own exchange."""
+    """Return the arm that uses the trainer's exchange."""
     from trainer.engine.expert_parallel import EncoderDispatch
     from trainer.parallel.groups import Groups
     from trainer.parallel.topology import Topology
@@ -98,7 +99,7 @@ def build_ours(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_bare(work: Work) -> Callable[[], list[Tensor]]:
-    """Return the arm that sends only the bytes that must be sent."""
+    """Return the arm that sends only the bytes that must leave each rank."""
     rank = dist.get_rank()
 
     def to_others(sizes: list[int]) -> tuple[list[int], list[int]]:
@@ -121,7 +122,7 @@ def build_bare(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_messages(work: Work) -> Callable[[], list[Tensor]]:
-    """Return the arm that sends the same bytes as the bare exchange, clip by clip, with known lengths and routes."""
+    """Return the arm that sends the same bytes as the bare exchange in one message per clip, with known lengths."""
     from trainer.parallel.exchange import Parcels, deliver
 
     rank, group = dist.get_rank(), dist.group.WORLD
@@ -148,7 +149,7 @@ def build_messages(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_lengths(work: Work) -> Callable[[], list[Tensor]]:
-    """Return the arm that all-gathers clip lengths and encoder choices, which every dispatch needs for its plan."""
+    """Return the arm that all-gathers clip lengths and encoder choices, which every dispatch plan requires."""
     from trainer.parallel.exchange import gather_ragged
 
     mine = np.stack([np.array(work.clips.lengths), work.chosen.numpy()], axis=1).ravel()
@@ -179,7 +180,7 @@ def build_autoep(work: Work) -> Callable[[], list[Tensor]]:
 def build_moe_layer(work: Work) -> Callable[[], list[Tensor]]:
     """Return the arm that uses DeepSpeed's MoE layer.
 
-    The chosen expert is written into otherwise unused columns of each input row, from which the gate reads it.
+    The gate reads the chosen expert from otherwise unused columns of the input rows.
     """
     from deepspeed.moe.experts import Experts
     from deepspeed.moe.sharded_moe import MOELayer, TopKGate

@@ -1,14 +1,14 @@
-"""Compare the samples per second of tools.evaluate with those of a plain transformers loop on the same export.
+"""Compare the throughput of tools.evaluate with a plain transformers loop on the same exported model.
 
     python -m bench.evaluate MODEL --data MANIFEST [--samples 128]
 
 MODEL is an exported folder, or a checkpoint or run, which is first exported in fp32. The loop is straightforward code
-with AutoModelForCausalLM and AutoProcessor. It reads the files in the order of the manifest and calls `generate` on
-single samples or on padded batches of eight. All arms (variants) read and decode the same files. Loading the model is
-not timed, and each arm first runs one batch as a warm-up. The arms take turns, so that other load on the machine slows
-all of them. The loops run with one thread and with one thread per core, and tools.evaluate with one process per core
-(`--nproc`). All arms are also measured with one thread, which separates the effect of batching from that of several
-processes.
+with AutoModelForCausalLM and AutoProcessor. It reads the files in the order of the manifest, and calls `generate` on
+single samples or on padded batches of eight samples. All arms (variants) read and decode the same files. Loading the
+model is not timed, and each arm first runs one batch as a warm-up. The arms take turns, so that other load on the
+machine slows all of them. The loops run with one thread and with one thread per core, and tools.evaluate with one
+process per core (`--nproc`). All arms are also measured with one thread, to separate the effect of batching from the
+effect of several processes.
 
 Goals: tools.evaluate is at least 3 times as fast as the loop with single samples and 1.3 times as fast as the loop with
 batches of eight, and generates the same text. The exit code is 1 if a goal is missed.
@@ -44,7 +44,7 @@ BATCH_1_GOAL, BATCH_8_GOAL = 3.0, 1.3
 
 CORES = len(os.sched_getaffinity(0))
 THREADS = tuple(sorted({1, CORES}))
-"""The numbers of threads of the loops."""
+"""The numbers of threads with which the loops are measured."""
 OURS, OURS_ALONE = f"tools.evaluate --nproc {CORES}", "tools.evaluate, 1 thread"
 
 Said = dict[str, str]
@@ -52,7 +52,7 @@ Ways = dict[str, Callable[[], Said]]
 
 
 def plain(model: Any, processor: Any, rows: Sequence[Row], batch: int) -> Said:
-    """Transcribe files in a straightforward loop with transformers."""
+    """Transcribe files in a loop with transformers, and return the texts by key."""
     said: Said = {}
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
@@ -65,7 +65,7 @@ def plain(model: Any, processor: Any, rows: Sequence[Row], batch: int) -> Said:
 
 
 def ours(answer_jobs: AnswerJobs, jobs: Sequence[Sequence[int]]) -> Said:
-    """Transcribe files in the same way as tools.evaluate after its models are loaded."""
+    """Transcribe files as tools.evaluate does after loading its models, and return the texts by key."""
     outcomes = [o for found in answer_jobs(jobs) for o in found]
     assert not [o for o in outcomes if isinstance(o, Skipped)]
     return {o.key: o.hypothesis for o in outcomes if not isinstance(o, Skipped)}
@@ -73,7 +73,7 @@ def ours(answer_jobs: AnswerJobs, jobs: Sequence[Sequence[int]]) -> Said:
 
 @contextmanager
 def open_ways(request: Request, folder: Path, rows: Sequence[Row], jobs: Sequence[Sequence[int]]) -> Iterator[Ways]:
-    """Yield all arms by name, with models loaded and the first batch done."""
+    """Yield all arms by name. Their models are loaded, and each has processed a first batch."""
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
@@ -102,9 +102,9 @@ def loop_name(batch: int, threads: int) -> str:
 
 
 def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, batch_size: int) -> dict[str, Any]:
-    """Return the seconds of each arm and round, and the number of samples whose generated text differs between arms."""
+    """Return the seconds of each arm and round, and the number of texts of each arm that differ from the plain loop."""
     origin = find_model(folder)
-    windows = Windows.of(origin, 1e6, 0.0)  # no windows, since the loop has none either
+    windows = Windows.of(origin, 1e6, 0.0)  # no windows, as in the loop
     # Every process gets several batches, as in a large evaluation.
     decoding = Decoding(origin.max_new_tokens, 1, min(batch_size, math.ceil(num / (4 * CORES))), 600.0)
     request = Request(origin, data, split, (), num, "fp32", windows, decoding)
@@ -137,17 +137,18 @@ def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, b
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", required=True, help="a manifest (JSONL)")
     parser.add_argument("--split")
-    parser.add_argument(
-        "--samples", type=int, default=128, help="size of a random selection of its samples (default: 128)"
-    )
+    parser.add_argument("--samples", type=int, default=128, help="number of samples to select at random (default: 128)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="largest batch (default: 64); each process gets at least four"
+        "--batch-size",
+        type=int,
+        default=64,
+        help="maximum batch size (default: 64); smaller if a process would get fewer than four batches",
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -2,13 +2,13 @@
 
     python -m bench.export
 
-Two ranks train a model with 1 GiB of fp32 weights for one step, and save both our checkpoint and DeepSpeed's. Then our
-export and DeepSpeed's take turns converting their checkpoint to safetensors, each time in a new process. The time of
-imports is not counted. The additional work of our export (checksums of all files, the tokenizer and code) is counted.
-Neither syncs its files to disk.
+Two ranks train a model with 1 GiB of fp32 weights for one step, and save a checkpoint of ours and one of DeepSpeed. Our
+export and `zero_to_fp32` then take turns converting their checkpoint to safetensors, each time in a new process. The
+time of imports is not counted. The additional work of our export (checksums of all files, the tokenizer and code) is
+counted. Neither of them syncs its files to disk.
 
-Goals: our export is at least 5 times as fast, its peak memory is at most the largest tensor plus 400 MiB, and the
-tensors are bit-equal. The exit code is 1 if a goal is missed.
+Goals: our export is at least 5 times as fast, its peak memory is at most the size of the largest tensor plus 400 MiB,
+and all tensors are bit-identical. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ print(time.perf_counter() - started, peak_memory_bytes()["host"])
 
 
 def work(folder: Path) -> int:
-    """Run one rank, which trains for a step and saves both checkpoints."""
+    """Run one rank, which trains for one step and saves both checkpoints."""
     import torch
     import torch.distributed as dist
 
@@ -94,7 +94,7 @@ def work(folder: Path) -> int:
 
 
 def measure(code: str, source: Path, out: Path) -> tuple[float, int]:
-    """Return (seconds, peak bytes) of one arm."""
+    """Run one arm in a new process, and return its seconds and its peak memory in bytes."""
     done = subprocess.run([sys.executable, "-c", code, source, out], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -103,7 +103,7 @@ def measure(code: str, source: Path, out: Path) -> tuple[float, int]:
 
 
 def compare(ours: Path, peer: Path) -> tuple[int, int, int]:
-    """Return (number of tensors, number of tensors that differ, bytes of the largest tensor)."""
+    """Return the number of tensors, the number of tensors that differ, and the bytes of the largest tensor."""
     from safetensors import safe_open
 
     def tensors(folder: Path) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def compare(ours: Path, peer: Path) -> tuple[int, int, int]:
 
 
 def bench(folder: Path) -> int:
-    """Create the checkpoints, run the arms, and report the results."""
+    """Create the checkpoints, run the arms, print the results, and return the exit code."""
     code = start_ranks(NUM_RANKS, [sys.executable, "-m", "bench.export", str(folder)])
     if code:
         return code
@@ -129,7 +129,7 @@ def bench(folder: Path) -> int:
     for n in range(ROUNDS):
         for name, script, source in (("ours", OURS, folder / "run"), ("zero_to_fp32", PEER, folder / "peer")):
             out = folder / f"{name}-{n}"
-            os.sync()  # pending writes of an arm must not slow the next one
+            os.sync()  # so that pending writes of one arm do not slow the next arm
             results[name].append(measure(script, source, out))
             if n:
                 shutil.rmtree(out)
@@ -157,7 +157,7 @@ def bench(folder: Path) -> int:
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, else 1."""
     if "RANK" in os.environ:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return work(Path(sys.argv[1]))

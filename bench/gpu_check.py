@@ -1,19 +1,19 @@
-"""Check parity, memory, speed and host waits on one GPU, which CI cannot check on its CPUs. It takes five minutes.
+"""Check parity, memory, speed and host waits on one GPU, in about five minutes. CI only has CPUs.
 
     python -m bench.gpu_check [--small]
 
-The layers have the shapes of Llama-3-8B, Whisper-large-v3, HuBERT-large and WavLM-large; clips are 30 s long. Goals:
+The layers have the shapes of Llama-3-8B, Whisper-large-v3, HuBERT-large and WavLM-large. Clips are 30 s long. Goals:
 
-- The loss and gradients in fp32 equal those of the single-process model on the CPU to within 1e-4, since matmuls on a
-  GPU accumulate in a different order. The loss in bf16 equals that in fp32 on the CPU to within 2e-2. Each encoder
-  family is the primary encoder once.
+- The loss and gradients in fp32 agree with the single-process model on the CPU to 1e-4. They differ slightly, because
+  matmuls on a GPU accumulate in a different order. The loss in bf16 agrees with the fp32 loss on the CPU to 2e-2. This
+  is checked with each encoder family as the primary encoder.
 - The memory that a layer of the LLM uses is within 15 % of the plan's value.
 
 The benchmark also reports the time and utilization of layers (relative to the measured rate of matmuls), the throughput
-of a step, its kernels by time, and where the host waits for the device (docs/gpu.md). These have no goal.
+of a step, the step's kernels by time, and where the host waits for the device (docs/gpu.md). These have no goals.
 
-Without a GPU, all parts run on the CPU with small shapes (`--small`, the default there), which shows only that the
-program works. The last line is one JSON object. The exit code is 1 if a goal is missed.
+Without a GPU, all parts run on the CPU with small shapes, as with `--small`. This only checks that the program works.
+The last line is one JSON object. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def work() -> int:
 
 
 def compare(sizes: Any, primary: str, groups: Any, fp32: dict[str, Any], bf16: dict[str, Any]) -> dict[str, float]:
-    """Return how a step differs from the single-process model on the CPU, with one family as the primary encoder."""
+    """Return the differences between a step and the single-process model on the CPU, relative to the latter.
+
+    The primary encoder is of the family `primary`, and the encoder experts are of the other families.
+    """
     from bench.gpu_models import FAMILIES, audio_sample
     from trainer import parity
 
@@ -104,7 +107,7 @@ def compare(sizes: Any, primary: str, groups: Any, fp32: dict[str, Any], bf16: d
 
 
 def matmul_flops_per_sec(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Return the measured rate of a square matmul, which counts as 100 % utilization of this device."""
+    """Return the measured FLOP/s of a square matmul, which counts as 100 % utilization of the device."""
     from bench.calibrate import measured_seconds
 
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -112,7 +115,7 @@ def matmul_flops_per_sec(device: torch.device, dtype: torch.dtype, size: int) ->
 
 
 def a_step(sizes: Any, groups: Any, ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the throughput, the kernels and the host waits of a step with all encoders in bf16."""
+    """Return the throughput, the kernels and the host waits of a bf16 step with all encoders."""
     from torch.profiler import ProfilerActivity, profile
 
     from bench.gpu_models import FAMILIES, audio_sample, text_sample
@@ -152,13 +155,13 @@ def a_step(sizes: Any, groups: Any, ds_config: dict[str, Any]) -> dict[str, Any]
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, else 1."""
     if "RANK" in os.environ:
         return work()
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--small", action="store_true", help="use small shapes, as on a machine without a GPU")
+    parser.add_argument("--small", action="store_true", help="use small shapes (always used without a GPU)")
     options = parser.parse_args()
     os.environ[_SMALL_SHAPES] = str(int(options.small or not torch.cuda.is_available()))
     return start_ranks(1, [sys.executable, "-W", "ignore", "-m", "bench.gpu_check"])

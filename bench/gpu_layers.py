@@ -1,7 +1,7 @@
-"""Time, memory and utilization of single layers, measured as the difference between models of two depths.
+"""The measurement of single layers for `bench.gpu_check`.
 
-Used by `bench.gpu_check`. A model with one layer and a model with three layers are measured in the same way. Half of
-the difference is the cost of one layer, excluding embeddings, the loss and one-time allocations.
+A model with one layer and a model with three layers are measured in the same way. Half of the difference is the cost of
+one layer, excluding embeddings, the loss and one-time allocations.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Layer:
     sec: float
     flops: float
     activation_bytes: int | None
-    """The bytes of activations at the peak of the step; None on a CPU, where they are not measured."""
+    """The bytes of activations at the memory peak of the step; None on a CPU, where memory is not measured."""
 
 
 def llm_layer(sizes: Sizes, groups: Groups, ds_config: dict[str, Any], dtype: torch.dtype) -> Layer:
@@ -52,7 +52,8 @@ def llm_layer(sizes: Sizes, groups: Groups, ds_config: dict[str, Any], dtype: to
     (first_sec, first_peak), (last_sec, last_peak) = found
     between = DEPTHS[1] - DEPTHS[0]
     width = sizes.llm["hidden_size"]
-    # Causal attention computes half of the score matrix. Each of the four samples is a quarter of the packed sequence.
+    # Causal attention computes half of the score matrix. Each of the four samples has a quarter of the sequence's
+    # tokens.
     attention = 3 * 2 * 2 * (sizes.tokens // 4) ** 2 / 2 * width * 4
     memory = None if first_peak is None or last_peak is None else (last_peak - first_peak) // between
     return Layer((last_sec - first_sec) / between, 6.0 * parameters * sizes.tokens + attention, memory)
@@ -77,7 +78,13 @@ def encoder_layer(sizes: Sizes, family: str, device: torch.device, dtype: torch.
 
 
 def _measured(work: Callable[[], Any], device: torch.device, rounds: tuple[int, int]) -> tuple[float, int | None]:
-    """Return the seconds per call, and the peak allocated bytes (None on a CPU)."""
+    """Return the seconds per call, and the peak number of allocated bytes (None on a CPU).
+
+    Args:
+        work: The function to measure.
+        device: The device on which the function runs.
+        rounds: The number of warm-up calls, and the number of measured calls.
+    """
     before, count = rounds
     for _ in range(before):
         work()
@@ -98,7 +105,7 @@ def _wait(device: torch.device) -> None:
 
 
 def planned_bytes(sizes_name: str) -> int:
-    """Return the bytes of activations that the plan expects per layer of the LLM.
+    """Return the bytes of activations that the plan predicts for a layer of the LLM.
 
     The planner must not see a GPU, since it builds modules on the meta device (`trainer.plan.fake_ranks`). It therefore
     runs in another process, from which the GPUs are hidden.
@@ -114,7 +121,7 @@ def planned_bytes(sizes_name: str) -> int:
 
 
 def print_plan(sizes_name: str) -> None:
-    """Print the bytes of activations that the plan expects per layer of the LLM."""
+    """Print the bytes of activations that the plan predicts for a layer of the LLM."""
     from bench import gpu_models
     from model.llm.reference import resolve_hf_config
     from trainer.parallel.topology import Topology

@@ -1,4 +1,4 @@
-"""The models and samples of `bench.gpu_check`: real layer shapes for a GPU, and small ones for a CPU."""
+"""The models and samples of `bench.gpu_check`, with real layer shapes for a GPU and small shapes for a CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAMILIES = ("whisper", "hubert", "wavlm")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the models and samples that are checked."""
+    """The sizes of the models and samples."""
 
     llm: Mapping[str, Any]
     """The config of the LLM without the number of layers and the vocabulary size."""
@@ -28,7 +28,7 @@ class Sizes:
     """The length of a clip in seconds. Whisper pads it to 30 s."""
     num_clips: int
     tokens: int
-    """The number of tokens in a packed sequence when the LLM is measured."""
+    """The number of tokens in a packed sequence for the measurements of the LLM."""
     rounds: tuple[int, int]
     """The number of warm-up calls, and the number of measured calls."""
 

@@ -1,6 +1,6 @@
 """Count how often the host waits for a GPU in a step, by the function of this project that causes the wait.
 
-torch reports the waits. `bench.gpu_check` prints the counts, which should equal the table in docs/gpu.md.
+PyTorch reports the waits. `bench.gpu_check` prints the counts, which should equal the table in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKWARD = "backward"
-"""The site of waits on autograd's threads, whose stacks contain no function of this project."""
+"""The site of waits on the threads of autograd, whose stacks contain no function of this project."""
 _MESSAGE = "called a synchronizing CUDA operation"
 _WAY_TO_THE_DEVICE = "model/transfer.py"
-"""A file of this project that is skipped in favor of its callers."""
+"""A file whose functions are skipped, so that a wait is attributed to their callers."""
 
 
 def site_of(frame: FrameType | None, excluded: Collection[str] = ()) -> str:
-    """Return `file:function` of the innermost function of this project on the stack.
+    """Return the innermost function of this project on the stack as `file:function`; `BACKWARD` if there is none.
 
     Args:
         frame: The innermost frame of the stack.
@@ -45,7 +45,7 @@ def host_waits(work: Callable[[], Any], set_mode: Callable[[str], None] | None =
 
     Args:
         work: The function. Waits in collectives are not counted.
-        set_mode: A function that replaces `torch.cuda.set_sync_debug_mode`, for tests.
+        set_mode: A replacement for `torch.cuda.set_sync_debug_mode` in tests; None for that function.
 
     Returns:
         The number of waits at each site, in descending order.

@@ -1,12 +1,12 @@
-"""Compare the speed of `earshot import` with that of a loop that only decodes and encodes.
+"""Compare the throughput of `earshot import` with a loop that only decodes and encodes.
 
     python -m bench.import_data [--clips 2400]
 
-The input is speech with realistic lengths from the kit (a set of small public recordings, in the folder KIT_DIR),
-stored as AIFF files. Shards may not contain AIFF, so every file is converted to FLAC. `earshot import --jobs 2` reads
-the files from a table and writes a manifest. The loop reads each file with soundfile and writes it as FLAC with
-soundfile, in two processes, without checks, ids or a manifest. Both times include starting the processes. The two take
-turns, and the best round of each counts.
+The input is speech of realistic lengths from the kit (a set of small public recordings, in the folder $KIT_DIR), stored
+as AIFF files. Shards cannot contain AIFF, so every file is converted to FLAC. `earshot import --jobs 2` reads
+files listed in a table and writes a manifest. The loop reads each file and writes it as FLAC with soundfile, in two
+processes, without checks, ids or a manifest. Both times include the start of the processes. The import and the loop
+take turns, and the best round of each counts.
 
 Goal: the import reaches at least 0.9 times the throughput of the loop. The exit code is 1 if the goal is missed, and 3
 without the kit.
@@ -44,7 +44,7 @@ def convert(path: Path, out: Path) -> None:
 
 @dataclass
 class Taken:
-    """The time that child processes took."""
+    """The duration and the CPU time of child processes."""
 
     seconds: float = 0.0
     cpu_sec: float = 0.0
@@ -62,7 +62,7 @@ def timed() -> Iterator[Taken]:
 
 
 def loop_time(folder: Path, out: Path) -> Taken:
-    """Return the time that the loop takes."""
+    """Return the time of one run of the loop."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     with timed() as taken:
@@ -74,7 +74,7 @@ def loop_time(folder: Path, out: Path) -> Taken:
 
 
 def import_time(folder: Path, out: Path) -> Taken:
-    """Return the time that the import takes."""
+    """Return the time of one run of the import."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "tools.import_data", "--from", "csv", str(folder / "set.csv"), str(out)]
     with timed() as taken:
@@ -99,7 +99,7 @@ def write_corpus(folder: Path, num: int) -> float:
 
 
 def main() -> int:
-    """Run the benchmark and return the exit code."""
+    """Run the benchmark, and return the exit code: 0 if the goal is met, 1 if not, and 3 without the kit."""
     parser = argparse.ArgumentParser(prog="python -m bench.import_data", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clips", type=int, default=2400, help="number of files")
     parser.add_argument("--rounds", type=int, default=3)

@@ -3,14 +3,14 @@
     python -m bench.loader                                   local arms, first batch, resume
     python -m bench.loader --parts local first resume s3     includes reading from a local Swift server
 
-The variants that are compared (*arms*) take turns. Each runs in one process without workers, and its samples per
-CPU-second are measured. The arms that use other libraries read the same encoded bytes and decode them with the same
-function. webdataset and lhotse are compared if they are installed (`pip install .[peers]`).
+The variants that are compared (*arms*) take turns. Each arm runs in one process without workers, and its samples per
+CPU-second are measured. The arms that use other libraries read the same encoded bytes. webdataset and lhotse are
+compared if they are installed (`pip install .[peers]`).
 
-Goals: our loader reaches at least 95 % of the throughput of decoding alone. Reading from S3 is not slower than fetching
-whole objects with obstore, and with the node cache, later epochs read nothing from the server. The first batch is ready
-at most 1.0 s after the start of the process. Resuming after 10³, 10⁵ and 10⁶ samples takes at most 0.5 s. The exit code
-is 1 if a goal is missed, and 3 without the kit (a set of small public recordings, in the folder KIT_DIR).
+Goals: our loader reaches at least 95 % of the throughput of decoding alone. Reading from S3 is at least as fast as
+fetching whole objects with obstore. With the node cache, later epochs read nothing from the server. The first batch is
+ready at most 1.0 s after the start of the process. Resuming after 10³, 10⁵ and 10⁶ samples takes at most 0.5 s. The
+exit code is 1 if a goal is missed, and 3 without the kit (a set of small public recordings, in the folder KIT_DIR).
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from trainer.data.stream import LaneGroup, SampleStream, StreamSpec
 from trainer.storage.open import open_store
 
 NUM_UTTERANCES, PER_SHARD, ROUNDS = 1440, 160, 9
-"""The number of samples, samples per shard, and rounds. With this many samples, it hardly matters that parts of chunks
-at the boundaries between lanes are read twice."""
+"""The numbers of samples, of samples per shard, and of rounds. With this many samples, it hardly matters that chunks at
+the boundaries between lanes are partly read twice."""
 LANES, BATCH = 8, 32
 PARTS = ["local", "first", "resume", "s3"]
 GOAL_SHARE, GOAL_FIRST_SEC, GOAL_RESUME_SEC, GOAL_S3 = 0.95, 1.0, 0.5, 1.0
 
 Arm = Callable[[], int]
-"""A function that makes one pass over the samples and returns their number."""
+"""A function that reads all samples once and returns their number."""
 
 
 def config(root: str, tokenizer: str | None = None, **fields: Any) -> DataConfig:
-    """Return the data configuration of all arms that use our loader."""
+    """Return the data config of the arms that use our loader, with `fields` replacing its defaults."""
     base: dict[str, Any] = {
         "root": root,
         "datasets": (DatasetConfig(name="joined", shards="set"),),
@@ -71,17 +71,17 @@ def _with_tokenizer(made: DataConfig, path: str) -> DataConfig:
 
 
 def decode_only(samples: Iterable[Utterance]) -> Arm:
-    """Return the arm that only decodes clips in memory, which is the upper limit."""
+    """Return the arm that only decodes clips in memory. Its throughput is the upper limit for the other arms."""
     data = [u.data for u in samples]
     return lambda: sum(len(decode_audio(d)) > 0 for d in data)
 
 
 def ours_clips(prepared: PreparedData) -> Arm:
-    """Return the arm that orders, reads, verifies and decodes samples. Other libraries do not verify them."""
+    """Return the arm that orders, reads, verifies and decodes samples. Other libraries do not verify samples."""
     (reader,) = prepared.open_training()
 
     def run() -> int:
-        reader.shards.table.cache_clear()  # as in a dataset with more shards than the cache of tables holds
+        reader.shards.table.cache_clear()  # as for a dataset with more shards than fit in the cache of tables
         reader.selected.cache_clear()
         spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.rate, (), None, 0, 1 << 40)
         lanes = {lane: LaneState() for lane in range(LANES)}
@@ -101,7 +101,7 @@ def ours_clips(prepared: PreparedData) -> Arm:
 
 
 def ours_whole(prepared: PreparedData) -> Arm:
-    """Return the arm that also tokenises prompts and answers, as for training."""
+    """Return the arm that also tokenizes prompts and answers, as in training."""
 
     def run() -> int:
         stream = SampleStream(prepared, seed=0, num_batches=prepared.open_training()[0].num_samples // BATCH)
@@ -123,7 +123,8 @@ def webdataset_arm(folder: Path) -> Arm:
 
 
 def lhotse_arm(folder: Path) -> Arm:
-    """Return the arm that reads the same bytes from lhotse Shar with lhotse's decoder. All clips are 16 kHz mono."""
+    """Return the arm that reads the same bytes from lhotse Shar and decodes them with lhotse. All clips are 16 kHz
+    mono."""
     from lhotse import CutSet
 
     def run() -> int:
@@ -133,15 +134,15 @@ def lhotse_arm(folder: Path) -> Arm:
 
 
 def timed(arm: Arm) -> tuple[float, float, int]:
-    """Make one pass, and return (CPU seconds of all threads, wall seconds, number of samples)."""
-    gc.collect()  # garbage of the previous pass must not count in this one
+    """Run an arm once, and return the CPU seconds of all threads, the wall seconds and the number of samples."""
+    gc.collect()  # so that garbage of the previous arm is not collected during this one
     cpu, wall = time.process_time(), time.perf_counter()
     num = arm()
     return time.process_time() - cpu, time.perf_counter() - wall, num
 
 
 def compare(arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Return the samples per CPU-second and per second of every arm and round. The order of arms alternates."""
+    """Return the samples per CPU-second and per second of every arm and round. The first arm changes in every round."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for arm in arms.values():
         arm()  # fills the page cache and imports modules
@@ -154,7 +155,7 @@ def compare(arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, fl
 
 
 def table(found: dict[str, list[tuple[float, float]]], limit: str) -> dict[str, dict[str, float]]:
-    """Print and return medians, ranges, and the ratio to the arm `limit` in the same rounds."""
+    """Print and return the medians and ranges of each arm, and its ratio to the arm `limit` in the same rounds."""
     rows = {}
     for name, pairs in found.items():
         rates = [p[0] for p in pairs]
@@ -175,7 +176,7 @@ def table(found: dict[str, list[tuple[float, float]]], limit: str) -> dict[str, 
 
 
 def local_arms(root: Path, samples: list[Utterance], prepared: PreparedData) -> tuple[dict[str, Arm], list[str]]:
-    """Return all arms that can run, and the libraries that are not installed."""
+    """Return the arms whose libraries are installed, and the names of the libraries that are not installed."""
     arms = {"decode only": decode_only(samples), "ours": ours_clips(prepared), "ours + tokens": ours_whole(prepared)}
     missing = [name for name in ("webdataset", "lhotse") if importlib.util.find_spec(name) is None]
     if "webdataset" not in missing:
@@ -211,9 +212,11 @@ def measure(root: Path, parts: list[str], samples: list[Utterance], rounds: int)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goals are met, 1 if not, and 3 without the kit."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, 1 if not, and 3 without the kit."""
     parser = argparse.ArgumentParser(prog="python -m bench.loader", description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="what to measure")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="parts to measure (default: all except s3)"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--utterances", type=int, default=NUM_UTTERANCES)
     args = parser.parse_args(argv)

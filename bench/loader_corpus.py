@@ -1,6 +1,6 @@
-"""Speech of realistic lengths for the benchmarks of the loader: joined utterances of the kit, as shards and as Shar.
+"""Speech of realistic lengths for the benchmarks of the loader, as shards and in lhotse's format Shar.
 
-The kit is a set of small public recordings, in the folder that the environment variable KIT_DIR names.
+The speech consists of joined utterances of the kit, a set of small public recordings in the folder $KIT_DIR.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from trainer.storage.store import Store
 
 KIT = Path(os.environ.get("KIT_DIR", Path(__file__).parents[2] / "shared" / "kit"))
 MEDIAN_SEC, SIGMA, LONGEST_SEC = 7.0, 0.5, 30.0
-"""The parameters of the log-normal durations, which are typical of read and spontaneous speech."""
+"""The parameters of the log-normal durations. They are typical of read and spontaneous speech."""
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """An encoded sample."""
+    """A sample with encoded audio."""
 
     key: str
     data: bytes
@@ -45,7 +45,7 @@ def durations(num: int, seed: int = 1) -> list[float]:
 
 
 def utterances(num: int, subsets: Sequence[str] = ("nemo", "timit_sample", "ljspeech")) -> list[Utterance]:
-    """Return `num` utterances of real speech: consecutive sentences of the kit, cut to log-normal lengths."""
+    """Return `num` utterances with log-normal lengths, which are consecutive parts of the kit's concatenated speech."""
     rows = [json.loads(line) for line in (KIT / "asr.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [r for r in rows if r["subset"] in subsets]
     speech = np.concatenate([decode_audio((KIT / r["audio"]).read_bytes()) for r in rows])
@@ -70,7 +70,7 @@ def utterances(num: int, subsets: Sequence[str] = ("nemo", "timit_sample", "ljsp
 
 
 def write_dataset(store: Store, samples: Sequence[Utterance], per_shard: int) -> None:
-    """Write a dataset as our shards, which webdataset can read too."""
+    """Write samples as a dataset of shards, which webdataset can read, too."""
     shards = []
     for start in range(0, len(samples), per_shard):
         writer = ShardWriter(store, len(shards))
@@ -81,7 +81,7 @@ def write_dataset(store: Store, samples: Sequence[Utterance], per_shard: int) ->
 
 
 def write_shar(folder: Path, samples: Sequence[Utterance], per_shard: int) -> None:
-    """Write the same bytes in the Shar format of lhotse."""
+    """Write samples in lhotse's format Shar, with the same encoded audio as in `write_dataset`."""
     from lhotse import MonoCut, Recording, SupervisionSegment
     from lhotse.shar import SharWriter
 

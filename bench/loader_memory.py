@@ -1,11 +1,13 @@
 """Check that the resident memory of the loader does not grow over many batches and epochs.
 
-    python -m bench.loader_memory [BATCHES] [WORKERS]     100000 batches on the kit take half an hour
+    python -m bench.loader_memory [BATCHES] [WORKERS]     default: 100000 batches, which take half an hour, without
+    workers
 
-The data is the kit, a set of small public recordings in the folder KIT_DIR.
+The data is the kit, a set of small public recordings in the folder $KIT_DIR.
 
-Goal: the largest resident memory of this process and its decoding processes in the last half of the batches is at most
-5 % above the largest in the second tenth. The exit code is 1 if the goal is missed, and 3 without the kit.
+Goal: the maximum resident memory of this process and its decoding processes in the second half of the batches is at
+most 5 % above the maximum in the second tenth of the batches. The exit code is 1 if the goal is missed, and 3 without
+the kit.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def resident_bytes() -> int:
 
 
 def main(num_batches: int = 100_000, num_workers: int = 0) -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goal is met, 1 if not, and 3 without the kit."""
+    """Run the benchmark, and return the exit code: 0 if the goal is met, 1 if not, and 3 without the kit."""
     if not (KIT / "asr.jsonl").exists():
         print(json.dumps({"passed": None, "reason": f"no kit at {KIT}; set KIT_DIR"}))
         return 3
@@ -46,9 +48,9 @@ def main(num_batches: int = 100_000, num_workers: int = 0) -> int:
             datasets=(DatasetConfig(name="asr", manifest="asr.jsonl", subsets=SUBSETS),),
             eval_splits=(),
             cache_dir=scratch,
-            global_batch_samples=16,  # as kit_cpu
+            global_batch_samples=16,  # as in kit_cpu
             num_workers=num_workers,
-            cache_decoded_mib=32,  # less than the dataset, so that clips are evicted
+            cache_decoded_mib=32,  # smaller than the dataset, so that clips are evicted
         )
         sizes: list[tuple[int, int]] = []
         every = max(1, num_batches // 500)

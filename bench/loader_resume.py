@@ -1,4 +1,4 @@
-"""Benchmarks of the time to the first batch, in a new process and after resuming at several positions in the data."""
+"""Measurements of the time to the first batch, in a new process and after resuming at several positions in the data."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def first_batch_sec(config: DataConfig) -> dict[str, float]:
     """Return the median time in seconds from the start of a Python process to its first batch.
 
     Returns:
-        The time for batches of arrays ("arrays") and the time for batches of torch tensors ("tensors"). The latter is
-        spent mostly on importing torch, which a training run has already done when it opens its data.
+        The time for batches of arrays ("arrays") and the time for batches of tensors ("tensors"). Most of the latter is
+        spent on importing PyTorch, which a training run has already imported when it opens its data.
     """
     found = {}
     for kind in ("arrays", "tensors"):

@@ -1,12 +1,17 @@
-"""Compare the throughput of reading shards from a local S3 server (Swift) with our loader and with obstore alone.
+"""Compare the throughput of our loader with obstore alone for shards on a local S3 server (Swift).
 
-    python -m bench.loader_s3 FOLDER_OF_SHARDS TOKENIZER        called by `bench.loader --parts s3`
+    python -m bench.loader_s3 FOLDER_OF_SHARDS TOKENIZER        started by `bench.loader --parts s3`
 
-The variants that are compared (*arms*) take turns. `obstore` fetches whole objects, one or four at a time, and discards
-them. `ours` reads all samples in stored order, chunk by chunk with ranged reads, and is measured with several chunk
-sizes. It verifies each sample against the index and parses its metadata. `ours + decode` and `obstore + decode` also
-decode the audio. `cached` reads through the node cache, which is filled in the first round, and `disk` reads the same
-shards from a folder. The server and the client share the machine's cores. The goals are stated in `bench.loader`.
+The variants that are compared (*arms*) take turns:
+
+- `obstore` fetches whole objects, one or four at a time, and discards them.
+- `ours` reads all samples in stored order, chunk by chunk with ranged reads, with several chunk sizes. It verifies each
+  sample against the index and parses its metadata.
+- `ours + decode` and `obstore + decode` also decode the audio.
+- `cached` reads through the node cache, which is filled in the first round.
+- `disk` reads the same shards from a folder.
+
+The server and the client share the machine's cores. The docstring of `bench.loader` states the goals.
 """
 
 from __future__ import annotations
@@ -35,9 +40,11 @@ from trainer.storage.open import open_store
 
 ROUNDS = 5
 READ_KIB = (512, 2048, 8192, 16384, 1 << 20)
-"""The chunk sizes in KiB. The last covers a whole shard, which is read in parts of at most `fetch.MAX_READ_BYTES`."""
+"""The chunk sizes in KiB. The last size covers a whole shard, which is read in parts of at most
+`fetch.MAX_READ_BYTES`."""
 BUCKET_READ_KIB = 8192
-"""The chunk size in KiB of recipes that read from buckets. The S3 throughput goal of `bench.loader` applies to it."""
+"""The chunk size in KiB to which the S3 throughput goal of `bench.loader` applies. Recipes that read from buckets use
+this size."""
 THREADS = 4
 URL = "s3://bench/set"
 
@@ -82,7 +89,7 @@ def ours(reader: DatasetReader, decode: bool) -> Callable[[], int]:
 
 
 def obstore_and_decode(shards: ShardSet) -> Callable[[], int]:
-    """Return the arm that fetches whole shards with obstore and decodes their samples in order, without a loader."""
+    """Return the arm that fetches the samples of whole shards and decodes them in order, without a loader."""
 
     def run() -> int:
         for shard, info in enumerate(shards.shards):
@@ -110,7 +117,12 @@ def count_reads(reader: DatasetReader) -> Callable[[], int]:
 
 
 def main(folder: str, tokenizer: str) -> int:
-    """Run the benchmark from the command line. Print a table, then one JSON object as the last line."""
+    """Run the benchmark: print a table, and one JSON object as the last line. Return the exit code 0.
+
+    Args:
+        folder: The folder of shards.
+        tokenizer: The path of the tokenizer.
+    """
     with tempfile.TemporaryDirectory() as scratch, running(Path(scratch)) as server:
         os.environ.update(server.environ)
         server.make_bucket("bench")
@@ -154,8 +166,8 @@ def compare(arms: dict[str, Callable[[], int]], on_first_round: Callable[[], Non
     """Run the arms in turn, print a table, and return each arm's median MB/s and median client CPU seconds per GiB.
 
     Args:
-        arms: the functions that read all shards and return the number of bytes, by name.
-        on_first_round: a function that is called after the first round, which is not counted.
+        arms: The functions that read all shards and return the number of bytes, by name.
+        on_first_round: A function that is called after the first round, which is a warm-up.
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for number in range(ROUNDS + 1):
@@ -163,7 +175,7 @@ def compare(arms: dict[str, Callable[[], int]], on_first_round: Callable[[], Non
             cpu, wall = time.process_time(), time.perf_counter()
             num_bytes = arm()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            if number:  # the first round is not counted
+            if number:  # the first round is a warm-up
                 found[name].append((num_bytes / 1e6 / wall, cpu / (num_bytes / 2**30)))
         if not number:
             on_first_round()

@@ -1,15 +1,15 @@
-"""Train on a recording of one hour with 1, 2 and 4 context-parallel ranks.
+"""Compute the gradients for a recording of one hour with 1, 2 and 4 context-parallel ranks.
 
     python -m bench.long_recording [--minutes 60] [--ranks 1 2 4]
 
 The recording is synthetic, and is encoded in windows of 30 s. Its audio tokens and 1000 text tokens form one packed
-sequence, which the context-parallel ranks of a small LLM share. Nothing is recomputed. For each number of ranks, the
-command prints the loss, the largest difference between a gradient and that of a single rank (relative to the largest
-entry of the parameter's gradient), and the peak memory that each rank allocates during the forward and backward pass of
-the LLM, as torch's CPU allocator reports it.
+sequence, which is divided among the context-parallel ranks of a small LLM. Nothing is recomputed. For each number of
+ranks, the command prints the loss, the largest difference between a gradient and the same gradient on a single rank
+(relative to the largest entry of the parameter's gradient), and the peak memory of each rank during the forward and
+backward pass of the LLM. PyTorch's CPU allocator reports this memory.
 
-Goal: losses and gradients differ by at most 1e-5, and N ranks need at most 1.3/N of the memory of one rank. The last
-line is one JSON object. The exit code is 1 if the goal is missed.
+Goal: losses and gradients differ by at most 1e-5, and each of N ranks needs at most 1.3/N of the memory of one rank.
+The last line is one JSON object. The exit code is 1 if the goal is missed.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _sample(minutes: float, model: Any) -> Any:
 
 
 def _peak(events: Any) -> int:
-    """Return the largest number of bytes that were allocated at once since the start of the profile."""
+    """Return the maximum number of bytes that were allocated at the same time since the start of the profile."""
     alive = peak = 0
     for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         alive += change
@@ -120,7 +120,8 @@ def _peak(events: Any) -> int:
 
 
 def run(minutes: float, worlds: list[int]) -> list[dict[str, Any]]:
-    """Return the measurements for each number of ranks. The first number is the reference for the others."""
+    """Return the measurements for each number of ranks. The first number of ranks is the reference for all other
+    numbers."""
     from safetensors.torch import load_file
 
     rows: list[dict[str, Any]] = []

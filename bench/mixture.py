@@ -1,13 +1,13 @@
-"""Compare routing of clips to encoder experts with the primary encoder alone and with all encoders on every clip.
+"""Compare the routing of clips to encoder experts with the primary encoder alone and with all experts on every clip.
 
     python -m bench.mixture                         recipe kit_cpu with three seeds; the nine runs take hours
     python -m bench.mixture --steps 800 --seeds 1   a quick comparison
 
 The three variants (*arms*) train for about the same time. A calibration run of 100 steps measures the step time of each
-arm. The other arms then train for as many steps as fit into the time that the mixture's steps take. Every arm is
+arm. Each other arm then trains for as many steps as fit into the duration of the mixture's steps. Every arm is
 evaluated on the test split of the kit (a set of small public recordings, in the folder KIT_DIR). The benchmark has no
 pass criterion. Its table shows the best arm for each metric, and whether the ranges of the two best arms over the seeds
-overlap. Runs are stored in `runs/mixture`, and an interrupted benchmark continues after the last finished run. The exit
+overlap. Runs are stored in `runs/mixture`. An interrupted benchmark continues after the last finished run. The exit
 code is 1 if a run fails, and 3 if the kit is missing.
 """
 
@@ -40,7 +40,7 @@ METRICS = {
     "sqa/accuracy": max,
     "ac/meteor": max,
 }
-"""For each metric, the function that returns the best of several values."""
+"""The function that selects the best of several values, by metric."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Outcome:
 
 
 def train(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Return the summary of a training run. The run is started only if its summary does not exist yet.
+    """Return the summary of a training run. The run is only started if its summary does not exist yet.
 
     Raises:
         CalledProcessError: If the run fails.
@@ -73,7 +73,7 @@ def train(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def step_sec(folder: Path, arm: str) -> float:
-    """Return an arm's mean step time in seconds over all phases of the recipe, excluding the first logged value."""
+    """Return the mean step time of an arm in seconds, over all logging intervals of a short run except the first."""
     name = f"calibration-{arm.replace(' ', '-')}"
     every = ["eval.every_steps=0", "checkpoint.every_steps=0", "eval.max_samples=4", "eval.max_new_tokens=1"]
     train(
@@ -87,8 +87,8 @@ def step_sec(folder: Path, arm: str) -> float:
 def run_all(folder: Path, steps: int, num_seeds: int) -> list[Outcome]:
     """Train every arm with every seed and return the results.
 
-    All arms are trained with one seed before any is trained with the next, so that other load on the machine affects
-    all of them.
+    All arms are trained with one seed before the first arm is trained with the next seed, so that other load on the
+    machine affects all arms.
     """
     seconds = {arm: step_sec(folder, arm) for arm in ARMS}
     num_steps = {arm: round(steps * seconds["mixture"] / sec) for arm, sec in seconds.items()}
@@ -114,7 +114,7 @@ def run_all(folder: Path, steps: int, num_seeds: int) -> list[Outcome]:
 
 
 def compare(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Print a table of the scores, and return the data behind it.
+    """Print a table of the scores, and return its data.
 
     The printed table contains, for each metric, the mean and range over the seeds of each arm, and the best arm.
 
@@ -145,7 +145,7 @@ def main() -> int:
         "--steps",
         type=int,
         default=load_recipe(RECIPE, []).train.steps,
-        help="number of training steps of the mixture arm",
+        help="number of training steps of the arm mixture (default: as in the recipe)",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/mixture"))

@@ -1,13 +1,13 @@
-"""Measure the share of padding in the frames that the encoders compute and in the tokens that the LLM computes.
+"""Measure the fraction of padding in the frames that the encoders compute and in the tokens that the LLM computes.
 
     python -m bench.padding
 
 The plan of `trainer.parallel` sends clips of similar length to the same rank, divides them into encoder calls (padded
-batches) with the least padding, and assigns samples to packed sequences of equal length for the LLM. The plan is
-compared with batches in the order of arrival, with ten length buckets, and with padding of every clip to 30 s, for the
-same samples and the same budget. The samples are all training clips of the kit (a set of small public recordings, in
-the folder KIT_DIR) and clips of log-normal duration, in global batches of several sizes. The plan is also measured with
-the cost that it assumes for an additional encoder call on a CPU (`CALL_COST_SAMPLES`).
+batches) with little padding, and assigns samples to packed sequences of equal length for the LLM. The plan is compared
+with batches in the order of arrival, with ten length buckets, and with padding of every clip to 30 s, for the same
+samples and the same budget. The samples are all training clips of the kit (a set of small public recordings, in the
+folder $KIT_DIR) and clips of log-normal duration, in global batches of several sizes. By default, the plan assumes the
+cost of an additional encoder call on a CPU (`CALL_COST_SAMPLES`). It is also measured with other costs.
 
 Goal: at most 2 % of encoder frames and of LLM tokens are padding. The exit code is 1 if the goal is missed.
 """
@@ -34,7 +34,7 @@ ENCODER_BATCH_SEC, PACK_TOKENS = 480.0, 4096
 RANKS, BATCHES = (1, 8), (64, 256, 1024)
 CALL_COST = CALL_COST_SAMPLES["cpu"]
 OTHER_CALL_COSTS_SEC = (10.0, 3.0, 0.3)
-"""The costs of an additional encoder call with which the plan is also measured. The first is that of a GPU."""
+"""Other costs of an additional encoder call, in seconds of audio. The first is the cost on a GPU."""
 NUM_LOG_NORMAL = 16384
 LONGEST_SEC = 30.0
 NUM_BUCKETS = 10
@@ -43,7 +43,10 @@ Groups = list[list[int]]
 
 
 def kit() -> tuple[list[float], list[int]] | None:
-    """Return the durations and text tokens (about four characters each) of the kit's training samples, if it exists."""
+    """Return the durations and the numbers of text tokens (about four characters each) of the kit's training samples.
+
+    The result is None without the kit.
+    """
     seconds, text = [], []
     for path in sorted(KIT.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -61,7 +64,8 @@ def log_normal() -> tuple[list[float], list[int]]:
 
 
 def waste(groups: Groups, frames: Sequence[int]) -> tuple[int, int]:
-    """Return the numbers of padded frames and of real frames."""
+    """Return the number of frames including padding, and the number of real frames, of batches padded to their longest
+    clip."""
     return sum(len(g) * max(frames[i] for i in g) for g in groups if g), sum(frames[i] for g in groups for i in g)
 
 
@@ -82,7 +86,7 @@ def naive(frames: Sequence[int], budget: int) -> Groups:
 
 
 def bucketed(frames: Sequence[int], budget: int) -> Groups:
-    """Return batches within ten length buckets that have the same number of samples."""
+    """Return batches within ten length buckets, which have the same number of samples."""
     edges = np.quantile(frames, np.linspace(0, 1, NUM_BUCKETS + 1)[1:-1])
     bucket = np.searchsorted(edges, frames, side="left")
     groups: Groups = []
@@ -93,14 +97,14 @@ def bucketed(frames: Sequence[int], budget: int) -> Groups:
 
 
 def steps(num: int, batch: int, seed: int = 0) -> Iterator[list[int]]:
-    """Yield the global batches of one shuffled epoch."""
+    """Yield the sample indices of the global batches of one shuffled epoch."""
     order = np.random.default_rng(seed).permutation(num).tolist()
     for start in range(0, num - batch + 1, batch):
         yield order[start : start + batch]
 
 
 def encoder_waste(frames: Sequence[int], batch: int, ranks: int, call_cost: int = CALL_COST) -> tuple[float, float]:
-    """Return (share of padding in encoder frames, encoder calls per step and rank). A clip's cost is its length."""
+    """Return the fraction of padding in encoder frames, and the number of encoder calls per step and rank."""
     budget, padded, real, calls, num_steps = round(ENCODER_BATCH_SEC * 50), 0, 0, 0, 0
     for step in steps(len(frames), batch):
         rank_of = spread_alike([frames[i] for i in step], ranks)
@@ -114,7 +118,7 @@ def encoder_waste(frames: Sequence[int], batch: int, ranks: int, call_cost: int 
 
 
 def whole_set_waste(frames: Sequence[int], group: Callable[[Sequence[int], int], Groups]) -> float:
-    """Return the share of padding of a method that makes batches from the whole shuffled dataset."""
+    """Return the fraction of padding of a method that divides the whole shuffled dataset into batches."""
     order = np.random.default_rng(0).permutation(len(frames))
     mine = [frames[i] for i in order]
     padded, real = waste(group(mine, round(ENCODER_BATCH_SEC * 50)), mine)
@@ -122,7 +126,7 @@ def whole_set_waste(frames: Sequence[int], group: Callable[[Sequence[int], int],
 
 
 def llm_waste(tokens: Sequence[int], batch: int, replicas: int) -> float:
-    """Return the share of padding in the tokens of the LLM's packed sequences."""
+    """Return the fraction of padding in the tokens of the LLM's packed sequences."""
     rows = real = 0
     for step in steps(len(tokens), batch):
         packs = plan_packs([tokens[i] for i in step], replicas, PACK_TOKENS, 1)
@@ -132,7 +136,7 @@ def llm_waste(tokens: Sequence[int], batch: int, replicas: int) -> float:
 
 
 def padded_llm_waste(tokens: Sequence[int]) -> float:
-    """Return the share of padding in LLM batches in the order of arrival, padded to the longest sample."""
+    """Return the fraction of padding in LLM batches in the order of arrival, each padded to its longest sample."""
     order = np.random.default_rng(0).permutation(len(tokens))
     mine = [tokens[i] for i in order]
     padded, real = waste(naive(mine, PACK_TOKENS), mine)
@@ -140,7 +144,7 @@ def padded_llm_waste(tokens: Sequence[int]) -> float:
 
 
 def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
-    """Return all measurements of one dataset."""
+    """Return all measurements of one dataset, given the duration and the number of text tokens of each sample."""
     samples = [num_samples(s) for s in seconds]
     frames = [num_frames(s) for s in samples]
     tokens = [RATE.tokens_of_samples(s) + t for s, t in zip(samples, text, strict=True)]
@@ -166,9 +170,10 @@ def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run the benchmark as a command.
+    """Run the benchmark.
 
-    The exit code is 0 if the goal is met for the largest batch, on one rank and on eight, on every dataset, else 1.
+    Returns:
+        The exit code: 0 if the goal is met for the largest batch on one and on eight ranks for every dataset, else 1.
     """
     datasets = {"log-normal": log_normal()} | ({} if (found := kit()) is None else {"kit": found})
     results: dict[str, Any] = {}

@@ -1,13 +1,13 @@
-"""Measure the speedup from spreading encoders over all pipeline stages instead of running them on the first stage.
+"""Measure the speedup of running encoders on the ranks of all pipeline stages instead of only on the first stage.
 
     python -m bench.pipeline
 
 Two real ranks (gloo) hold two equal stages of an LLM (`parallel.pipeline: 2`), and train the model of `bench.trainer`.
 Two variants (*arms*) take turns in the same processes and compute the same loss:
 
-- spread: earshot's order. All ranks encode clips, with equal work, before the LLM's pipeline begins, and compute the
-  backward passes of the encoders after the pipeline has ended.
-- first stage: the ranks of the first stage encode all clips, as usual with Megatron.
+- spread, the order of earshot: All ranks encode clips, with equal work, before the LLM's pipeline begins, and compute
+  the backward passes of the encoders after the pipeline has ended.
+- first stage: The ranks of the first stage encode all clips, as usual with Megatron.
 
 Goals: `spread` is at least 1.3 times as fast as `first stage`, and the losses agree within 1e-5. If there are fewer
 idle cores than ranks, the CPU seconds of the busiest rank are compared, which are a lower bound on the time with enough
@@ -35,7 +35,7 @@ import numpy as np
 from bench.trainer import idle_cores
 from trainer.run.launch import start_ranks
 
-if TYPE_CHECKING:  # imported at run time by the ranks only
+if TYPE_CHECKING:  # at run time, only the ranks import these modules
     from bench.trainer_work import Sizes
     from model.batch import Batch
     from trainer.training.step import Step
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # imported at run time by the ranks only
 SPEED_GOAL, LOSS_LIMIT = 1.3, 1e-5
 ROUNDS, RANKS = 5, 2
 PACK_TOKENS = 160
-"""The largest number of tokens in a micro-batch. A step then has seven micro-batches."""
+"""The maximum number of tokens in a micro-batch. With this value, a step has seven micro-batches."""
 LLM_LAYERS = 8
 """The number of LLM layers, half of which are on each stage."""
 SPREAD, FIRST_STAGE = "spread", "first stage"
@@ -54,7 +54,7 @@ Record = dict[str, Any]
 
 @contextmanager
 def encoders_on_first_stage() -> Iterator[None]:
-    """Make the plan send every clip to rank 0, which holds the first stage."""
+    """Make the dispatch plan send every clip to rank 0, which holds the first stage."""
     from trainer.engine import expert_parallel
 
     planner = expert_parallel.plan_dispatch
@@ -102,8 +102,9 @@ def timed(step: Step, batch: Batch) -> dict[str, Any]:
     Collective: every rank of the world must call it.
 
     Returns:
-        The loss; `times`, the wall time and the CPU time of the slowest rank; `phases`, the seconds in each phase of
-        this rank's step; and `encoder_sec`, the seconds that each rank spends in forward calls of encoders.
+        The loss (`loss`), the largest wall time and the largest CPU time of a rank (`times`), the seconds in each phase
+        of this rank's step (`phases`), and the seconds that each rank spends in forward calls of encoders
+        (`encoder_sec`).
     """
     import torch
     import torch.distributed as dist
@@ -122,14 +123,14 @@ def timed(step: Step, batch: Batch) -> dict[str, Any]:
 
 
 def measure(sizes: Mapping[str, int], rounds: int, pack_tokens: int = PACK_TOKENS) -> dict[str, list[Record]]:
-    """Run one rank, and return the records of each arm (see `timed`), of which the first one is a warm-up.
+    """Run one rank, and return the records of each arm (see `timed`). The first record is a warm-up.
 
     Collective: every rank of the world must call it.
 
     Args:
         sizes: The fields of `bench.trainer_work.Sizes` that differ from the defaults.
         rounds: The number of steps of each arm after the warm-up.
-        pack_tokens: The largest number of tokens in a micro-batch.
+        pack_tokens: The maximum number of tokens in a micro-batch.
     """
     from trainer.engine.imports import lean_imports
 
@@ -141,7 +142,7 @@ def measure(sizes: Mapping[str, int], rounds: int, pack_tokens: int = PACK_TOKEN
     from bench.trainer_work import Sizes, draw_samples
     from model.batch import Batch
 
-    # Off: it would compile a C++ extension at startup that only CPU inference uses.
+    # Otherwise, DeepSpeed would compile a C++ extension at startup that only CPU inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     work = Sizes(**{"llm_layers": LLM_LAYERS, **sizes})
     step = build(work, pack_tokens)
@@ -160,7 +161,7 @@ def measure(sizes: Mapping[str, int], rounds: int, pack_tokens: int = PACK_TOKEN
 
 
 def compare(found: Mapping[str, Sequence[Record]], cores: int) -> dict[str, Any]:
-    """Print a table, and return the result. The caller prints it as JSON on the last line.
+    """Print a table, and return the result as a JSON-compatible tree.
 
     Args:
         found: The result of `measure`.
@@ -194,10 +195,10 @@ def compare(found: Mapping[str, Sequence[Record]], cores: int) -> dict[str, Any]
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench.pipeline", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"steps of each arm (default: {ROUNDS})")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to check the benchmark itself")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to check the benchmark itself")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

@@ -2,10 +2,11 @@
 
     python -m bench.plan_memory [CASE …] [--json]
 
-The measured value is the largest number of bytes that torch's CPU allocator has allocated at once in the second
-training step. It is the sum of everything that exists before the step (weights, gradients, optimizer, buffers and the
-batch) and of what torch records as allocated within the step. It excludes the interpreter, libraries, NumPy arrays, and
-memory that kernels allocate themselves. The batch has the lengths that the plan assumes.
+The measured value is the maximum number of bytes that PyTorch's CPU allocator has allocated at the same time in the
+second training step. It is the sum of the tensors that exist before the step (weights, gradients, optimizer state,
+buffers and the batch) and of the memory that PyTorch records as allocated during the step. It excludes the interpreter,
+libraries, NumPy arrays, and memory that kernels allocate themselves. The samples have the lengths that the plan
+assumes.
 
 Goal: the plan is within 10 % of the measured peak on every rank. The exit code is 1 if the goal is missed.
 """
@@ -39,12 +40,12 @@ CASES: dict[str, tuple[str, list[str]]] = {
             "data.num_lanes=8",
         ],
     ),
-    # Encoder calls and the modules after them are run again in the backward pass.
+    # Encoder calls and the modules after them are recomputed in the backward pass.
     "recomputed": (
         "demo_cpu",
         ["train.recompute_encoder_calls=true", "data.global_batch_samples=32", "data.num_lanes=32"],
     ),
-    # 67 M parameters: a Whisper of a published size on padded windows, and a pipeline with recomputation.
+    # 67 M parameters, with a Whisper of a published size on padded windows, and a pipeline with recomputation.
     "large": (
         "kit_cpu",
         [
@@ -128,19 +129,22 @@ def work(case: str) -> int:
 
 
 def _as_planned(recipe: Any, batch: Any) -> Any:
-    """Return router noise [clips, gates, experts] that sends sample i to experts i, i + 1, … as the plan assumes."""
+    """Return router noise [clips, gates, experts] with which gate g sends sample i to expert i + g, as the plan
+    assumes."""
     import torch
 
     gates, experts = len(recipe.model.router.gates), len(recipe.model.experts)
     noise = torch.zeros(len(batch.samples), gates, experts)
     for row, sample in enumerate(batch.samples):
         for gate in range(gates):
-            noise[row, gate, (int(sample.key) + gate) % experts] = 200.0  # larger values would give probabilities of 0
+            noise[row, gate, (int(sample.key) + gate) % experts] = (
+                200.0  # with larger values, some probabilities would be 0
+            )
     return noise
 
 
 class _Phases:
-    """A phase listener that marks the phases of a step in torch's profile."""
+    """A phase listener that marks the phases of a step in PyTorch's profile."""
 
     def __init__(self) -> None:
         self._open: list[Any] = []
@@ -168,7 +172,8 @@ def _alive_bytes() -> int:
 
 
 def _peaks(events: Any, standing: int) -> dict[str, int]:
-    """Return the largest number of allocated bytes in each phase, including `standing` bytes from before the step."""
+    """Return the maximum number of allocated bytes in each phase, including the `standing` bytes from before the
+    step."""
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     spans = {
         e.name().removeprefix("phase "): (e.start_ns(), e.start_ns() + e.duration_ns())
@@ -195,7 +200,7 @@ def _case(name: str) -> tuple[Any, Any]:
 
 
 def _batch(recipe: Any, workload: Any, rank: int) -> Any:
-    """Return this rank's samples, with noise of the planned lengths and answers of 8 tokens."""
+    """Return this rank's samples, which have clips of noise of the planned lengths and answers of 8 tokens."""
     import torch
 
     from model.batch import IGNORE, Batch, Sample
@@ -228,7 +233,7 @@ def _batch(recipe: Any, workload: Any, rank: int) -> Any:
 
 
 def compare(case: str) -> list[dict[str, Any]]:
-    """Run the ranks, plan the same case, and return both results for each rank."""
+    """Run the ranks of a case, plan the same case, and return the measured and the planned memory of each rank."""
     from trainer.plan.accelerator import KNOWN
     from trainer.plan.plan import Planner
 
@@ -270,9 +275,11 @@ _MEASURED = {"encode": ("encode",), "llm": ("llm", "exchange"), "backward": ("ba
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goal is met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goal is met, else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan_memory", description=__doc__)
-    parser.add_argument("cases", nargs="*", default=[], help=f"cases to measure, of {', '.join(CASES)}; default: all")
+    parser.add_argument(
+        "cases", nargs="*", default=[], help=f"cases to measure, from {', '.join(CASES)} (default: all)"
+    )
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()

@@ -1,12 +1,13 @@
-"""Compare the plan's step times and peak memory with those of training runs that others published.
+"""Compare planned step times and peak memory with the values of published training runs.
 
     python -m bench.plan_published [ROW …] [--memory] [--halves]
 
-`bench/published.csv` contains the runs with their sources. Each run is planned with earshot's planner, as an LLM with a
-one-layer encoder and one clip of 0.1 s. The column `recipe` lists the recipe keys of mechanisms that the run used. The
-column `mechanisms` lists mechanisms that the run used but the trainer does not have. The column `counts` is `yes` for
-runs that decide the exit code, `what-if` for runs that the trainer could not repeat (context parallelism, overlapping
-tensor parallelism, fp8, deterministic kernels), and `no` for runs whose step time or micro-batch is uncertain.
+`bench/published.csv` contains the runs with their sources. Earshot's planner plans each run as an LLM with a one-layer
+encoder and one clip of 0.1 s. The column `recipe` lists recipe keys for mechanisms that the run used. The column
+`mechanisms` lists mechanisms that the run used but the trainer does not have. The column `counts` is `yes` for runs
+that decide the exit code, `what-if` for runs that the trainer could not repeat (because of context parallelism,
+overlapping tensor parallelism, fp8 or deterministic kernels), and `no` for runs whose step time or micro-batch is
+uncertain.
 
 The last line is a JSON object. The exit code is 1 if a goal is missed.
 """
@@ -51,7 +52,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Compared:
-    """A published run next to its plan."""
+    """A published run, and the step time and memory of its plan."""
 
     row: Published
     step_sec: float
@@ -61,12 +62,12 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """The planned step time divided by the published one."""
+        """The planned step time divided by the published step time."""
         return self.step_sec / self.row.step_sec
 
     @property
     def memory_ratio(self) -> float | None:
-        """The planned peak memory divided by the published one; None if one of them is unknown."""
+        """The planned peak memory divided by the published peak memory; None if one of them is unknown."""
         if self.peak_gib is None or self.row.peak_gib is None:
             return None
         return self.peak_gib / self.row.peak_gib
@@ -112,7 +113,7 @@ _TEXT = (
 
 
 def recipe_of(row: Published) -> Any:
-    """Return a recipe with the run's LLM and layout, and with audio modules as small as possible."""
+    """Return a recipe with the run's LLM and layout, and with very small audio modules."""
     from trainer.config.load import load_recipe
 
     s = row.settings
@@ -147,7 +148,7 @@ def recipe_of(row: Published) -> Any:
 
 
 def mechanisms_of(row: Published) -> Any:
-    """Return the run's mechanisms that the trainer does not have."""
+    """Return the mechanisms that the run used but the trainer does not have."""
     from trainer.plan.mechanisms import Mechanisms
 
     changes: dict[str, Any] = {}
@@ -162,8 +163,8 @@ def compare(row: Published, memory: bool, scale: float = 1.0) -> Compared:
 
     Args:
         row: The run.
-        memory: True to trace its peak memory too, if that was published.
-        scale: A factor on the fractions of the peak rate that matmuls reach.
+        memory: True to plan the peak memory too, if the run's peak memory was published.
+        scale: A factor for the fractions of the peak rate that matmuls reach.
     """
     from trainer.parallel.topology import build_topology
     from trainer.plan.accelerator import parse_accelerator
@@ -204,7 +205,8 @@ def rms(ratios: Sequence[float]) -> float:
 
 
 def halves(rows: Sequence[Published]) -> list[dict[str, float]]:
-    """Fit one factor for all matmul tables on every second row, check it on the other rows, and then swap the halves.
+    """Fit one factor for all matmul tables on every second row, evaluate it on the other rows, and then swap the
+    halves.
 
     Returns:
         For each half, the fitted factor, and the RMS deviation on the other half with and without this factor.
@@ -222,17 +224,21 @@ _SCALES = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 
 
 def main() -> int:
-    """Run the command.
+    """Run the benchmark.
 
     Returns:
-        The exit code, which is 0 if the goals are met, else 1.
+        The exit code: 0 if the goals are met, else 1.
     """
     parser = argparse.ArgumentParser(
         prog="python -m bench.plan_published", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="parts of the names of rows; default: all")
-    parser.add_argument("--memory", action="store_true", help="also trace the peak memory where it was published")
-    parser.add_argument("--halves", action="store_true", help="also fit one constant on half of the certain rows")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="parts of the names of rows (default: all rows)")
+    parser.add_argument("--memory", action="store_true", help="also plan the peak memory of runs that published it")
+    parser.add_argument(
+        "--halves",
+        action="store_true",
+        help="also fit one factor on half of the rows whose `counts` is not `no`, and evaluate it on the other half",
+    )
     options = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from trainer.__main__ import be_calm
@@ -270,13 +276,13 @@ def main() -> int:
 
 
 def within(one: Compared) -> bool:
-    """Return True if a row meets the goals for one row."""
+    """Return whether a run meets the goals for single runs."""
     memory = one.memory_ratio
     return TIME_LIMITS[0] <= one.ratio <= TIME_LIMITS[1] and (memory is None or abs(memory - 1) <= MEMORY_LIMIT)
 
 
 def summary(rows: Sequence[Compared]) -> dict[str, Any]:
-    """Return the number of rows, and the RMS and extremes of planned / published - 1."""
+    """Return the number of runs, the extremes of their ratios planned / published, and the RMS deviation from 1."""
     ratios = [one.ratio for one in rows]
     in_range = sum(one.low_sec <= one.row.step_sec <= one.high_sec for one in rows)
     memory = [one.memory_ratio for one in rows if one.memory_ratio is not None]

@@ -3,10 +3,10 @@
     python -m bench.plan_time [CASE …] [--rounds N] [--json]
 
 The ranks alternate between calibrating the machine (`bench.calibrate`, on all ranks at the same time, as in a step) and
-training steps, so that other programs load the machine equally during both. The batch has the lengths that the plan
-assumes. Three comparisons are printed:
+training steps, so that other programs affect both equally. The samples have the lengths that the plan assumes. Three
+comparisons are printed:
 
-wall: the plan with the median rates over the rounds, and the median time of a step of the slowest rank.
+wall: the plan with the median rates over the rounds, and the median duration of a step.
 best: the plan with the best rates, and the shortest step.
 cpu: the plan with the best rates and without the pipeline's bubble, and the median CPU time of a step. Other programs
     that use the same cores make a step longer, but hardly change its CPU time.
@@ -36,7 +36,7 @@ _ROUNDS = "PLAN_TIME_ROUNDS"
 _STEPS_PER_ROUND = 1
 _SECONDS_PER_SHAPE = 0.03
 _PEAK_TFLOPS = 1.0
-"""The peak rate of which measured rates are given as fractions. It exceeds that of a CPU core, and cancels out."""
+"""The peak rate relative to which measured rates are stored. It exceeds the rate of a CPU core, and cancels out."""
 _RING_BYTES = 2**22
 
 
@@ -85,7 +85,8 @@ def work(case: str) -> int:
 
 
 def _link(world: int) -> tuple[float, float]:
-    """Return the bytes per second that a rank sends in an all-reduce, and the seconds per hop; both 0 for one rank."""
+    """Return the bytes per second that a rank sends in an all-reduce, and the seconds per hop. Both are 0 for one
+    rank."""
     import torch
 
     if world == 1:
@@ -103,7 +104,7 @@ def _link(world: int) -> tuple[float, float]:
 
 
 def accelerator_of(rounds: Sequence[dict[str, Any]], choose: Callable[[list[float]], float]) -> Any:
-    """Return the accelerator with the rates that `choose` selects from those of all rounds and ranks."""
+    """Return the accelerator with the rates that `choose` selects from the rates of all rounds and ranks."""
     from trainer.plan.accelerator import Accelerator
 
     def rate(key: str) -> float:
@@ -135,7 +136,7 @@ def accelerator_of(rounds: Sequence[dict[str, Any]], choose: Callable[[list[floa
 
 
 def compare(case: str, num_rounds: int) -> dict[str, Any]:
-    """Run the ranks of a case, plan it with the rates that they measured, and return both."""
+    """Run the ranks of a case, plan the case with the measured rates, and return the measured and the planned times."""
     from trainer.plan.plan import Planner
 
     recipe, workload = _case(case)
@@ -147,7 +148,7 @@ def compare(case: str, num_rounds: int) -> dict[str, Any]:
             raise SystemExit(code)
         ranks = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(world)]
     every = [one for rank in ranks for one in rank]
-    # The duration of a step is that of its slowest rank.
+    # The slowest rank determines the duration of a step.
     steps = [max(rank[k]["steps"][i] for rank in ranks) for k in range(num_rounds) for i in range(_STEPS_PER_ROUND)]
     cpu = [max(rank[k]["cpu"][i] for rank in ranks) for k in range(num_rounds) for i in range(_STEPS_PER_ROUND)]
     found: dict[str, Any] = {"case": case, "ranks": world, "steps": steps, "cpu": cpu, "load": os.getloadavg()[0]}
@@ -183,12 +184,16 @@ def compare(case: str, num_rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goal is met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goal is met, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.plan_time", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cases", nargs="*", default=[], help=f"cases to measure, of {', '.join(CASES)}; default: all")
-    parser.add_argument("--rounds", type=int, default=5, help="calibrations, each followed by a step (default 5)")
+    parser.add_argument(
+        "cases", nargs="*", default=[], help=f"cases to measure, from {', '.join(CASES)} (default: all)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="number of calibrations, each followed by a step (default: 5)"
+    )
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()

@@ -1,14 +1,15 @@
 """Compare training from a bucket, with two interruptions, with training from disk.
 
-    python -m bench.s3_training [RECIPE] [--steps N] [key=value …]      default: kit_cpu, with its own number of steps
+    python -m bench.s3_training [RECIPE] [--steps N] [key=value …]      default: kit_cpu with the recipe's number of
+    steps
 
-The benchmark makes shards of the kit (a set of small public speech and sound datasets, in the folder KIT_DIR), both on
-disk and in a local Swift server, and trains RECIPE from disk on 2 ranks. It then trains from `s3://` with 2, 1 and 2
-ranks: after a third and after two thirds of the steps, all processes are killed (SIGKILL), and the run is resumed with
-the next rank count in this list.
+The benchmark writes shards of the kit (a set of small public speech and sound datasets, in the folder $KIT_DIR), both
+to disk and to a local Swift server, and trains RECIPE from disk on 2 ranks. It then trains from `s3://` on 2, 1 and 2
+ranks: after a third and after two thirds of the steps, it kills all processes (SIGKILL) and resumes the run on the next
+number of ranks.
 
-Goals: At every step, the losses of the two runs have a relative difference of at most 1e-4. (Exact equality is not
-expected, since the order of additions depends on the number of ranks.) Both runs end with identical data-loading state
+Goals: at every step, the losses of the two runs have a relative difference of at most 1e-4. (They are not exactly
+equal, since the order of additions depends on the number of ranks.) Both runs end with the same data-loading state
 (positions and skipped samples). The exit code is 1 if a goal is missed, and 3 without the kit.
 """
 
@@ -35,13 +36,14 @@ from trainer.storage.open import open_store
 
 GOAL = 1e-4
 RANKS = (2, 1, 2)
-"""Rank counts for the three parts of the bucket run. The disk run uses the first count."""
+"""The numbers of ranks for the three parts of the bucket run. The disk run uses the first number."""
 FEW_EVALUATED = ("eval.max_samples=8", "eval.max_new_tokens=4")
-"""Overrides for all runs. They keep evaluations short, since only losses are compared."""
+"""Overrides for all runs that keep evaluations short, since only losses are compared."""
 
 
 def dataset_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (names of the kit's manifests, without suffix; overrides that make the datasets read shards instead)."""
+    """Return the names of the recipe's manifests without suffix, and overrides with which the datasets read shards
+    instead."""
     datasets = load_recipe(recipe, list(overrides)).data.datasets
     stems = [Path(str(s.manifest)).stem if (KIT / str(s.manifest)).exists() else "asr" for s in datasets]
     changes = [
@@ -53,7 +55,7 @@ def dataset_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str],
 
 
 def start(recipe: str, run_dir: Path, ranks: int, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a training run whose output is written to a file in the run's folder."""
+    """Start a training run. Its output is written to a file in the run's folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
     expert = min(ranks, load_recipe(recipe, list(overrides)).parallel.expert)
     here = [f"train.run_dir={run_dir}", f"parallel.num_ranks={ranks}", f"parallel.expert={expert}"]
@@ -84,7 +86,7 @@ def kill(run: subprocess.Popen[bytes]) -> None:
 
 
 def kill_after(run: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
-    """Kill the run as soon as it has logged `step`."""
+    """Wait until the run has logged `step`, and kill it."""
     while max(losses(run_dir), default=0) < step:
         if run.poll() is not None:
             raise SystemExit(f"the run ended before step {step}; see {run_dir / 'output.txt'}")
@@ -93,22 +95,22 @@ def kill_after(run: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
 
 
 def finish(run: subprocess.Popen[bytes], run_dir: Path) -> None:
-    """Wait for the end of a run, and raise an error if it failed."""
+    """Wait for the end of a run. Raises a SystemExit if the run failed."""
     if run.wait() != 0:
         raise SystemExit(f"the training run failed with exit code {run.returncode}; see {run_dir / 'output.txt'}")
 
 
 def account(run_dir: Path) -> dict[str, Any]:
-    """Return the data-loading state stored in the run's last checkpoint."""
+    """Return the data-loading state in the run's last checkpoint."""
     (last, *_) = sorted(run_dir.glob("*/checkpoints/step-*/state.json"), reverse=True)
     return json.loads(last.read_text())["extra"]["data"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goals are met, 1 if not, and 3 without the kit."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, 1 if not, and 3 without the kit."""
     parser = argparse.ArgumentParser(prog="python -m bench.s3_training", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", nargs="?", default="kit_cpu")
-    parser.add_argument("--steps", type=int, help="number of steps; default: the recipe's")
+    parser.add_argument("--steps", type=int, help="number of steps (default: as in the recipe)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     if not (KIT / "asr.jsonl").exists():

@@ -1,11 +1,12 @@
-"""Measure how long saving an LLM with very many tensors takes, apart from writing the bytes.
+"""Measure the duration of a save of an LLM with very many tensors, apart from writing the bytes.
 
     python -m bench.save_experts
 
-One rank holds the LLM of Qwen3-30B-A3B with all of its layers and experts, but with a hidden width of 16, so that the
-time is spent on tensor names, slices and manifest entries instead of data. `save` interrupts training, and the rest of
-the save runs in the background. Times are CPU seconds of the training thread, which do not include other load on the
-machine. Goal: the median interruption is below one second. The last line is one JSON object. The exit code is 1 if the
+One rank holds the LLM Qwen3-30B-A3B with all layers and experts, but with a hidden width of 16, so that the time is
+spent on tensor names, slices and manifest entries instead of data. `save` interrupts training, and the rest of the save
+runs in the background. Times are CPU seconds of the training thread, which do not include other load on the machine.
+
+Goal: the median interruption is shorter than one second. The last line is one JSON object. The exit code is 1 if the
 goal is missed.
 """
 
@@ -63,7 +64,7 @@ class LLMState(EngineState):
 
 
 def work(folder: Path) -> int:
-    """Run the rank of the benchmark."""
+    """Run the benchmark's only rank."""
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
 
@@ -101,7 +102,7 @@ def work(folder: Path) -> int:
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goal is met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goal is met, else 1."""
     if "RANK" in os.environ:
         return work(Path(sys.argv[1]))
     folder = Path(tempfile.mkdtemp(prefix="bench-save-experts-"))

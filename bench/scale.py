@@ -1,20 +1,19 @@
-"""Measure what grows with the number of ranks: process groups, connections, files, checkpoints' metadata, and time.
+"""Measure quantities that may grow with the number of ranks: groups, connections, files, metadata and times.
 
     python -m bench.scale
 
-The trainer's own code creates process groups of the full size with torch's fake process group, which needs no other
-ranks, and the groups are counted. The number of connections follows from the sizes of the groups, and the number of
-open files is computed by `trainer.parallel.environment`.
+The trainer's code creates process groups of the full size with PyTorch's fake process group, which needs no other
+ranks, and the benchmark counts the groups. It computes the number of connections from the sizes of the groups, and the
+number of open files with `trainer.parallel.environment`. The trainer's code also computes the metadata of checkpoints
+(`bench.scale_checkpoint`), the detection of stragglers and the planning of a step (`bench.scale_step`) for data of the
+full size. Small collectives on the host are measured with real processes on this machine. For more ranks, a model
+multiplies the number of rounds by the time of a round, which consists of the measured time and an assumed network
+latency.
 
-The metadata of checkpoints (`bench.scale_checkpoint`), the detection of stragglers and the planning of a step
-(`bench.scale_step`) are computed by the trainer's own code for data of the full size. Small collectives on the host are
-measured with real processes on this machine. For more ranks, a model multiplies the number of rounds by the time of a
-round, which consists of the measured time and an assumed network latency.
-
-Goals: the number of open files, the number of gloo groups, the number of a checkpoint's files, the size of the metadata
-(50 MB anywhere), the times for judging stragglers (50 ms) and planning (15 ms) with 10,240 ranks, and the modelled time
-of a step's small collectives with 1,024 ranks (10 ms) are below the bounds that this file states. The last line is one
-JSON object. The exit code is 1 if a goal is missed.
+Goals: the following values do not exceed the limits in this file: the number of open files, the number of gloo groups,
+the number of a checkpoint's files; with 10,240 ranks, the size of the metadata (50 MB) and the times for detecting
+stragglers (50 ms) and planning (15 ms); and with 1,024 ranks, the modelled time of a step's small collectives (10 ms).
+The last line is one JSON object. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from trainer.telemetry.straggler import RankWork, StragglerMeter
 
 TOPOLOGIES = (Topology(128, 8, 4, 4), Topology(1008, 8, 9, 4), Topology(4096, 8, 8, 4))
 GOALS_FILES = {128: 1600, 1008: 3400, 4096: 9600}
-"""The largest allowed number of open files of one rank, by the number of ranks."""
+"""The maximum allowed number of open files of one rank, by the number of ranks."""
 GOAL_GLOO_GROUPS = 2
 LARGE = (Topology(128, 8, 4, 4), Topology(1024, 8, 8, 4), Topology(4096, 8, 8, 4), Topology(10_240, 8, 8, 4))
 GOAL_JUDGE_SEC, GOAL_PLANNING_SEC, GOAL_METADATA_BYTES = 0.05, 0.015, 50e6
@@ -54,16 +53,16 @@ STARTED = (32, 128, 256)
 
 @dataclass(frozen=True)
 class Counted:
-    """The number of process groups of which one rank of a run is a member."""
+    """The number of process groups to which one rank of a run belongs."""
 
     groups: int
-    """The number of all groups, including those of the world and of the checkpoints."""
+    """The number of all groups, including the world and the group for checkpoints."""
     megatron_groups: int
     gloo_groups: int
     """The number of groups with a gloo backend."""
     gloo_peers: int
-    """The number of other ranks in the gloo groups, summed over groups. If every group is a full mesh, this is the
-    number of connections."""
+    """The number of other ranks in the gloo groups, summed over groups. This is the number of connections if all pairs
+    of ranks in a group connect."""
 
 
 def count_groups(topology: Topology, rank: int, cuda: bool = True) -> Counted:
@@ -72,7 +71,7 @@ def count_groups(topology: Topology, rank: int, cuda: bool = True) -> Counted:
     Args:
         topology: The topology of the run.
         rank: The rank whose groups are counted.
-        cuda: Whether to count the groups of a run on GPUs instead of a run on CPUs.
+        cuda: True to count the groups of a run on GPUs, False for a run on CPUs.
     """
     made: list[tuple[int, str | None]] = [(topology.world, None)]
     with _fake_world(topology, rank, made):
@@ -89,10 +88,12 @@ def count_groups(topology: Topology, rank: int, cuda: bool = True) -> Counted:
 
 @contextlib.contextmanager
 def _fake_world(topology: Topology, rank: int, made: list[tuple[int, str | None]]) -> Iterator[None]:
-    """Create a fake process group of the full size, and record the groups that are created after it.
+    """Create a fake process group of the full size, and record the groups that are created within the `with` block.
 
     Args:
-        made: A list to which (size, backend) of each further group that contains this rank is appended.
+        topology: The topology of the run.
+        rank: The rank of this process.
+        made: A list to which the size and the backend of each group that contains this rank are appended.
     """
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -116,7 +117,7 @@ def _fake_world(topology: Topology, rank: int, made: list[tuple[int, str | None]
 
 
 def _deepspeed_groups(topology: Topology) -> None:
-    """Create the groups of `trainer.engine.encoders`: DeepSpeed's world, and those of encoder experts and replicas."""
+    """Create the groups of `trainer.engine.encoders`: DeepSpeed's world group, and the groups of encoder experts."""
     dist.new_group(ranks=range(topology.world))
     if topology.ep > 1:
         for ranks in (*topology.expert_replica_groups, *topology.expert_groups):
@@ -124,7 +125,7 @@ def _deepspeed_groups(topology: Topology) -> None:
 
 
 def judge_sec(num_ranks: int) -> float:
-    """Return the CPU seconds that rank 0 needs to find stragglers in one period, as the largest of three values."""
+    """Return the CPU seconds that rank 0 needs to detect stragglers in one period, as the maximum of three values."""
     parts = [
         RankWork(r, f"node{r // 8}", {p: 1.0 + r % 7 / 10 for p in ("load", "encode", "llm", "update")}, {"llm": 0.2})
         for r in range(num_ranks)
@@ -139,7 +140,7 @@ def judge_sec(num_ranks: int) -> float:
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, else 1."""
     counted = {t.world: count_groups(t, rank=0) for t in TOPOLOGIES}
     files = {world: needed_descriptors(world, cuda=True) for world in counted}
     print("on rank 0, with GPUs")

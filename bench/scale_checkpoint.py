@@ -1,8 +1,8 @@
-"""The metadata of a checkpoint in a run with many ranks: what each rank sends to rank 0, and rank 0's manifest.
+"""The metadata of a checkpoint in a run with many ranks: the data that ranks send to rank 0, and the manifest.
 
-Used by `python -m bench.scale`. The tensors are those of a recipe's model, sharded in the same way as by DeepSpeed and
-Megatron. Their values are not needed, so the metadata of ten thousand ranks can be computed in one process, with the
-code that saves checkpoints.
+`bench.scale` uses this module. The tensors of a recipe's model are sharded in the same way as by DeepSpeed and
+Megatron. Their values are not needed, so one process can compute the metadata of ten thousand ranks, with the code that
+saves checkpoints.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ RANKS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Metadata:
-    """The cost of a checkpoint's metadata."""
+    """The sizes and times of a checkpoint's metadata."""
 
     sent_bytes: int
-    """The largest number of bytes that one rank sends."""
+    """The maximum number of bytes that one rank sends."""
     gathered_bytes: int
     """The number of bytes that rank 0 receives."""
     manifest_bytes: int
     num_files: int
     """The number of files if a node has `RANKS_PER_NODE` ranks, including the manifest and the trainer's state."""
     merge_sec: float
-    """CPU seconds in which rank 0 merges what all ranks sent and writes the manifest as text."""
+    """The CPU seconds in which rank 0 merges the data of all ranks and formats the manifest."""
     parse_sec: float
-    """CPU seconds in which a rank parses the manifest."""
+    """The CPU seconds in which a rank parses the manifest."""
 
 
 def measure(model: SizedModel, topology: Topology) -> Metadata:
-    """Return the cost of the metadata of a model's checkpoint on a topology.
+    """Return the sizes and times of the metadata of a model's checkpoint on a topology.
 
     Args:
         model: The model.
@@ -94,7 +94,7 @@ def _written(rank: int, shards: Mapping[str, list[Shard]]) -> Written:
 
 
 def _ranks(model: SizedModel, topology: Topology) -> Iterator[tuple[int, dict[str, list[Shard]]]]:
-    """Yield each rank with its shards, by family of files."""
+    """Yield each rank and its shards by family of files."""
     audio = [_audio_parameters(model, topology, position) for position in range(topology.ep)]
     names, shapes = _megatron_names(model.llm), hf_shapes(model.llm)
     boxes = {
@@ -114,7 +114,7 @@ def _ranks(model: SizedModel, topology: Topology) -> Iterator[tuple[int, dict[st
 
 
 def _audio_parameters(model: SizedModel, topology: Topology, position: int) -> list[tuple[str, Shape, Slices]]:
-    """Return the parameters of the audio modules that a rank at a given position in its expert-parallel group holds."""
+    """Return the audio parameters of the rank at `position` in its expert-parallel group."""
     found = []
     tower = model.tower(place(model.config, topology.ep).held_by(position))
     for name, parameter in tower.named_parameters():
@@ -143,7 +143,7 @@ def _megatron_names(config: PretrainedConfig) -> list[str]:
 def _stage_boxes(
     config: PretrainedConfig, names: list[str], topology: Topology, stage: int, tp: int
 ) -> list[tuple[str, Rect, bool]]:
-    """Return the slices of Hugging Face's tensors that a rank of a stage holds, and whether the rank saves them."""
+    """Return the slices of Hugging Face tensors on a rank of a stage, and whether the rank saves each slice."""
     per_stage, shapes, found = -(-config.num_hidden_layers // topology.pp), hf_shapes(config), []
     for name in names:
         words = name.split(".")
@@ -161,7 +161,7 @@ def _stage_boxes(
 def _llm_shards(
     boxes: list[tuple[str, Rect, bool]], shapes: Mapping[str, Shape], num_replicas: int, replica: int
 ) -> Iterator[Shard]:
-    """Yield one replica's part of a stage's parameters, whose single buffer is divided equally among replicas."""
+    """Yield one replica's part of a stage's parameters. Their common buffer is divided equally among replicas."""
     part = -(-sum(box.numel for _, box, _ in boxes) // num_replicas)
     base = 0
     for name, box, saved_here in boxes:

@@ -1,9 +1,9 @@
-"""How long ranks need to find each other, by the number of ranks. Used by `bench.scale`.
+"""The time that ranks need to connect to each other, which `bench.scale` measures for several numbers of ranks.
 
 In a gloo group, each rank reads the addresses of all other ranks from the store of rank 0, so the store answers N²
-requests. The requests are timed with real processes on this machine, which are forked so that they need not each import
-torch. These processes share the machine's cores with the store, whereas on a cluster, the store has its own core. The
-measured time per pair of ranks is therefore an overestimate rather than an underestimate.
+requests. The time is measured with real processes on this machine, which are forked so that they do not import PyTorch
+again. These processes share the machine's cores with the store. On a cluster, the store has a core for itself, so the
+measured time per pair of ranks is probably an overestimate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TIMEOUT = datetime.timedelta(seconds=300)
 
 
 def start_sec(num_ranks: int) -> float:
-    """Return the wall time in which `num_ranks` connected processes of this machine create a gloo group."""
+    """Return the wall time in seconds in which `num_ranks` processes of this machine create a gloo group."""
     context = multiprocessing.get_context("fork")
     found: SimpleQueue[float] = context.SimpleQueue()
     with socket.socket() as free:

@@ -1,7 +1,7 @@
-"""The host time per step of one rank in a run with many ranks: planning and small collectives. Used by `bench.scale`.
+"""The host time per step of one rank in a run with many ranks, which consists of planning and small collectives.
 
-Planning is measured in this process with the global batch of all ranks. Collectives are measured with as many real
-processes as this machine can run. For more ranks, a model adds up the time of each round.
+`bench.scale` uses this module. Planning is measured in this process with the global batch of all ranks. Collectives are
+measured with a few real processes on this machine. For more ranks, a model adds up the times of the rounds.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ _NUM_EXPERTS = 4
 _CALLS, _WARMUP = 300, 30
 _FIELDS = 5
 _HEAD = 16
-"""The number of integers that a rank contributes besides those of samples and clips."""
+"""The number of integers that a rank contributes in addition to the integers of samples and clips."""
 COLLECTIVES = 2
 """The number of small collectives per step (tests/test_host_syncs.py)."""
 _NETWORK_SEC, _BYTES_PER_SEC = 30e-6, 1e9
-"""The assumed latency of a message between nodes, and the assumed rate of a connection of gloo."""
+"""The assumed latency of a message between nodes, and the assumed rate of a gloo connection."""
 
 
 def planning_sec(topology: Topology) -> dict[str, float]:
-    """Return the CPU seconds that one rank needs for each part of planning a step. Each is the minimum of 15 values."""
+    """Return the CPU seconds that one rank needs for each part of planning a step, as the minimum of 15
+    measurements."""
     rng = np.random.default_rng(0)
     world, num = topology.world, topology.world * SAMPLES_PER_RANK
     # Once a process has freed a large tensor, glibc no longer returns the memory of freed arrays to the kernel
@@ -98,9 +99,9 @@ def collective_sec(num_ranks: int) -> dict[str, float]:
     """Return the time of a small collective on real processes of this machine, by kind.
 
     Returns:
-        The median for `tree`, which is `trainer.parallel.tree.all_gather_numbers`, and for `ring`, which is gloo's own
+        The median for `tree`, which is `trainer.parallel.tree.all_gather_numbers`, and for `ring`, which is gloo's
         all-gather of the same numbers. `undisturbed` is the first decile for `tree`. It is closer to the time on a
-        cluster, where each rank has its own core, unlike on a busy machine.
+        cluster, where each rank has a core for itself.
     """
     code = "from bench.scale_step import rank_main; rank_main()"
     port = str(20_000 + os.getpid() % 20_000)
@@ -122,11 +123,11 @@ def collective_sec(num_ranks: int) -> dict[str, float]:
 
 
 def rank_main() -> None:
-    """Measure collectives as one rank, and print the medians on rank 0."""
+    """Measure collectives as one rank, and print the result as JSON on rank 0."""
     dist.init_process_group("gloo")
     mine = np.arange(1 + SAMPLES_PER_RANK * _FIELDS, dtype=np.int64)
     world = dist.get_world_size()
-    warnings.simplefilter("ignore")  # torch 2.13 prefers another name for the ring, which older versions lack
+    warnings.simplefilter("ignore")  # PyTorch 2.13 warns about the name of the ring, whose new name older versions lack
     target, source = torch.empty(world * len(mine), dtype=torch.int64), torch.from_numpy(mine)
     arms: dict[str, Callable[[], object]] = {
         "tree": lambda: all_gather_numbers(mine, None),
@@ -148,7 +149,7 @@ def rank_main() -> None:
 
 
 def modelled_sec(num_ranks: int, round_sec: float) -> float:
-    """Return the time of the small collectives of a step by a model.
+    """Return the modelled time in seconds of the small collectives of a step.
 
     Args:
         num_ranks: The number of ranks.

@@ -1,15 +1,16 @@
-"""Check that encoders that the router does not choose cost nothing.
+"""Check that encoders that the router does not choose take no time.
 
     python -m bench.selective
 
 One rank with three encoder experts of real families (HuBERT, WavLM and Whisper at the clip's length, with random
-weights) runs forward and backward passes through `trainer.engine.expert_parallel.EncoderDispatch`. c_k is the measured
-cost of encoder k alone on all clips, and p_k is the share of the clips that a mix routes to it.
+weights) runs forward and backward passes through `trainer.engine.expert_parallel.EncoderDispatch`. A *mix* is an
+assignment of clips to experts. c_k is the measured cost of encoder k alone on all clips, and p_k is the fraction of the
+clips that a mix sends to encoder k.
 
-Goal: for every mix, the ratio of its CPU seconds to those with all encoders on all clips is within 5 % of Σ p·c / Σ c.
-The shares p_k count clips, but the cost of a clip depends on its length. Each mix therefore has the same shares among
-short and long clips. The CPU seconds are those of the whole process and thus include planning and batching. The exit
-code is 1 if the goal is missed.
+Goal: for every mix, its CPU seconds divided by the CPU seconds with all encoders on all clips are within 5 % of
+Σ p·c / Σ c. The fractions p_k count clips, but the cost of a clip depends on its length. Each mix therefore has the
+same fractions among short and long clips. The CPU seconds include planning and batching. The exit code is 1 if the goal
+is missed.
 """
 
 from __future__ import annotations
@@ -54,18 +55,23 @@ MIXES = {
     "HuBERT never": ((1,), (2,)),
     "two gates": ((0, 1), (1, 2), (0, 2), (0,)),
 }
-"""The encoder experts of the clips in each mix, by the name of the mix.
+"""A pattern of encoder experts for each mix, by the name of the mix.
 
 The pattern is repeated over the clips from the longest to the shortest.
 """
 
 
 def routing(lengths: tuple[int, ...], pattern: tuple[tuple[int, ...], ...]) -> Tensor:
-    """Return the encoder experts of each clip, [B, K] bool."""
+    """Return the encoder experts of each clip, [B, K] bool.
+
+    Args:
+        lengths: The lengths of the B clips.
+        pattern: A value of `MIXES`.
+    """
     wanted = torch.zeros(len(lengths), len(ENCODERS), dtype=torch.bool)
     for turn, clip in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
         lap, place = divmod(turn, len(pattern))
-        # Every second repetition is reversed, since the first element would otherwise always get the longer clips.
+        # Every second repetition is reversed. Otherwise, the first element would always get the longer clips.
         wanted[clip, list(pattern[-1 - place if lap % 2 else place])] = True
     return wanted
 
@@ -110,7 +116,7 @@ def measure() -> dict[str, list[float]]:
         for name in [*runs][:: 1 if number % 2 else -1]:
             start = time.process_time()
             sum(f.values.square().sum() for f in dispatch(names, clips, runs[name])).backward()
-            if number:  # the first round is not counted
+            if number:  # the first round is a warm-up
                 seconds[name].append(time.process_time() - start)
     dist.destroy_process_group()
     return seconds
@@ -126,9 +132,9 @@ def draw_clips() -> Ragged:
 
 
 def report(seconds: dict[str, list[float]]) -> dict[str, object]:
-    """Print a table, and return the result. The caller prints it as JSON on the last line."""
+    """Print a table, and return the result as a JSON-compatible tree."""
     lengths, names = draw_clips().lengths, [e.name for e in ENCODERS]
-    # Other load on the machine can only increase the measured times, so the least time is used.
+    # Other load on the machine can only increase the measured times, so the minimum is used.
     least = {name: min(spent) for name, spent in seconds.items()}
     cost = {name: least[name] for name in names}
     print("least CPU seconds on all clips: " + ", ".join(f"{n} {c:.2f}" for n, c in cost.items()), end="")
@@ -151,10 +157,10 @@ def report(seconds: dict[str, list[float]]) -> dict[str, object]:
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goal is met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goal is met, else 1."""
     argparse.ArgumentParser(prog="python -m bench.selective", description=(__doc__ or "").splitlines()[0]).parse_args()
     if "RANK" not in os.environ:
-        # The cache must hold the kernels for all shapes, since the same shapes occur in every round.
+        # The same shapes occur in every round, so oneDNN's cache must be able to hold the kernels for all shapes.
         os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "20000"}
         return start_ranks(1, [sys.executable, "-m", "bench.selective"])
     result = report(measure())

@@ -1,4 +1,4 @@
-"""Measure the effect of augmentation and loudness normalisation on a new speaker, without the test split.
+"""Measure the effect of augmentation and loudness normalization on a new speaker, without the test split.
 
     python -m bench.speakers [--steps 600] [--seeds 1]
 
@@ -6,8 +6,8 @@ The kit (a set of small public recordings, in the folder KIT_DIR) has few speake
 speaker can only be measured by cross-validation. A small Whisper encoder with mean pooling and a linear layer is
 trained on the ten digits of all speakers in the train and dev splits except one, and evaluated on the held-out speaker.
 This is repeated for each speaker and each variant (*arm*). The arms differ in `do_normalize` and in `data.augment`.
-They have the same initial weights, and the same clips in the same order. There is no goal; the result is the error rate
-by arm and speaker. Five arms take about 15 minutes on one core. The exit code is 3 without the kit.
+They have the same initial weights, and the same clips in the same order. The result is the error rate by arm and
+speaker. There is no goal. The five arms take about 15 minutes on one core. The exit code is 3 without the kit.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ ARMS = {
     "equal loudness, augmented": (True, CHANGES),
     "equal loudness, augmented, noise": (True, CHANGES | {"noise_snr_db": 15}),
 }
-"""The arms by name: the value of `do_normalize`, and the settings of `data.augment`."""
+"""The value of `do_normalize` and the settings of `data.augment` of each arm, by name."""
 
 Clip = tuple[NDArray[np.float32], int]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to process the recordings."""
+    """The processing of the recordings in one arm."""
 
     equal_loudness: bool
     changes: AugmentConfig
 
 
 class Classifier(nn.Module):
-    """A classifier that maps the mean over a Whisper encoder's frames to ten scores."""
+    """A classifier of digits, which maps the mean over a Whisper encoder's frames to ten scores."""
 
     def __init__(self, equal_loudness: bool) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Classifier(nn.Module):
 
 
 def speakers() -> dict[str, list[Clip]]:
-    """Return the single digits of the train and dev splits with their labels, by speaker."""
+    """Return the clips of single digits in the train and dev splits with their labels, by speaker."""
     rows = [json.loads(line) for line in (KIT / "asr.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [r for r in rows if r["subset"] == "digits" and r["split"] != "test"]
     words = sorted({r["answer_norm"] for r in rows})
@@ -108,7 +108,7 @@ def error_rate(train: Sequence[Clip], asked: Sequence[Clip], arm: Arm, steps: in
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0, or 3 without the kit."""
+    """Run the benchmark, and return the exit code: 0, or 3 without the kit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=1)

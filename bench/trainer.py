@@ -1,23 +1,23 @@
-"""Compare the speed and the memory of training with those of Hugging Face Trainer with DeepSpeed ZeRO-3.
+"""Compare the speed and memory of training with Hugging Face Trainer on DeepSpeed ZeRO-3.
 
     python -m bench.trainer [--ranks 2 4] [--tune]
 
-The model has a primary encoder, four encoder experts, two gates of which each chooses one expert per clip, and a Llama
-of 31 M parameters. All variants (*arms*) train the same model from the same weights (`model.speech_llm.SpeechLLM`) on
-clips of noise, whose lengths are those of the clips in the kit (a set of small public recordings, in the folder
-KIT_DIR), in fp32, with the same optimizer and the same number of clips per update:
+The model has a primary encoder, four encoder experts, two gates that each choose one expert per clip, and a Llama with
+31 M parameters. All variants (*arms*) train the same model from the same weights (`model.speech_llm.SpeechLLM`) in
+fp32, with the same optimizer and the same number of clips per update. The clips are noise with the lengths of clips in
+the kit (a set of small public recordings, in the folder $KIT_DIR).
 
 - earshot: earshot's training step, with data parallelism.
 - padded: Trainer with padded micro-batches in random order. Every encoder expert encodes every clip, and the features
-  of experts that the router did not choose get the weight 0. This is how such models are commonly trained.
+  of experts that the router did not choose get the weight 0. Such models are commonly trained in this way.
 - grouped: like `padded`, but with clips of similar length in a micro-batch (`group_by_length`). Trainer's
   `batch_rebalance`, which divides the clips of an update into micro-batches of equal cost, is one of the settings that
   `--tune` measures.
 
 The arms that use Trainer (*peers*) profit from parts of earshot: their encoders compute only the real length of clips
-instead of 30 s, and the convolutions of the encoders are fast on CPUs. `--tune` measures other settings than those in
-`BEST`. In each round, all arms are started one after the other, and train on the same clips. The first update is not
-timed. The updates of `padded` have the same clips as those of `earshot`, so their losses must be equal.
+instead of 30 s, and the convolutions of the encoders are fast on CPUs. `--tune` measures settings other than `BEST`. In
+each round, the arms run one after the other on the same clips. The first update is not timed. The updates of `padded`
+and `earshot` have the same clips, so their losses must be equal.
 
 Goals: earshot processes at least 2 times as many tokens per second as the best peer, its peak memory per rank is at
 most that of this peer, and losses agree within 1e-4. If there are fewer idle cores than ranks, the wall time depends on
@@ -49,7 +49,7 @@ OURS = "earshot"
 SAME_CLIPS, GROUPED = "padded", "grouped"
 PEERS = (SAME_CLIPS, GROUPED)
 BEST: dict[str, dict[str, Any]] = {OURS: {"expert": 2}, SAME_CLIPS: {"micro": 8}, GROUPED: {"micro": 8}}
-"""The settings of each arm. Not all candidates have been measured (BENCHMARKS.md)."""
+"""The best known settings of each arm. Not all candidates have been measured (BENCHMARKS.md)."""
 MICRO = [{"micro": clips} for clips in (4, 8, 16)]
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     OURS: [{}, {"expert": 2}, {"tensor": 2}, {"recompute_calls": True}],
@@ -74,7 +74,7 @@ def run_arm(kind: str, setting: Mapping[str, Any], ranks: int, sizes: Mapping[st
 
 
 def tune(ranks: int, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Measure each candidate setting of each arm separately, and return the tokens per second of each."""
+    """Measure each candidate setting of each arm once, and return the summaries by arm and setting."""
     work = work_of(sizes)
     found: dict[str, Any] = {}
     for kind, settings in CANDIDATES.items():
@@ -86,7 +86,7 @@ def tune(ranks: int, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def work_of(sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the numbers of clips, tokens and seconds of audio on which an arm trains in the timed part."""
+    """Return the numbers of clips, tokens and seconds of audio in the timed part of an arm."""
     from bench.trainer_work import Sizes, draw_samples
     from model.lengths import SAMPLE_RATE
 
@@ -100,7 +100,7 @@ def work_of(sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def summary(records: Sequence[Record], work: Mapping[str, Any]) -> dict[str, Any]:
-    """Return medians over rounds, and the range of the speed."""
+    """Return the median speed and CPU time over rounds, the range of the speed, and the maximum of the peak memory."""
     tokens, clips = work["tokens"], work["clips"]
     seconds = [r["sec"] for r in records]
     return {
@@ -113,7 +113,7 @@ def summary(records: Sequence[Record], work: Mapping[str, Any]) -> dict[str, Any
 
 
 def idle_cores() -> int:
-    """Return the number of cores that this process may use, less the mean number of busy ones in the last minute."""
+    """Return the number of cores that this process may use, minus the load average of the last minute."""
     return max(0, round(len(os.sched_getaffinity(0)) - os.getloadavg()[0]))
 
 
@@ -137,7 +137,7 @@ def compare(found: Mapping[str, Sequence[Record]], work: Mapping[str, Any], rank
         rest = f"{row['clips_per_sec']:8.2f} {row['cpu_sec_per_clip']:11.3f} {row['peak_mib']:14.0f}"
         print(f"  {name:10} {speed:>24} {rest}")
     peers = [name for name in rows if name != OURS]
-    # Each round is compared with the same round of the peer, because other load on the machine slows both.
+    # Each round is compared with the same round of the peer, since other load on the machine slows both.
     ratios = {
         what: {n: [b[what] / a[what] for a, b in zip(found[OURS], found[n], strict=True)] for n in peers}
         for what in ("sec", "cpu_sec")
@@ -166,7 +166,7 @@ def compare(found: Mapping[str, Sequence[Record]], work: Mapping[str, Any], rank
 
 
 def run(ranks: Sequence[int], rounds: int, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Measure all arms on each number of ranks, and return the result. The caller prints it as the last line."""
+    """Measure all arms on each number of ranks, and return the result as a JSON-compatible tree."""
     work, found, cores = work_of(sizes), {}, idle_cores()
     for num_ranks in ranks:
         records: dict[str, list[Record]] = {kind: [] for kind in (OURS, *PEERS)}
@@ -178,12 +178,13 @@ def run(ranks: Sequence[int], rounds: int, sizes: Mapping[str, int]) -> dict[str
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, 1 if not, 2 if accelerate is not
+    installed."""
     parser = argparse.ArgumentParser(prog="python -m bench.trainer", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], metavar="N", help="numbers of ranks (default: 2)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds (default: {ROUNDS})")
-    parser.add_argument("--tune", action="store_true", help="measure other settings of each arm instead")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to check the benchmark itself")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"number of rounds (default: {ROUNDS})")
+    parser.add_argument("--tune", action="store_true", help="measure the candidate settings of each arm instead")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to check the benchmark itself")
     options = parser.parse_args()
     if importlib.util.find_spec("accelerate") is None:
         print("error: accelerate, which Trainer needs, is not installed: pip install accelerate", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The variants (arms) that `bench.trainer` compares, each of which runs in one process per rank."""
+"""The variants (arms) of `bench.trainer`. Each arm runs in one process per rank."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def measure(setting: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, A
     chosen, work = Setting(**setting), Sizes(**sizes)
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    # Off: it would compile a C++ extension at startup that only CPU inference uses.
+    # Otherwise, DeepSpeed would compile a C++ extension at startup that only CPU inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     rank, world, _ = connect(timeout_sec=600)
     run = run_earshot
@@ -75,7 +75,7 @@ def measure(setting: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, A
 
 
 def main() -> int:
-    """Run one rank of an arm as a command, whose argument is JSON. Rank 0 writes the measurements to the file `out`."""
+    """Run one rank of an arm. The command's argument is JSON, and rank 0 writes the measurements to the file `out`."""
     import os
 
     job = json.loads(sys.argv[1])

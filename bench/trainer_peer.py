@@ -23,7 +23,7 @@ from trainer import parity_cases
 
 
 class Everything(nn.Module):
-    """The model as it is commonly trained: every encoder expert encodes every clip of a padded batch.
+    """The model as such models are commonly trained: every encoder expert encodes every clip of a padded batch.
 
     The features of experts that the router did not choose get the weight 0.
 
@@ -58,12 +58,13 @@ class Everything(nn.Module):
 
 
 class Grouped(Sampler[int]):
-    """The clips of the warm-up in order, and then all others in the order of `LengthGroupedSampler`.
+    """A sampler of the warm-up's clips in order, followed by all other clips in the order of `LengthGroupedSampler`.
 
-    With thousands of samples, `LengthGroupedSampler` sorts 50 batches at a time. Here it sorts all clips at once.
+    With thousands of samples, `LengthGroupedSampler` sorts 50 batches at a time. The few clips of this benchmark are
+    sorted all at once.
 
     Args:
-        frames: The length of each clip.
+        frames: The length of each clip in frames.
         first: The number of clips of the warm-up.
         batch: The number of clips of an update on one rank.
     """
@@ -81,10 +82,10 @@ class Grouped(Sampler[int]):
 
 
 class Peer(Trainer):
-    """Hugging Face Trainer with another sampler, which also keeps the losses of micro-batches."""
+    """A Hugging Face Trainer with a given sampler, which also records the losses of micro-batches."""
 
     sampler: Any
-    """The sampler; None for the order of the dataset."""
+    """The sampler; None for Trainer's sampler, which keeps the order of the dataset."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -101,7 +102,7 @@ class Peer(Trainer):
 
 
 class Watched(TrainerCallback):
-    """Times all updates of the epoch except the first."""
+    """A callback that measures the time of all updates of the epoch except the first."""
 
     def __init__(self) -> None:
         self.watch = Stopwatch()
@@ -124,7 +125,7 @@ def collate(rows: Sequence[Sample]) -> dict[str, Any]:
 
 
 def deepspeed_config(setting: Setting) -> dict[str, Any]:
-    """Return DeepSpeed's configuration, in which Trainer fills in its own settings."""
+    """Return DeepSpeed's config. Trainer replaces the values `auto` by its own settings."""
     config: dict[str, Any] = json.loads(DS_CONFIG.read_text(encoding="utf-8"))
     config["zero_optimization"] |= {"stage3_param_persistence_threshold": setting.persistent}
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
@@ -140,7 +141,7 @@ def run_peer(setting: Setting, sizes: Sizes, rank: int, world: int, samples: Seq
     micro = min(setting.micro, own_clips)
     num_micro = own_clips // micro
     frames = [num_frames(len(s.clips[0])) for s in samples]
-    # The weights are drawn before Trainer switches transformers to ZeRO-3, so that they equal those of the other arms.
+    # The weights are initialized before Trainer switches transformers to ZeRO-3, so that all arms have equal weights.
     model = Everything(SpeechLLM(model_config(sizes), VOCAB_SIZE, parity_cases.SEED))
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
@@ -171,7 +172,7 @@ def run_peer(setting: Setting, sizes: Sizes, rank: int, world: int, samples: Seq
         peer.sampler = {
             "padded": lambda: None,
             "grouped": lambda: Grouped(frames, sizes.global_batch, own_clips),
-            # The order is not shuffled, so that an update has the same clips as in the other arms.
+            # The order is not shuffled, so that each update has the same clips as in the other arms.
             "balanced": lambda: BatchRebalanceSampler(
                 frames, sizes.global_batch, world, num_micro, shuffle=False, rank=rank
             ),

@@ -1,4 +1,4 @@
-"""What the variants (arms) of `bench.trainer` share: the model, the data, the clocks, and the settings of an arm."""
+"""The model, data, clocks and settings of the variants (arms) of `bench.trainer`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ KIT_QUANTILES_SEC = (
 """Every twentieth quantile of the durations of the kit's 4,608 training samples, for machines without the kit."""
 VOCAB_SIZE = 4096
 PROMPT_TOKENS, ANSWER_TOKENS = 10, (2, 11)
-"""The number of tokens before the audio, and the smallest and the largest number of tokens in an answer. Samples of the
-kit have 16 text tokens in total."""
+"""The number of tokens before the audio, and the bounds of the number of tokens in an answer, of which the upper bound
+is excluded. Samples of the kit have 16 text tokens on average."""
 OPTIM = OptimConfig(lr=1e-4, weight_decay=0.0, schedule="constant")
 
 
@@ -45,7 +45,7 @@ class Sizes:
     global_batch: int = 32
     """The number of clips per update."""
     updates: int = 2
-    """The number of timed updates. One warm-up update precedes them."""
+    """The number of timed updates, which follow one warm-up update."""
 
 
 TINY = Sizes(width=32, layers=1, llm_width=32, llm_layers=2, global_batch=8, updates=1)
@@ -61,7 +61,7 @@ class Setting:
     micro: int = 8
     """The number of clips in a micro-batch of the peer, per rank (with `balanced`, the mean)."""
     persistent: int = 10**6
-    """The peer's `stage3_param_persistence_threshold`: smaller parameters stay whole on every rank."""
+    """The peer's `stage3_param_persistence_threshold`. Smaller parameters are not partitioned among ranks."""
     tensor: int = 1
     """Earshot's `parallel.tensor`."""
     expert: int = 1
@@ -73,7 +73,7 @@ class Setting:
 
 
 class Stopwatch:
-    """Clocks of all ranks. An arm starts them after its first update."""
+    """Clocks on all ranks. An arm starts the clocks after its first update."""
 
     def __init__(self) -> None:
         self._start_sec = self._start_cpu_sec = 0.0
@@ -87,7 +87,10 @@ class Stopwatch:
         self._start_sec, self._start_cpu_sec = time.perf_counter(), time.process_time()
 
     def stop(self) -> dict[str, Any]:
-        """Return the wall time, the CPU time of all ranks, and the largest peak memory of a rank since its start.
+        """Return the wall time, the CPU time of all ranks, and the largest peak memory of a rank.
+
+        Times are in seconds since `start`. The peak memory is in MiB since the start of the process.
+
 
         Collective: every rank of the world must call it.
         """
@@ -104,7 +107,7 @@ class Stopwatch:
 def model_config(sizes: Sizes) -> ModelConfig:
     """Return a model with a primary encoder, four encoder experts of the same size, and a Llama.
 
-    By default, the encoders have 20 M parameters and the LLM has 31 M, a ratio like that of five encoders of the size
+    By default, the encoders have 20 M parameters and the LLM has 31 M. This ratio resembles five encoders of the size
     of Whisper-medium with an LLM of 2 to 3 billion parameters.
     """
     width = sizes.width
@@ -151,7 +154,7 @@ def model_config(sizes: Sizes) -> ModelConfig:
         ),
         expert_dim=width,
         router=RouterConfig(top_k=1),
-        # The routing loss is defined over the global batch, but Trainer computes its loss per micro-batch.
+        # The routing loss is a function of the global batch, but Trainer computes losses per micro-batch.
         routing_loss=RoutingLossConfig(weight=0.0),
         adapter=AdapterConfig(hidden_size=2 * width),
         llm=LLMConfig(config=llm),
@@ -159,7 +162,8 @@ def model_config(sizes: Sizes) -> ModelConfig:
 
 
 def durations(num: int, seed: int) -> list[float]:
-    """Return durations in seconds, drawn from the kit's training clips if KIT_DIR has them, else from its quantiles."""
+    """Return random durations of the kit's training clips in seconds. Without the kit, they are drawn from its
+    quantiles."""
     rng, seconds = np.random.default_rng(seed), []
     for path in sorted(KIT.glob("*.jsonl")):
         rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())

@@ -1,10 +1,10 @@
-"""Measure how much features of short windows differ from features of the 30 s windows used in Whisper's pre-training.
+"""Measure the difference between Whisper's features of short windows and of 30 s windows, as used in pre-training.
 
     python -m bench.whisper_trim ~/.cache/earshot/models/whisper-base
 
-The script encodes 20 recordings of the kit (a set of small public recordings, in the folder KIT_DIR) with `length_mode:
-full`, and with `trim` and increasing trailing silence. It prints the relative RMS of the difference as a Markdown
-table.
+The script encodes 20 recordings of the kit (a set of small public recordings, in the folder $KIT_DIR) with
+`length_mode: full`, and with `length_mode: trim` and increasing trailing silence. It prints the relative RMS of the
+difference as a Markdown table.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from trainer.data.decode import decode_audio
 
 SILENCES_SEC = (0.0, 0.5, 1.0, 2.0, 4.0)
 CLIPS = {"timit_sample": 6, "ljspeech": 4, "digit_strings": 6, "wake_words": 4}
-"""The number of recordings of each subset of the kit's test split that are encoded."""
+"""The number of encoded recordings from the test split of each of the kit's subsets."""
 
 
 def main() -> None:
-    """Measure every model and print the table."""
+    """Measure every model, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", metavar="DIR", nargs="+", help="Hugging Face folders with Whisper's weights")
     parser.add_argument("--kit", type=Path, default=Path(os.environ.get("KIT_DIR", "../shared/kit")))
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def read_clips(kit: Path) -> list[Tensor]:
-    """Return waveforms at 16 kHz, evenly spaced over each subset's test split."""
+    """Return the waveforms [T] at 16 kHz of recordings that are evenly spaced over each subset's test split."""
     rows = [json.loads(line) for line in (kit / "asr.jsonl").read_text(encoding="utf-8").splitlines()]
     clips = []
     for subset, count in CLIPS.items():

@@ -1,13 +1,13 @@
-"""Measure the CPU time that one rank needs to gather the audio modules' weights and to reduce their gradients.
+"""Measure the CPU time in which one rank gathers the audio modules' weights and reduces their gradients.
 
     python -m bench.whole_weights [RECIPE] [--ranks N]
 
-On a GPU machine, this is the time that Python spends launching copies and collectives; during this time, a fast GPU is
-idle. The rank is a member of a fake process group of N ranks (default: 1008). The audio modules of RECIPE (default:
-mowe_70b) are on the meta device, so that nothing is computed or sent. A step consists of gathering weights,
+On a GPU machine, this is the time that Python spends launching copies and collectives. During this time, a fast GPU is
+idle. The rank belongs to a fake process group of N ranks (default: 1008). The audio modules of RECIPE (default:
+mowe_70b) are on the meta device, so nothing is computed or sent. A step consists of gathering weights,
 accumulating one gradient per parameter, reducing gradients and releasing weights (`trainer.engine.whole_weights`). For
-comparison, the same gradients are passed in buckets of 50 million elements to `reduce_scatter_coalesced`, with which
-DeepSpeed's ZeRO-3 reduces gradients.
+comparison, the same gradients are passed in buckets of 50 million elements to `reduce_scatter_coalesced`, the function
+with which DeepSpeed's ZeRO-3 reduces gradients.
 
 Goal: at most 20 ms per step. The exit code is 1 if the goal is missed. The last line is one JSON object.
 """
@@ -63,7 +63,7 @@ def parameters_of(recipe_name: str, world: int) -> list[Any]:
 
 
 def our_step(parts: list[Bucket], frozen: list[Bucket], gradients: dict[int, torch.Tensor]) -> dict[str, float]:
-    """Return the CPU milliseconds of each phase of a step. Frozen weights are gathered only in the first step."""
+    """Return the CPU milliseconds of each phase of a step. Frozen weights are only gathered in the first step."""
     spent = {}
 
     def phase(name: str, work: Callable[[], None]) -> None:
@@ -99,7 +99,7 @@ def our_step(parts: list[Bucket], frozen: list[Bucket], gradients: dict[int, tor
 
 
 def deepspeed_ms(parameters: list[Any], gradients: dict[int, torch.Tensor]) -> float:
-    """Return the CPU milliseconds that DeepSpeed needs to reduce all gradients once."""
+    """Return the CPU milliseconds in which DeepSpeed reduces all gradients once."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see trainer/engine/encoders.py
     deepspeed.init_distributed(dist_init_required=False)
     begin = time.process_time()
@@ -120,12 +120,12 @@ def _deepspeed_buckets(parameters: list[Any]) -> Iterator[tuple[Any, list[Any]]]
 
 
 def main() -> int:
-    """Run the benchmark, and return the exit code."""
+    """Run the benchmark, and return the exit code: 0 if the goal is met, else 1."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="mowe_70b", metavar="RECIPE")
-    parser.add_argument("--ranks", type=int, default=1008, metavar="N", help="world size, in ranks (default: 1008)")
+    parser.add_argument("--ranks", type=int, default=1008, metavar="N", help="number of ranks (default: 1008)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("fake", rank=0, world_size=options.ranks, store=FakeStore())
