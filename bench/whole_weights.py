@@ -75,11 +75,13 @@ def our_step(parts: list[Bucket], frozen: list[Bucket], gradients: dict[int, tor
         for part in (*parts, *frozen):
             part.gather()
 
-    def add() -> None:
+    def begin() -> None:
         for part in parts:
-            for parameter, hook in zip(part.parameters, part.hooks, strict=True):
-                parameter.grad = gradients[id(parameter)]
-                hook(parameter)
+            part.begin_backward()
+
+    def add() -> None:
+        trained = [p for part in parts for p in part.parameters]
+        torch.autograd.backward(trained, [gradients[id(p)] for p in trained])
 
     def reduce() -> None:
         for part in parts:
@@ -92,6 +94,7 @@ def our_step(parts: list[Bucket], frozen: list[Bucket], gradients: dict[int, tor
             part.release(are_stale=False)
 
     phase("gather", gather)
+    phase("begin backward", begin)
     phase("add gradients", add)
     phase("reduce", reduce)
     phase("release", release)

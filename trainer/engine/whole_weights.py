@@ -4,16 +4,17 @@ The audio side consists of the encoders, the router, the adapter and the project
 
 By default, DeepSpeed ZeRO-3 gathers the parameters of a module around each of the module's calls, and reduces gradients
 in small buckets. With this module, one collective per process group gathers all parameters before the first forward
-pass after an update. The parameters stay gathered until the next update. Gradients are added up locally in fp32, and
-one collective per process group reduces them at the end of the backward pass. DeepSpeed still manages the partitions of
-weights, gradients and optimizer state between updates, and computes the update itself.
+pass after an update. The parameters stay gathered until the next update. Autograd adds gradients up in one flat fp32
+buffer, of which `grad` of each parameter is a view, so that no Python code runs per gradient. One collective per
+process group reduces them at the end of the backward pass. DeepSpeed still manages the partitions of weights, gradients
+and optimizer state between updates, and computes the update itself.
 
 Shapes: n ranks in the process group, k elements in one rank's slice of a parameter, S elements in all slices of a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,18 +50,28 @@ class Bucket:
         self.slices = [p.ds_tensor.ds_numel for p in parameters]
         self._padded = [-(-self.num_ranks * k // _ALIGNMENT) * _ALIGNMENT for k in self.slices]
         self._whole = torch.empty(sum(self._padded), dtype=parameters[0].dtype, device=device)
-        parts = self._whole.split(self._padded)
-        self._rows = [p[: self.num_ranks * k].view(-1, k) for p, k in zip(parts, self.slices, strict=True)]
-        self._weights = [
-            p[: parameter.ds_numel].view(parameter.ds_shape) for p, parameter in zip(parts, parameters, strict=True)
-        ]
+        self._weights, self._weight_rows = self._views(self._whole)
         self._nothing = self._whole[:0]
         self._is_current = False
-        self._gradients: list[Tensor] = []
-        self.hooks = [self._adder(index) for index in range(len(places))]
-        """One hook per trainable parameter, which moves a new gradient from the parameter to the bucket."""
-        for parameter, hook in zip(parameters, self.hooks, strict=False):
-            parameter.register_post_accumulate_grad_hook(hook)
+        if not places:
+            return
+        # Views are kept from step to step, because making those of thousands of parameters takes long. The memory is not.
+        self._summed = torch.empty(len(self._whole), dtype=torch.float32, device=device)
+        self._gradients, self._gradient_rows = self._views(self._summed)
+        _free(self._summed)
+        self._ordered = torch.empty(self.num_ranks, sum(self.slices), dtype=torch.float32, device=device)
+        self._ordered_rows = self._ordered.split(self.slices, dim=1)
+        _free(self._ordered)
+        for parameter in parameters:
+            parameter.grad_dtype = None  # which permits fp32 gradients of parameters in half precision
+
+    def _views(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the views of a flat buffer that have the shapes of the parameters, and those [n, k] of the slices."""
+        parts = flat.split(self._padded)
+        return (
+            [p[: one.ds_numel].view(one.ds_shape) for p, one in zip(parts, self.parameters, strict=True)],
+            [p[: self.num_ranks * k].view(-1, k) for p, k in zip(parts, self.slices, strict=True)],
+        )
 
     @property
     def is_gathered(self) -> bool:
@@ -79,7 +90,7 @@ class Bucket:
             torch._foreach_copy_(mine.split(self.slices), [p.ds_tensor.flatten() for p in self.parameters])
             everyone = mine.new_empty(self.num_ranks, len(mine))
             dist.all_gather_into_tensor(everyone.view(-1), mine, group=self.group)
-            torch._foreach_copy_(self._rows, everyone.split(self.slices, dim=1))
+            torch._foreach_copy_(self._weight_rows, everyone.split(self.slices, dim=1))
             self._is_current = True
         for parameter, weight in zip(self.parameters, self._weights, strict=True):
             parameter.data = weight
@@ -97,35 +108,37 @@ class Bucket:
                 parameter.data = self._nothing
                 parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
+    def begin_backward(self) -> None:
+        """Let the next backward pass add gradients to the bucket's fp32 buffer. The parameters must be whole."""
+        _allocate(self._summed)
+        self._summed.zero_()
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
     def reduce(self) -> None:
         """Sum the gradients over the ranks, and write this rank's slices to `places`.
 
         Collective: every rank of the bucket's process group must call it.
         """
-        rows = torch.zeros(self.num_ranks, sum(self.slices), dtype=torch.float32, device=self.device)
-        if self._gradients:
-            torch._foreach_copy_(
-                rows.split(self.slices, dim=1),
-                [g[: self.num_ranks * k].view(-1, k) for g, k in zip(self._gradients, self.slices, strict=True)],
-            )
-            self._gradients = []
-        mine = rows.new_empty(rows.shape[1])
-        dist.reduce_scatter_tensor(mine, rows.view(-1), group=self.group)
+        for parameter in self.parameters:
+            parameter.grad = None
+        _allocate(self._ordered)
+        torch._foreach_copy_(self._ordered_rows, self._gradient_rows)
+        _free(self._summed)
+        mine = self._ordered.new_empty(self._ordered.shape[1])
+        dist.reduce_scatter_tensor(mine, self._ordered.view(-1), group=self.group)
+        _free(self._ordered)
         torch._foreach_copy_(self.places, mine.split(self.slices))
 
-    def _adder(self, index: int) -> Callable[[Tensor], None]:
-        """Return a hook that adds a new gradient of a parameter to those of earlier encoder calls."""
 
-        def add(parameter: Tensor) -> None:
-            if not self._gradients:
-                flat = torch.zeros(len(self._whole), dtype=torch.float32, device=self.device)
-                self._gradients = list(flat.split(self._padded))
-            gradient = parameter.grad
-            assert gradient is not None
-            self._gradients[index][: gradient.numel()].add_(gradient.flatten())
-            parameter.grad = None
+def _allocate(buffer: Tensor) -> None:
+    """Give a buffer its memory back, with undefined values."""
+    buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
 
-        return add
+
+def _free(buffer: Tensor) -> None:
+    """Free the memory of a buffer. Its views remain, and are valid again after `_allocate`."""
+    buffer.untyped_storage().resize_(0)
 
 
 class WholeWeights:
@@ -195,6 +208,8 @@ class WholeWeights:
 
         Collective: every rank of the world must call it.
         """
+        for bucket in self.learned:
+            bucket.begin_backward()
         loss.backward()
         for bucket in self.learned:
             bucket.reduce()
