@@ -6,6 +6,7 @@
     earshot parity --deepspeed ds_configs/zero3_offload.json    with the DeepSpeed settings of a run
     earshot parity --pack-multiple 24    with train.pack_multiple_tokens = 24, which adds padding to packs
     earshot parity --gathering per_module    with weights that are gathered around every call of a module
+    earshot parity --audio-shard 2    with parallel.audio_shard, so that blocks of ranks hold copies of the audio side
     earshot parity --recompute-calls    with encoder calls that are recomputed in the backward pass
     earshot parity --lora       train low-rank adapters over partly frozen weights
     earshot parity --stages --steps 11    train different parameters in each of several stages
@@ -33,7 +34,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def modes(topology: Topology) -> list[dict[str, Any]]:
     return [{"num_layers": n, "recompute": recompute, "overlap": overlap} for n, recompute, overlap in combinations]
 
 
-def topologies(max_ranks: int, experts: bool = False, max_virtual: int = 1) -> list[Topology]:
+def topologies(max_ranks: int, experts: bool = False, max_virtual: int = 1, shard: int | None = None) -> list[Topology]:
     """Return the topologies of 1, 2, 4, … up to `max_ranks` processes.
 
     The encoders' expert-parallel size is 1, 2 (with different numbers of the three experts on the ranks) or 4 (with a
@@ -118,7 +119,11 @@ def topologies(max_ranks: int, experts: bool = False, max_virtual: int = 1) -> l
         experts: True for an LLM with experts. Its experts are distributed over 1, 2 or 4 ranks. Each expert is on one
             rank, or divided among the tensor-parallel ranks. The encoders' expert-parallel size is then 1.
         max_virtual: The maximum number of virtual stages of a pipeline with two stages.
+        shard: `parallel.audio_shard`. Topologies in which it is not legal or is the number of processes are omitted.
     """
+    if shard is not None:
+        found = topologies(max_ranks, experts, max_virtual)
+        return [replace(t, shard=shard) for t in found if t.world % shard == shard % t.ep == 0 and shard < t.world]
     worlds = [w for w in (1, 2, 4, 8, 16) if w <= max_ranks]
     grids = [
         (w, tp, pp) for w in worlds for tp in divisors(w) for pp in divisors(w // tp) if tp <= MAX_TENSOR and pp <= 4
@@ -145,13 +150,15 @@ def name(topology: Topology) -> str:
     """Return the name of a topology, such as `DP2·TP2`. Sequence parallelism is on if TP > 1.
 
     `FFN-EP` is the number of ranks over which the FFN experts are distributed, and `ETP` is the number of ranks that
-    share an FFN expert.
+    share an FFN expert. `SHARD` is `parallel.audio_shard`.
     """
     sizes = [("DP", topology.dp), ("TP", topology.tp), ("CP", topology.cp), ("PP", topology.pp), ("VP", topology.vp)]
     sizes.append(("EP", topology.ep))
     if topology.ffn_ep > 1:
         sizes += [("FFN-EP", topology.ffn_ep), ("ETP", topology.expert_tp)]
     parts = [f"{k}{n}" for k, n in sizes if n > 1]
+    if topology.shard is not None:
+        parts.append(f"SHARD{topology.shard}")
     return "·".join(parts) or "1"
 
 
@@ -192,7 +199,7 @@ def check(
         shape = [topology.tp, topology.pp, topology.ep, topology.vp]
         experts = [topology.ffn_ep, topology.ffn_etp]
         options: list[Any] = [num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, stages, *experts]
-        options += [list(freeze), gathering, recompute_calls, list(modes), topology.cp]
+        options += [list(freeze), gathering, recompute_calls, list(modes), topology.cp, topology.shard]
         task = json.dumps([*shape, *options, str(out)])
         code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
@@ -229,6 +236,7 @@ def measure(
     recompute_calls: bool = False,
     modes: Sequence[Mapping[str, Any]] = ({},),
     cp: int = 1,
+    shard: int | None = None,
 ) -> list[dict[str, Any]]:
     """Compare the topology of this launch with the single-process model.
 
@@ -254,6 +262,7 @@ def measure(
         recompute_calls: `train.recompute_encoder_calls`.
         modes: The fields of each `trainer.parity.Mode` to compare.
         cp: The context-parallel size.
+        shard: `parallel.audio_shard`.
 
     Returns:
         The fields of each `Row`.
@@ -268,7 +277,7 @@ def measure(
     import torch.distributed as dist
 
     rank, world, device = connect(timeout_sec=300)
-    topology = Topology(world, tp, pp, ep, ffn_ep, ffn_etp, vp, cp)
+    topology = Topology(world, tp, pp, ep, ffn_ep, ffn_etp, vp, cp, shard)
     groups = build_groups(topology, rank, device, parity_cases.SEED)
     ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
     chosen = parity_cases.STAGED if stages else parity_cases.ADAPTERS if lora else parity_cases.ALL_WEIGHTS
@@ -377,6 +386,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=("per_update", "per_module"),
         help="train.gather_audio_weights (default: per_update)",
     )
+    parser.add_argument(
+        "--audio-shard",
+        type=int,
+        metavar="N",
+        help="parallel.audio_shard; compares the topologies with more than N processes in which it is legal",
+    )
     parser.add_argument("--recompute-calls", action="store_true", help="train.recompute_encoder_calls")
     parser.add_argument(
         "--modes",
@@ -391,6 +406,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.worker:
             return work(options.worker)
         check_at_least(1, ranks=options.ranks)
+        if options.audio_shard is not None:
+            check_at_least(1, audio_shard=options.audio_shard)
+            if options.gathering == "per_module":
+                raise UserError("--audio-shard: not with --gathering per_module, which shares weights over all ranks")
         check_at_least(0, steps=options.steps)
         dense = [name for name, family in LLM_FAMILIES.items() if family.experts is None]
         has_experts = options.family not in (*dense, ALL_DENSE)
@@ -398,7 +417,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(
                 "--modes: cannot be combined with --stages, --family all or an LLM with experts; remove one of them"
             )
-        compared = topologies(options.ranks, has_experts, 2 if options.modes else 1)
+        compared = topologies(options.ranks, has_experts, 2 if options.modes else 1, options.audio_shard)
+        if not compared:
+            raise UserError(
+                f"--audio-shard {options.audio_shard}: no topology of up to --ranks {options.ranks} processes has "
+                "several blocks of this many; raise --ranks"
+            )
         rows_of_ranks = math.lcm(*(topology.row_multiple for topology in compared))
         if options.pack_multiple is not None and (options.pack_multiple < 1 or options.pack_multiple % rows_of_ranks):
             raise UserError(

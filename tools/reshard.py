@@ -33,7 +33,8 @@ SAVING_RANKS = 2
 
 # The cases that are saved on two ranks. They cover tied embeddings on two stages, norms of queries and keys on two
 # tensor-parallel ranks, virtual stages of unequal length, context parallelism, frozen parts, parameters that ZeRO-3
-# keeps gathered (persistence), and an LLM whose experts are distributed over ranks.
+# keeps gathered (persistence), an LLM whose experts are distributed over ranks, and blocks of ranks that hold copies of
+# the audio side.
 SAVED: dict[str, dict[str, Any]] = {
     "dp2·ep2": {"ep": 2, "persistence": 1000, "frozen": ["audio.primary.*", "llm.model.layers.0.*"]},
     "tp2": {"tp": 2, "family": "qwen3"},
@@ -41,6 +42,7 @@ SAVED: dict[str, dict[str, Any]] = {
     "ffn-ep2": {"family": "qwen3_moe", "ffn_ep": 2, "frozen": ["llm.model.layers.0.mlp.experts.[0-4].*"]},
     "pp2·vp2": {"pp": 2, "vp": 2, "layers": 7, "family": "qwen2"},
     "cp2": {"cp": 2, "family": "qwen3", "frozen": ["llm.model.layers.1.*"]},
+    "dp2·shard1": {"shard": 1, "frozen": ["audio.experts.wavlm.*"]},
 }
 # A case with bf16 weights and fp32 master weights. Its losses depend on the topology, so its checkpoint is only loaded
 # on the topology that saved it.
@@ -48,15 +50,15 @@ SAME_ONLY: dict[str, dict[str, Any]] = {"dp2-bf16": {"dtype": "bfloat16", "persi
 # The other topologies on which each case of `SAVED` is loaded, by number of ranks. `ffn_ep` only applies to LLMs with
 # experts, and `vp` and `cp` only to LLMs without experts.
 LOADED: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"1": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1, "cp": 1}},
+    1: {"1": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1, "cp": 1, "shard": None}},
     2: {
-        "dp2": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1, "cp": 1},
-        "cp2": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1, "cp": 2},
+        "dp2": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1, "cp": 1, "shard": None},
+        "cp2": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1, "cp": 2, "shard": None},
     },
     4: {
-        "tp2·pp2": {"tp": 2, "pp": 2, "ep": 1, "ffn_ep": 2, "vp": 1, "cp": 1},
-        "dp2·pp2·vp2": {"tp": 1, "pp": 2, "ep": 1, "ffn_ep": 1, "vp": 2, "cp": 1},
-        "dp4·ep2": {"tp": 1, "pp": 1, "ep": 2, "ffn_ep": 4, "vp": 1, "cp": 1},
+        "tp2·pp2": {"tp": 2, "pp": 2, "ep": 1, "ffn_ep": 2, "vp": 1, "cp": 1, "shard": None},
+        "dp2·pp2·vp2": {"tp": 1, "pp": 2, "ep": 1, "ffn_ep": 1, "vp": 2, "cp": 1, "shard": None},
+        "dp4·ep2·shard2": {"tp": 1, "pp": 1, "ep": 2, "ffn_ep": 4, "vp": 1, "cp": 1, "shard": 2},
     },
 }
 
@@ -264,6 +266,7 @@ def _build(
     vp: int = 1,
     layers: int = 4,
     cp: int = 1,
+    shard: int | None = None,
 ) -> Any:
     import torch
 
@@ -286,7 +289,7 @@ def _build(
     model = tiny_model(family, num_layers=layers)
     model = replace(model, experts=tuple(e for e in model.experts if e.name not in without))
     hf_config = resolve_hf_config(model.llm)
-    parallel = ParallelConfig(world, tp, pp, expert=ep, virtual_stages=vp, context=cp)
+    parallel = ParallelConfig(world, tp, pp, expert=ep, virtual_stages=vp, context=cp, audio_shard=shard)
     if mixture_of(hf_config) is not None:
         parallel = replace(parallel, ffn_expert=ffn_ep, virtual_stages=1, context=1)
     groups = build_groups(build_topology(parallel, world), rank, device, SEED)
@@ -302,7 +305,7 @@ def _build(
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     if dtype == "bfloat16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    gathering: Gathering = "per_module" if persistence else "per_update"
+    gathering: Gathering = "per_module" if persistence and shard is None else "per_update"
     audio = AudioEngine(tower, optim, config, groups, batch_sec=1.5, gathering=gathering)
     return Step(model, optim, audio, llm, groups, num_steps=20, tokens_per_microbatch=48, seed=SEED)
 
@@ -328,13 +331,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="reshape-") as scratch:
         folder = Path(scratch)
         whole = save(folder)
-        print(f"{'saved':10} {'loaded':10} {'difference':>10}   of {AFTER} losses, relative")
+        print(f"{'saved':10} {'loaded':14} {'difference':>10}   of {AFTER} losses, relative")
         for world in (0, *sorted(LOADED)):
             if world <= max(options.ranks, SAVING_RANKS):
                 for row in others(folder, whole, world) if world else same(folder, whole):
                     rows.append(row)
                     text = "identical" if row.difference == 0 else f"{row.difference:.1e}"
-                    print(f"{row.saved:10} {row.loaded:10} {text:>10}{'' if row.passed else '   OVER'}", flush=True)
+                    print(f"{row.saved:10} {row.loaded:14} {text:>10}{'' if row.passed else '   OVER'}", flush=True)
     passed = all(row.passed for row in rows)
     print(
         "every run continues in the same way after its checkpoint is loaded"

@@ -115,11 +115,12 @@ def _head(recipe: Recipe) -> list[str]:
 
 
 def _layout(topology: Topology) -> list[str]:
-    over = "" if topology.ep == 1 else f" (each encoder expert over {topology.world // topology.ep} ranks)"
+    over = "" if topology.ep == 1 else f" (each encoder expert over {topology.num_sharers(of_experts=True)} ranks)"
+    sharers = "all ranks" if topology.shard is None else f"blocks of {topology.shard} ranks"
     context = f" x CP {topology.cp}" if topology.cp > 1 else ""
     head = (
         f"{topology.world} ranks = TP {topology.tp}{context} x PP {topology.pp} x DP {topology.dp}; "
-        f"encoders: ZeRO-3 over all ranks{over}"
+        f"encoders: ZeRO-3 over {sharers}{over}"
     )
     rows = [["replica", *(f"stage {pp}" for pp in range(topology.pp))]]
     shown = list(range(topology.dp)) if topology.dp <= 8 else [*range(4), topology.dp - 1]

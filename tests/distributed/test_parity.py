@@ -22,6 +22,13 @@ CASES = [
     (Topology(2, 1, 1, 2), 20, "llama", KINDS),
     (Topology(4, 1, 1, 4), 2, "llama", ("mixed", "text_only", "one_expert")),
 ]
+# Topology, adapters, DeepSpeed JSON, recomputed encoder calls, stages. Blocks of `shard` ranks hold copies.
+SHARD_CASES: list[tuple[Topology, bool, str | None, bool, bool]] = [
+    (Topology(2, 1, 1, shard=1), False, None, False, False),
+    (Topology(4, 2, 1, 2, shard=2), True, None, True, False),
+    (Topology(4, 1, 2, shard=2), False, "ds_configs/zero3_offload.json", False, True),
+    (Topology(4, 1, 1, 1, shard=2, cp=2), True, None, False, False),
+]
 # Topology, LLM family, adapters, kinds of batches, modes.
 CONTEXT_CASES: list[tuple[Topology, str, bool, tuple[str, ...], list[dict[str, Any]]]] = [
     (Topology(2, 1, 1, cp=2), "gemma3_text", False, ("mixed", "text_only", "fewer_samples_than_ranks"), [{}]),
@@ -80,7 +87,7 @@ def check(
     modes: Sequence[Mapping[str, Any]] = ({},),
 ) -> list[Row]:
     task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "vp": topology.vp, "num_steps": num_steps}
-    task |= {"cp": topology.cp}
+    task |= {"cp": topology.cp, "shard": topology.shard}
     task |= {
         "family": family,
         "kinds": kinds,
@@ -122,6 +129,17 @@ def test_experts_equal_the_oracle_offloaded_and_with_weights_that_stay_gathered(
 ) -> None:
     rows = check(topology, 2, "llama", ("mixed",), deepspeed=f"ds_configs/{deepspeed}.json", gathering=gathering)
     assert len(rows) == 2 and all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "lora", "deepspeed", "recompute_calls", "stages"), SHARD_CASES)
+def test_copies_of_the_audio_side_equal_the_oracle(
+    topology: Topology, lora: bool, deepspeed: str | None, recompute_calls: bool, stages: bool
+) -> None:
+    kinds, steps = ("mixed", "one_expert"), 8 if stages else 3
+    rows = check(topology, steps, "llama", kinds, deepspeed, lora=lora, recompute_calls=recompute_calls, stages=stages)
+    assert len(rows) == 3 and all(row.passed for row in rows), rows
+    assert rows[-1].gradient < (1e-3 if stages else 1e-4), "the norms of the curve"
 
 
 @pytest.mark.timeout(240)

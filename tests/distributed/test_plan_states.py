@@ -13,15 +13,16 @@ from trainer.parallel.topology import Topology
 
 DS_CONFIG = Path(__file__).parent.parent.parent / "ds_configs" / "zero3.json"
 
-# world → (tp, pp, ep, vp, cp), LLM family, number of layers, precision of weights and of gradients, frozen parts
-CASES: dict[int, list[tuple[tuple[int, int, int, int, int], str, int, str, str, str]]] = {
-    2: [((2, 1, 1, 1, 1), "llama", 4, "bf16", "bf16", ""), ((1, 2, 2, 2, 1), "qwen2", 7, "fp32", "fp32", "")],
+# world → (tp, pp, ep, vp, cp), LLM family, number of layers, precision of weights and of gradients, frozen parts, and
+# the number of ranks that share the audio side
+CASES: dict[int, list[tuple[tuple[int, int, int, int, int], str, int, str, str, str, int | None]]] = {
+    2: [((2, 1, 1, 1, 1), "llama", 4, "bf16", "bf16", "", 1), ((1, 2, 2, 2, 1), "qwen2", 7, "fp32", "fp32", "", None)],
     4: [
-        ((1, 1, 2, 1, 1), "llama", 4, "bf16", "fp32", "audio.primary.*"),
-        ((2, 2, 1, 1, 1), "qwen3", 5, "fp32", "fp32", "llm.*norm*"),
-        ((1, 2, 4, 2, 1), "qwen2", 6, "bf16", "bf16", ""),
-        ((2, 1, 2, 1, 1), "mistral", 4, "fp32", "fp32", "llm.*"),
-        ((1, 1, 1, 1, 2), "llama", 4, "bf16", "fp32", "llm.*norm*"),
+        ((1, 1, 2, 1, 1), "llama", 4, "bf16", "fp32", "audio.primary.*", 2),
+        ((2, 2, 1, 1, 1), "qwen3", 5, "fp32", "fp32", "llm.*norm*", None),
+        ((1, 2, 4, 2, 1), "qwen2", 6, "bf16", "bf16", "", None),
+        ((2, 1, 2, 1, 1), "mistral", 4, "fp32", "fp32", "llm.*", None),
+        ((1, 1, 1, 1, 2), "llama", 4, "bf16", "fp32", "llm.*norm*", None),
     ],
 }
 
@@ -61,6 +62,7 @@ def planned(
     precision: str,
     gradients: str,
     frozen: str,
+    shard: int | None,
 ) -> list[list[int]]:
     """Return the planned [weights, gradients, optimizer, snapshot] of every rank."""
     from model.llm.reference import resolve_hf_config
@@ -70,7 +72,7 @@ def planned(
 
     config = tiny_model(family, num_layers=layers)
     model = SizedModel(config, resolve_hf_config(config.llm), vocab_size=61)
-    topology = Topology(world, *split[:3], vp=split[3], cp=split[4])
+    topology = Topology(world, *split[:3], vp=split[3], cp=split[4], shard=shard)
     ds_json = json.loads(DS_CONFIG.read_text())
     states = rank_states(model, topology, optim(frozen), precision, ds_json, reduction(gradients))
     found = (states.of_rank(rank) for rank in range(world))
@@ -106,10 +108,11 @@ def held() -> list[list[int]]:
 
     rank, world, device = connect(timeout_sec=120)
     results = []
-    for split, family, layers, precision, gradients, frozen in CASES[world]:
+    for split, family, layers, precision, gradients, frozen, shard in CASES[world]:
         config, dtype = tiny_model(family, num_layers=layers), torch.bfloat16 if precision == "bf16" else torch.float32
         hf_config = resolve_hf_config(config.llm)
-        groups = build_groups(Topology(world, *split[:3], vp=split[3], cp=split[4]), rank, device, seed=1)
+        topology = Topology(world, *split[:3], vp=split[3], cp=split[4], shard=shard)
+        groups = build_groups(topology, rank, device, seed=1)
         source = RandomSource(hf_config, 1)
         llm = LLMEngine(hf_config, source, optim(frozen), groups, dtype, reduction=reduction(gradients))
         held = place(config, groups.topology.ep).held_by(rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from trainer.checkpoint import audio_state
 from trainer.checkpoint.layout import Shard, entries_of, merge_entries, sliced_elements
 from trainer.checkpoint.rect import matrix_of
+from trainer.parallel.topology import Topology
 
 WORLD = 4
 GROUPS = {"everyone": (0, 1, 2, 3), "first": (0, 2), "second": (1, 3)}
@@ -21,6 +23,23 @@ PARAMETERS = {  # name → (shape, group)
     "audio.experts.wavlm.w": ((11,), "second"),
     "audio.experts.wavlm.scalar": ((), "second"),
 }
+
+
+def test_blocks_with_copies_save_every_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = Topology(8, 1, 1, ep=2, shard=4)
+    blocks = []
+    for rank in range(8):
+        own = held_by(rank % 4, monkeypatch)
+        groups: Any = SimpleNamespace(topology=topology, rank=rank)
+        moved = [
+            replace(s, slices=replace(s.slices, ranks=topology.sharers(rank, of_experts="experts" in s.name)))
+            for s in own
+            if s.slices is not None and audio_state._is_saved_here(s.name, groups)
+        ]
+        blocks.append(moved)
+    assert all(any(blocks[first : first + 4]) for first in (0, 4)), "both blocks save"
+    entries = [entries_of(own, "audio", rank) for rank, own in enumerate(blocks)]
+    assert merge_entries(entries, [sliced_elements(own) for own in blocks]).keys() == PARAMETERS.keys()
 
 
 def held_by(rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
@@ -37,7 +56,7 @@ def held_by(rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
             parameter: Any = SimpleNamespace(
                 ds_shape=shape, ds_numel=numel, ds_tensor=SimpleNamespace(ds_numel=part), ds_process_group=group
             )
-            found += list(audio_state._shards_of(name, parameter, {"param": values}, 1))
+            found += list(audio_state._shards_of(name, parameter, {"param": values}, 1, saved_here=True))
     return found
 
 

@@ -305,6 +305,18 @@ def test_settings_for_weights_per_module_are_refused_otherwise(
     check_recipe(load_recipe("debug", [*overrides, "train.gather_audio_weights=per_module"]))
 
 
+def test_blocks_of_ranks_need_weights_that_are_gathered_per_update() -> None:
+    overrides = ["train.gather_audio_weights=per_module", "parallel.audio_shard=1"]
+    with pytest.raises(UserError) as error:
+        check_recipe(load_recipe("debug", overrides))
+    assert str(error.value) == (
+        "parallel.audio_shard = 1: weights that are gathered per module are shared by all ranks; remove it, or set "
+        "train.gather_audio_weights to per_update"
+    )
+    check_recipe(load_recipe("debug", overrides[1:]))
+    check_recipe(load_recipe("debug", [overrides[0], "parallel.audio_shard=2"]))
+
+
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda p: p.stem)
 def test_deepspeed_accepts_our_json(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig

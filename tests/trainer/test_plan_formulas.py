@@ -17,7 +17,7 @@ from trainer.plan.accelerator import KNOWN
 from trainer.plan.communication import CONTEXT, Traffic, tensor_units, traffic
 from trainer.plan.llm_memory import Kernels, StageMemory, interleaved_in_flight, stage_memory
 from trainer.plan.mechanisms import Mechanisms
-from trainer.plan.plan import Planner
+from trainer.plan.plan import Plan, Planner
 from trainer.plan.report import report
 from trainer.plan.states import States
 from trainer.plan.workload import Workload, source_ranks_of, typical_workload
@@ -225,6 +225,29 @@ def test_the_plan_shows_the_price_of_whole_audio_weights() -> None:
     assert whole.worst.whole_weights == 4 * total and whole.worst.whole_gradients >= 4 * learned
     assert parts.worst.whole_weights == parts.worst.whole_gradients == 0
     assert "per_module saves them" in " ".join(report(whole).split())
+
+
+@pytest.mark.slow
+def test_blocks_with_copies_of_the_audio_side() -> None:
+    """Four ranks in blocks of two: more states, smaller rings, and an all-reduce of the gradients of each slice."""
+    recipe = load_recipe("debug", ["parallel.num_ranks=4", "parallel.expert=2", "data.global_batch_samples=8"])
+    divided = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, audio_shard=2))
+    planner, workload = Planner(recipe, KNOWN["h100"]), typical_workload(recipe, build_topology(recipe.parallel, 4))
+    whole, blocks = planner.plan(recipe, workload), planner.plan(divided, workload)
+
+    def sent(plan: Plan, name: str) -> float:
+        return sum(t.bytes for t in plan.traffic if t.name == name)
+
+    learned = planner.parts.shared.learned
+    assert sent(whole, "ZeRO-3, gradients") == 4 * learned * 3 / 4
+    assert sent(blocks, "ZeRO-3, gradients") == 4 * learned / 2
+    assert sent(blocks, "ZeRO-3 over copies, gradients") == 2 * 4 * learned / 2 / 2
+    assert sent(whole, "ZeRO-3 over copies, gradients") == 0
+    # Each expert is whole on two ranks of four, and of the two in a block on one.
+    assert sent(blocks, "ZeRO-3 of encoder experts, gradients") == 0
+    assert sent(blocks, "ZeRO-3 of encoder experts over copies, gradients") > 0
+    assert blocks.worst.states.optimizer > whole.worst.states.optimizer
+    assert blocks.disk.checkpoint == pytest.approx(whole.disk.checkpoint, rel=0.01)
 
 
 @pytest.mark.slow

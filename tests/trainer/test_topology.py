@@ -80,6 +80,28 @@ def test_expert_groups_equal_those_of_deepspeed(monkeypatch: pytest.MonkeyPatch)
     assert made == [*topology.expert_replica_groups, *topology.expert_groups]
 
 
+def test_blocks_that_hold_the_whole_audio_side() -> None:
+    topology = build_topology(ParallelConfig(16, expert=2, audio_shard=4), 16)
+    assert (topology.shard_ranks, topology.num_shard_copies) == (4, 4)
+    assert topology.sharers(6, of_experts=False) == range(4, 8)
+    assert list(topology.sharers(6, of_experts=True)) == [4, 6] and list(topology.sharers(7, of_experts=True)) == [5, 7]
+    assert list(topology.shard_copies(6)) == [2, 6, 10, 14]
+    assert [list(ranks) for ranks in topology.shard_groups(of_experts=True)[:3]] == [[0, 2], [1, 3], [4, 6]]
+    assert topology.shard_groups(of_experts=False) == [range(first, first + 4) for first in (0, 4, 8, 12)]
+    assert (topology.num_sharers(of_experts=False), topology.num_sharers(of_experts=True)) == (4, 2)
+    assert {topology.saving_block(f"audio.{i}") for i in range(100)} == {0, 1, 2, 3}
+    for rank in range(16):
+        assert rank in topology.sharers(rank, of_experts=True) and rank in topology.shard_copies(rank)
+
+
+def test_one_block_is_the_default() -> None:
+    topology = build_topology(ParallelConfig(16, expert=4, audio_shard=16), 16)
+    assert topology == build_topology(ParallelConfig(16, expert=4), 16)
+    assert topology.sharers(6, of_experts=False) == range(16)
+    assert [tuple(topology.sharers(r, of_experts=True)) for r in range(4)] == list(topology.expert_replica_groups)
+    assert list(topology.shard_copies(6)) == [6] and topology.saving_block("audio.x") == 0
+
+
 def test_experts_are_spread_over_tensor_ranks_and_replicas() -> None:
     topology = build_topology(ParallelConfig(16, tensor=2, pipeline=2, ffn_expert=4), 16)
     assert (topology.expert_tp, topology.experts_span_replicas) == (1, True)
@@ -122,6 +144,11 @@ def test_legal_sizes() -> None:
             "parallel.ffn_expert = 4: legal values for 4 ranks per stage with ffn_expert_tensor=2 are 1, 2",
         ),
         (ParallelConfig(8, expert=3), 8, "parallel.expert = 3: legal values for 8 ranks are 1, 2, 4, 8"),
+        (
+            ParallelConfig(8, expert=2, audio_shard=1),
+            8,
+            "parallel.audio_shard = 1: legal values for 8 ranks with expert=2 are 2, 4, 8",
+        ),
         (
             ParallelConfig(8),
             4,

@@ -1,7 +1,8 @@
 """Access to the tensors of the audio side (`AudioTower`) in the memory of DeepSpeed ZeRO-3.
 
 ZeRO-3 flattens each parameter and cuts it into slices of equal size, one for each rank of the parameter's own group
-(`ds_process_group`). The last slices are padded. Ranks outside the group hold no part of it. The slices of trainable
+(`ds_process_group`). The last slices are padded. Ranks outside the group hold no part of it, or a copy of a slice if
+the ranks are divided into several blocks (`parallel.audio_shard`). The slices of trainable
 parameters are stored one after another in the fp32 buffer of their sub-group, and Adam's moments in buffers of the same
 layout. A frozen parameter is not in these buffers, and its slice is the tensor `ds_tensor`.
 """
@@ -21,6 +22,7 @@ from trainer.checkpoint.rect import matrix_of
 
 if TYPE_CHECKING:
     from trainer.engine.encoders import AudioEngine
+    from trainer.parallel.groups import Groups
 
 _PREFIX = "audio."
 
@@ -42,8 +44,13 @@ def shards(engine: AudioEngine) -> list[Shard]:
     found: list[Shard] = []
     for name, parameter in engine.named_parameters():
         flats, step = slices.get(id(parameter), ({PARAM: parameter.ds_tensor.data}, None))  # type: ignore[attr-defined]
-        found += _shards_of(name, parameter, flats, step)
-    return [*found, *_buffers(engine.tower)]
+        found += _shards_of(name, parameter, flats, step, _is_saved_here(name, engine.groups))
+    return [*found, *_buffers(engine.tower, engine.groups)]
+
+
+def _is_saved_here(name: str, groups: Groups) -> bool:
+    """Return whether this rank saves its part of a tensor, of which other blocks of ranks may hold copies."""
+    return groups.topology.saving_block(name) == groups.rank // groups.topology.shard_ranks
 
 
 def set_steps(engine: AudioEngine, steps: dict[str, int]) -> None:
@@ -98,7 +105,9 @@ def _adam_of(zero: Any, i: int) -> Any:
     return zero.backup_optimizer if partial else zero.optimizer
 
 
-def _shards_of(name: str, parameter: Any, flats: dict[str, Tensor], step: int | None) -> Iterator[Shard]:
+def _shards_of(
+    name: str, parameter: Any, flats: dict[str, Tensor], step: int | None, saved_here: bool
+) -> Iterator[Shard]:
     shape, slice_numel = tuple(parameter.ds_shape), parameter.ds_tensor.ds_numel
     ranks = dist.get_process_group_ranks(parameter.ds_process_group)
     stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
@@ -107,21 +116,21 @@ def _shards_of(name: str, parameter: Any, flats: dict[str, Tensor], step: int | 
     for offset, rect in slices.rect_of(matrix_of(shape), dist.get_rank(parameter.ds_process_group)):
         cut = slice(offset, offset + rect.numel)
         values = {kind: flat[cut].view(rect.rows, rect.cols) for kind, flat in flats.items()}
-        yield Shard(name, shape, rect, values, step, frozen=step is None, slices=slices)
+        yield Shard(name, shape, rect, values, step, saved_here, frozen=step is None, slices=slices)
 
 
-def _buffers(tower: nn.Module) -> Iterator[Shard]:
+def _buffers(tower: nn.Module, groups: Groups) -> Iterator[Shard]:
     for prefix, module in tower.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 rect, full = matrix_of(tuple(buffer.shape)), ".".join(filter(None, (prefix, name)))
                 values = {PARAM: buffer.view(rect.rows, rect.cols)}
-                saved_here = _is_first_holder(tower, prefix)
+                saved_here = _is_first_holder(tower, prefix) and _is_saved_here(_PREFIX + full, groups)
                 yield Shard(_PREFIX + full, tuple(buffer.shape), rect, values, None, saved_here)
 
 
 def _is_first_holder(tower: nn.Module, path: str) -> bool:
-    """Return whether this rank is the first among the ranks that hold the module at `path`.
+    """Return whether this rank is the first among the ranks of its block that hold the module at `path`.
 
     These are the ranks in the process group of the module's parameters. If the module has no parameters, those of the
     nearest enclosing module are used.

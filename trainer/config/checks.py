@@ -71,6 +71,12 @@ def check_recipe(recipe: Recipe) -> None:
             "to false, or remove stages"
         )
     check_gathering(deepspeed_json(recipe), load_ds_json(deepspeed_json(recipe)), recipe.train.gather_audio_weights)
+    shard = recipe.parallel.audio_shard
+    if recipe.train.gather_audio_weights == "per_module" and shard not in (None, recipe.parallel.num_ranks):
+        raise UserError(
+            f"parallel.audio_shard = {shard}: weights that are gathered per module are shared by all ranks; remove it, "
+            "or set train.gather_audio_weights to per_update"
+        )
     if recipe.train.deterministic:
         check_variables(os.environ)
 

@@ -1,7 +1,6 @@
 """The audio side of the model (encoders, router, adapter, projector) under DeepSpeed ZeRO-3.
 
-The parameters, gradients and optimizer state of an encoder expert are sharded over its encoder ranks, which are the
-ranks that hold the expert. The state of all other modules is sharded over all ranks.
+The parameters, gradients and optimizer state are sharded over ranks; see `trainer.engine.partitions`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
-from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from model import lengths
@@ -28,6 +26,7 @@ from trainer.engine.ds_config import Gathering, without_buffers
 from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip, gather_lengths
 from trainer.engine.module_weights import ModuleWeights
 from trainer.engine.optim import OptimConfig, param_groups, set_rates
+from trainer.engine.partitions import copies_of_partitions, partition
 from trainer.engine.placement import clip_cost, place
 from trainer.engine.whole_weights import WholeWeights
 from trainer.parallel.dispatch import ClipLengths
@@ -76,13 +75,15 @@ class AudioEngine:
         # This disables DeepSpeed's shared-memory all-reduce on CPUs, which would compile C++ code at startup. If the
         # compilation is killed, its lock file remains, and every later start waits for it without a message.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        ep = groups.topology.ep
+        topology = groups.topology
         if ds_config.get("bf16", {}).get("enabled"):
             cast(tower, torch.bfloat16)  # DeepSpeed does not cast modules that have already been sharded.
         if gathering == "per_update":
             ds_config = without_buffers(ds_config)
+        assert gathering == "per_update" or topology.num_shard_copies == 1, "see trainer.config.checks"
         with device_groups(groups.device):
-            _partition(tower, ds_config, ep)
+            partition(tower, ds_config, topology, groups.rank)
+            copies = copies_of_partitions(topology, groups.rank)
             _move_buffers(tower, groups.device)
             optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps)
             self.engine, *_ = deepspeed.initialize(
@@ -91,9 +92,9 @@ class AudioEngine:
         self.tower: AudioTower = self.engine.module
         self.tower.recompute_joined = recompute_calls
         self._weights = (
-            WholeWeights(self.engine, groups.device)
+            WholeWeights(self.engine, groups.device, copies)
             if gathering == "per_update"
-            else ModuleWeights(self.engine, groups.topology.world, ep, recompute_calls)
+            else ModuleWeights(self.engine, topology.world, topology.ep, recompute_calls)
         )
         self._dispatch = self._build_dispatch(lengths.num_samples(batch_sec), debug_plan, recompute_calls)
 
@@ -215,11 +216,13 @@ class AudioEngine:
     def grad_norm_sq(self) -> Tensor:
         """Return the sum of squared gradients over this rank's partitions, a float64 scalar on the device.
 
-        Its sum over the ranks is the squared gradient norm of all parameters.
+        If several ranks hold copies of the same partitions, the sum is divided by their number. Its sum over all ranks
+        is therefore the squared gradient norm of all parameters.
         """
         partitions = self.zero.get_fp32_grad_partitions()
         flat = [g for group in partitions.values() for g in group.values()]
-        return torch.stack([g.double().square().sum() for g in flat]).sum().to(self.groups.device)
+        total = torch.stack([g.double().square().sum() for g in flat]).sum()
+        return (total / self.groups.topology.num_shard_copies).to(self.groups.device)
 
     def begin_stage(self, stage: int) -> None:
         """Set `requires_grad` to true for exactly those parameters that are trained in a stage.
@@ -267,30 +270,3 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
             child._buffers[name] = buffer.to(device)
-
-
-def _partition(tower: AudioTower, ds_config: dict[str, Any], ep: int) -> None:
-    """Shard every parameter over the ranks that hold it.
-
-    Collective: every rank of the world must call it.
-
-    `deepspeed.initialize` would otherwise shard the experts over all ranks.
-    """
-    if ep == 1:
-        deepspeed.zero.Init(module=tower, config_dict_or_path=ds_config)
-        return
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_init_required=False)
-    name = f"ep_size_{ep}"
-    if name not in deepspeed_groups._get_expert_data_parallel_group_dict():
-        deepspeed_groups._create_expert_and_data_parallel(ep)
-    replicas = deepspeed_groups._get_expert_data_parallel_group(name)
-    for child, module in tower.named_children():
-        if child == "experts":
-            continue
-        deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
-    deepspeed.zero.Init(module=tower.experts, data_parallel_group=replicas, config_dict_or_path=ds_config)
-    for parameter in tower.experts.parameters():
-        # With this value, gradients are averaged over all ranks instead of only the encoder ranks.
-        parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-        parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]

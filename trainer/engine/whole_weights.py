@@ -15,7 +15,7 @@ Shapes: n ranks in the process group, k elements in one rank's slice of a parame
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,15 @@ _ALIGNMENT = 64
 """Every gathered parameter begins at a multiple of this number of elements, because fast kernels require alignment."""
 
 
+class _Buffer(NamedTuple):
+    """Memory that is sent or received."""
+
+    whole: Tensor
+    """The memory [rows, S], which exists only while it is used."""
+    views: list[Tensor]
+    """The views of the parameters' slices: [rows, k] each, or [k] if there is one row."""
+
+
 class Bucket:
     """A group of parameters that one collective gathers, and whose gradients one collective reduces.
 
@@ -40,11 +49,18 @@ class Bucket:
         places: For trainable parameters, the tensors [k] to which this rank's slices of the reduced gradients are
             written. Empty for frozen parameters.
         device: The device of the whole weights.
+        copies: The ranks that hold copies of this rank's slices, and sum their gradients; None if there are no others.
     """
 
-    def __init__(self, parameters: Sequence[Any], places: list[Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Any],
+        places: list[Tensor],
+        device: torch.device,
+        copies: dist.ProcessGroup | None = None,
+    ) -> None:
         assert not places or len(places) == len(parameters)
-        self.parameters, self.places, self.device = parameters, places, device
+        self.parameters, self.places, self.device, self.copies = parameters, places, device, copies
         self.group: dist.ProcessGroup = parameters[0].ds_process_group
         self.num_ranks = dist.get_world_size(self.group)
         self.slices = [p.ds_tensor.ds_numel for p in parameters]
@@ -53,17 +69,25 @@ class Bucket:
         self._weights, self._weight_rows = self._views(self._whole)
         self._nothing = self._whole[:0]
         self._is_current = False
+        # Views of thousands of parameters take long to make, so they are kept from step to step, without their memory.
+        self._shards = [p.ds_tensor for p in parameters]
+        self._mine, self._everyone = (self._buffer(rows, self._whole.dtype) for rows in (1, self.num_ranks))
         if not places:
             return
-        # Views are kept from step to step, because making those of thousands of parameters takes long. The memory is not.
         self._summed = torch.empty(len(self._whole), dtype=torch.float32, device=device)
         self._gradients, self._gradient_rows = self._views(self._summed)
         _free(self._summed)
-        self._ordered = torch.empty(self.num_ranks, sum(self.slices), dtype=torch.float32, device=device)
-        self._ordered_rows = self._ordered.split(self.slices, dim=1)
-        _free(self._ordered)
+        self._reduced, self._ordered = (self._buffer(rows, torch.float32) for rows in (1, self.num_ranks))
         for parameter in parameters:
             parameter.grad_dtype = None  # which permits fp32 gradients of parameters in half precision
+
+    def _buffer(self, rows: int, dtype: torch.dtype) -> _Buffer:
+        """Return a buffer [rows, S] without memory, and its views, one per parameter."""
+        whole = torch.empty(rows, sum(self.slices), dtype=dtype, device=self.device)
+        parts = whole.split(self.slices, dim=1)
+        views = [part[0] for part in parts] if rows == 1 else list(parts)
+        _free(whole)
+        return _Buffer(whole, views)
 
     def _views(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return the views of a flat buffer that have the shapes of the parameters, and those [n, k] of the slices."""
@@ -86,11 +110,13 @@ class Bucket:
         if self.is_gathered:
             return
         if not self._is_current:
-            mine = torch.empty(sum(self.slices), dtype=self._whole.dtype, device=self.device)
-            torch._foreach_copy_(mine.split(self.slices), [p.ds_tensor.flatten() for p in self.parameters])
-            everyone = mine.new_empty(self.num_ranks, len(mine))
-            dist.all_gather_into_tensor(everyone.view(-1), mine, group=self.group)
-            torch._foreach_copy_(self._weight_rows, everyone.split(self.slices, dim=1))
+            _allocate(self._mine.whole)
+            torch._foreach_copy_(self._mine.views, self._shards)
+            _allocate(self._everyone.whole)
+            dist.all_gather_into_tensor(self._everyone.whole.view(-1), self._mine.whole.view(-1), group=self.group)
+            _free(self._mine.whole)
+            torch._foreach_copy_(self._weight_rows, self._everyone.views)
+            _free(self._everyone.whole)
             self._is_current = True
         for parameter, weight in zip(self.parameters, self._weights, strict=True):
             parameter.data = weight
@@ -116,19 +142,23 @@ class Bucket:
             parameter.grad = gradient
 
     def reduce(self) -> None:
-        """Sum the gradients over the ranks, and write this rank's slices to `places`.
+        """Sum the gradients over all ranks that hold the parameters, and write this rank's slices to `places`.
 
-        Collective: every rank of the bucket's process group must call it.
+        Collective: every rank of the bucket's process group and of `copies` must call it.
         """
         for parameter in self.parameters:
             parameter.grad = None
-        _allocate(self._ordered)
-        torch._foreach_copy_(self._ordered_rows, self._gradient_rows)
+        _allocate(self._ordered.whole)
+        torch._foreach_copy_(self._ordered.views, self._gradient_rows)
         _free(self._summed)
-        mine = self._ordered.new_empty(self._ordered.shape[1])
-        dist.reduce_scatter_tensor(mine, self._ordered.view(-1), group=self.group)
-        _free(self._ordered)
-        torch._foreach_copy_(self.places, mine.split(self.slices))
+        _allocate(self._reduced.whole)
+        mine = self._reduced.whole.view(-1)
+        dist.reduce_scatter_tensor(mine, self._ordered.whole.view(-1), group=self.group)
+        _free(self._ordered.whole)
+        if self.copies is not None:
+            dist.all_reduce(mine, group=self.copies)
+        torch._foreach_copy_(self.places, self._reduced.views)
+        _free(self._reduced.whole)
 
 
 def _allocate(buffer: Tensor) -> None:
@@ -151,12 +181,13 @@ class WholeWeights:
     Args:
         engine: DeepSpeed's engine, which has partitioned all parameters.
         device: The device of the whole weights.
+        copies: The ranks that hold copies of this rank's slices; None if there are no others.
     """
 
     calls_are_collective = False
     """An encoder call involves no other rank, so the number of calls may differ between ranks."""
 
-    def __init__(self, engine: Any, device: torch.device) -> None:
+    def __init__(self, engine: Any, device: torch.device, copies: dist.ProcessGroup | None = None) -> None:
         self._engine, self._zero, self.tower = engine, engine.optimizer, engine.module
         self._zero.parameter_offload._remove_module_hooks()
         for hook in self._zero._grad_acc_hooks:
@@ -165,7 +196,7 @@ class WholeWeights:
         places = self._places()
         learned = [p for group in self._zero.fp16_groups for p in group]
         frozen = [p for p in self.tower.parameters() if id(p) not in places]
-        self.learned = [Bucket(b, [places[id(p)] for p in b], device) for b in buckets(learned)]
+        self.learned = [Bucket(b, [places[id(p)] for p in b], device, copies) for b in buckets(learned)]
         self.frozen = [Bucket(b, [], device) for b in buckets(frozen)]
 
     def _places(self) -> dict[int, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -28,6 +29,11 @@ class ParallelConfig:
     expert: int = 1
     """The number of neighboring ranks over which the encoder experts are spread. Each block of this many ranks holds
     every encoder expert once. With 1, every encoder expert is sharded over all ranks."""
+    audio_shard: int | None = None
+    """The number of neighboring ranks among which ZeRO-3 divides the encoders, router, adapter and projector; null for
+    all ranks. Each block of this many ranks then holds all of them, and blocks sum their gradients. With many ranks, a
+    block of one node or a few nodes exchanges fewer and larger messages, but each rank stores more optimizer state. It
+    must be a multiple of `expert`."""
     ffn_expert: int = 1
     """The number of ranks over which the FFN experts of each layer are spread (`docs/experts.md`). These ranks are
     tensor-parallel ranks and replicas of one pipeline stage. With 1, every rank of a stage holds all FFN experts."""
@@ -110,6 +116,50 @@ class Topology:
     """The number of virtual stages of each pipeline stage."""
     cp: int = 1
     """The number of ranks that share the rows of a pack."""
+    shard: int | None = None
+    """The number of consecutive ranks that together hold the partitions of the whole audio side; None for all ranks."""
+
+    @property
+    def shard_ranks(self) -> int:
+        """The number of ranks in a block that holds the partitions of the whole audio side."""
+        return self.shard or self.world
+
+    @property
+    def num_shard_copies(self) -> int:
+        """The number of blocks that hold copies of the same partitions."""
+        return self.world // self.shard_ranks
+
+    def sharers(self, rank: int, *, of_experts: bool) -> range:
+        """Return the ranks that share the audio side's partitions with `rank`.
+
+        Args:
+            rank: A rank.
+            of_experts: True for the encoder experts that `rank` holds, False for all other modules.
+        """
+        first = rank - rank % self.shard_ranks
+        step = self.ep if of_experts else 1
+        return range(first + rank % step, first + self.shard_ranks, step)
+
+    def shard_groups(self, *, of_experts: bool) -> list[range]:
+        """Return all groups of ranks that `sharers` returns."""
+        places = range(self.ep if of_experts else 1)
+        firsts = range(0, self.world, self.shard_ranks)
+        return [self.sharers(first + place, of_experts=of_experts) for first in firsts for place in places]
+
+    def num_sharers(self, *, of_experts: bool) -> int:
+        """Return the number of ranks that share the audio side's partitions with a rank, including that rank."""
+        return len(self.sharers(0, of_experts=of_experts))
+
+    def saving_block(self, name: str) -> int:
+        """Return the index of the block whose ranks save the tensor `name` of the audio side in checkpoints.
+
+        Each block saves some of the tensors, so that all ranks write similar amounts.
+        """
+        return zlib.crc32(name.encode()) % self.num_shard_copies
+
+    def shard_copies(self, rank: int) -> range:
+        """Return the ranks that hold copies of the audio side's partitions of `rank`, including `rank` itself."""
+        return range(rank % self.shard_ranks, self.world, self.shard_ranks)
 
     @property
     def without_context(self) -> Topology:
@@ -203,6 +253,7 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
     held = f"{world} ranks with tensor={parallel.tensor} and pipeline={parallel.pipeline}"
     _check_divides("parallel.context", parallel.context, stages // parallel.pipeline, held)
     _check_divides("parallel.expert", parallel.expert, world, f"{world} ranks")
+    shard = _shard(parallel, world)
     if parallel.virtual_stages < 1 or (parallel.virtual_stages > 1 and parallel.pipeline == 1):
         raise UserError(
             f"parallel.virtual_stages = {parallel.virtual_stages}: legal values for pipeline={parallel.pipeline}: "
@@ -217,7 +268,20 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
         ffn_etp=_expert_tensor(parallel),
         vp=parallel.virtual_stages,
         cp=parallel.context,
+        shard=shard,
     )
+
+
+def _shard(parallel: ParallelConfig, world: int) -> int | None:
+    """Return `Topology.shard`, after a check of `parallel.audio_shard`."""
+    shard, ep = parallel.audio_shard, parallel.expert
+    legal = [d for d in divisors(world) if d % ep == 0]
+    if shard is not None and shard not in legal:
+        raise UserError(
+            f"parallel.audio_shard = {shard}: legal values for {world} ranks with expert={ep} are "
+            f"{', '.join(map(str, legal))}"
+        )
+    return None if shard == world else shard
 
 
 def _expert_tensor(parallel: ParallelConfig) -> int | None:

@@ -225,21 +225,24 @@ def _zero_traffic(
     """Return ZeRO-3's traffic.
 
     With `train.gather_audio_weights=per_update`, weights are gathered and gradients are reduced once per update.
-    Otherwise, weights are gathered in the forward and the backward pass of every encoder call.
+    Otherwise, weights are gathered in the forward and the backward pass of every encoder call. If several blocks of
+    ranks hold copies of the partitions, each rank then sums its gradients with those of its copies in an all-reduce,
+    which sends as much as a reduction and a gathering.
     """
     per_update = recipe.train.gather_audio_weights == "per_update"
-    size, world, ep = DTYPES[recipe.train.precision].itemsize, topology.world, topology.ep
+    size, ep, shard = DTYPES[recipe.train.precision].itemsize, topology.ep, topology.shard_ranks
+    copies = topology.num_shard_copies
+    within = topology.world <= per_node or (copies > 1 and per_node % shard == 0)
     placement = place(model.config, ep)
     held = [sum((parts.experts.get(n, Size()) for n in placement.held_by(r)), Size()) for r in range(ep)]
     expert, shared = max(held, key=lambda size: size.total), parts.shared
     calls = {one.names == _expert_names(model): _most_calls(one) for one in work}
     found = []
-    for name, part, sharers, times in (
-        ("ZeRO-3", shared, world, calls.get(False, 1)),
-        ("ZeRO-3 of encoder experts", expert, world // ep, calls.get(True, 0)),
+    for name, part, step, times in (
+        ("ZeRO-3", shared, 1, calls.get(False, 1)),
+        ("ZeRO-3 of encoder experts", expert, ep, calls.get(True, 0)),
     ):
-        step = world // sharers
-        within = world <= per_node
+        sharers = shard // step
         members = sharers if within else max(1, min(sharers, per_node // step))
         weights = size * part.total * _ring(sharers)
         gradients = FP32_BYTES * part.learned * _ring(sharers)
@@ -250,6 +253,14 @@ def _zero_traffic(
         found += [
             Traffic(f"{name}, weights", sharers, weights, within, members, gathers),
             Traffic(f"{name}, gradients", sharers, gradients, within, members, reductions),
+            Traffic(
+                f"{name} over copies, gradients",
+                copies,
+                2 * FP32_BYTES * part.learned / sharers * _ring(copies),
+                topology.world <= per_node,
+                copies if topology.world <= per_node else max(1, min(copies, per_node // shard)),
+                2 * reductions,
+            ),
         ]
     return found
 

@@ -36,9 +36,10 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
     """Return the plan of the fastest layout that fits into memory.
 
     The search varies the sizes of tensor parallelism (within a node), pipeline parallelism and expert parallelism, the
-    number of virtual stages, the tokens per micro-batch, the recomputation in the LLM and in the encoders, and whether
-    the exchange between replicas overlaps with computation. The number of ranks, the global batch, the dtype in which
-    gradients are reduced and the model do not change.
+    number of virtual stages, the tokens per micro-batch, the recomputation in the LLM and in the encoders, whether the
+    exchange between replicas overlaps with computation, and whether ZeRO-3 divides the audio side among all ranks or
+    among those of a node. The number of ranks, the global batch, the dtype in which gradients are reduced and the model
+    do not change.
 
     Returns:
         The plan, and the differences between its recipe and `recipe` as `key=value`.
@@ -78,17 +79,31 @@ def variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
         overlaps = dict.fromkeys([(parallel.overlap_grad_reduce, parallel.overlap_param_gather)])
     recomputes = [mode for mode in _RECOMPUTES if not (has_experts and mode == "selective")]
     for tp, pp, ep in itertools.product(tensors, pipelines, experts):
-        plain = dataclasses.replace(parallel, tensor=tp, pipeline=pp, expert=ep, virtual_stages=1)
+        plain = dataclasses.replace(parallel, tensor=tp, pipeline=pp, expert=ep, virtual_stages=1, audio_shard=None)
         try:
             check_recipe(dataclasses.replace(recipe, parallel=plain, train=unpacked))
         except UserError:
             continue
         virtual = [1] if has_experts else _virtual_stages(hf.num_hidden_layers, pp, parallel.virtual_stages)
-        for vp, (gradients, weights) in itertools.product(virtual, overlaps):
+        shards = _shards(recipe, ep, planner.accelerator.per_node)
+        for vp, (gradients, weights), shard in itertools.product(virtual, overlaps, shards):
             split = dataclasses.replace(
-                plain, virtual_stages=vp, overlap_grad_reduce=gradients, overlap_param_gather=weights
+                plain,
+                virtual_stages=vp,
+                overlap_grad_reduce=gradients,
+                overlap_param_gather=weights,
+                audio_shard=shard,
             )
             yield from _with_packs(recipe, split, tokens, recomputes)
+
+
+def _shards(recipe: Recipe, ep: int, per_node: int) -> list[int | None]:
+    """Return the values of `parallel.audio_shard` to try: none, that of the recipe, and the ranks of a node."""
+    world = recipe.parallel.num_ranks
+    if recipe.train.gather_audio_weights != "per_update":
+        return [None]
+    found = dict.fromkeys([recipe.parallel.audio_shard, per_node])
+    return [None, *(n for n in found if n is not None and n < world and world % n == 0 and n % ep == 0)]
 
 
 def _with_packs(
@@ -140,6 +155,7 @@ def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[
         if key not in placed:
             placed[key] = planner.place(variant, workload)
         topology, work, packs = placed[key]
+        topology = dataclasses.replace(topology, shard=build_topology(parallel, parallel.num_ranks).shard)
         train = dataclasses.replace(variant.train, llm_tokens_per_microbatch=1)
         if (same := (parallel, train, packs.num_microbatches, packs.pack_tokens)) in seen:
             continue  # Another limit on the tokens of a pack has led to the same packs.
@@ -172,7 +188,7 @@ def _rough_states(planner: Planner, variant: Recipe) -> States:
         return float(stage / parallel.tensor + held)
 
     total, learned = share("total"), share("learned")
-    shared = audio.total / parallel.num_ranks
+    shared = audio.total / topology.shard_ranks
     master = 3 if size < FP32_BYTES else 2
     return States(
         int(total * size + shared * size),

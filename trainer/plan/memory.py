@@ -251,9 +251,8 @@ def _largest_group(tower: nn.Module, recipe: Recipe, topology: Topology) -> int:
         expert = name.startswith("experts.") and topology.ep > 1
         setting = setting_of(recipe.staged_optim, f"audio.{name}", p.dim())
         if p.requires_grad and not setting.frozen:
-            sharers = topology.world // topology.ep if expert else topology.world
             key = (setting, expert)
-            sums[key] = sums.get(key, 0) + -(-p.numel() // sharers) * FP32_BYTES
+            sums[key] = sums.get(key, 0) + -(-p.numel() // topology.num_sharers(of_experts=expert)) * FP32_BYTES
     return max(sums.values(), default=0)
 
 

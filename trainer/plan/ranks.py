@@ -31,20 +31,22 @@ class RankStates:
     """The layout of the ranks, without context parallelism."""
     llm: tuple[tuple[States, ...], ...]
     """The states of the LLM, indexed by [stage][copy of the weights]."""
-    audio: tuple[States, ...]
-    """The states of the audio side, indexed by the place in the expert-parallel group."""
+    audio: tuple[tuple[States, ...], ...]
+    """The states of the audio side, indexed by [place in the expert-parallel group][block that holds the partitions of
+    the whole audio side]."""
 
     def of_rank(self, rank: int) -> States:
         """Return the model states of the LLM and of the audio side on `rank`."""
         at = self.topology.coordinates(rank)
-        return self.llm[at.pp][at.dp] + self.audio[rank % self.topology.ep]
+        return self.llm[at.pp][at.dp] + self.audio[rank % self.topology.ep][rank // self.topology.shard_ranks]
 
     def fullest(self, stage: int, place: int) -> States:
         """Return the model states of the fullest rank of `stage` at `place`.
 
-        Replicas differ by the padding of Megatron's buffers.
+        Replicas differ by the padding of Megatron's buffers, and blocks by what they save.
         """
-        return max(self.llm[stage], key=lambda s: s.total) + self.audio[place]
+        audio = max(self.audio[place], key=lambda s: s.snapshot)
+        return max(self.llm[stage], key=lambda s: s.total) + audio
 
 
 def rank_states(

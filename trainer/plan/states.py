@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig
@@ -169,8 +170,10 @@ def _spans(buffer: Any, dp: int, dp_size: int) -> Iterable[int]:
 
 def audio_states(
     tower: nn.Module, optim: OptimConfig, topology: Topology, dtype: torch.dtype, offload: Offload
-) -> States:
-    """Return the audio side's states of a rank.
+) -> tuple[States, ...]:
+    """Return the audio side's states of a rank of every block that holds the partitions of the whole audio side.
+
+    The states of blocks differ only in what they save.
 
     Args:
         tower: The audio tower, with only those encoder experts that the rank holds.
@@ -181,22 +184,29 @@ def audio_states(
     """
     total = learned = 0
     groups = set()
+    saved, saved_once = (np.zeros(topology.num_shard_copies, dtype=np.int64) for _ in range(2))
     for name, parameter in tower.named_parameters():
         expert = name.startswith("experts.")
-        sharers = topology.world // topology.ep if expert else topology.world
-        share = -(-parameter.numel() // sharers)
+        share = -(-parameter.numel() // topology.num_sharers(of_experts=expert))
         total += share
         setting = setting_of(optim, f"audio.{name}", parameter.dim())
+        block = topology.saving_block(f"audio.{name}")
         if parameter.requires_grad and not setting.frozen:
             learned += share
             groups.add((setting.lr, setting.weight_decay, expert and topology.ep > 1))
+            saved[block] += share * FP32_BYTES * (_MOMENTS + 1)
+        else:
+            saved_once[block] += share * dtype.itemsize
     # A master copy exists even with fp32 weights. DeepSpeed would use the weights themselves, but it checks this by
     # comparing a torch.device with a string, which is always false.
     optimizer = learned * FP32_BYTES * (_MOMENTS + 1) + len(groups) * _STEP_BYTES
-    return States(
-        0 if offload.weights else total * dtype.itemsize,
-        0 if offload.optimizer else learned * FP32_BYTES,
-        0 if offload.optimizer else optimizer,
-        learned * FP32_BYTES * (_MOMENTS + 1) + (total - learned) * dtype.itemsize,
-        (total - learned) * dtype.itemsize,
+    return tuple(
+        States(
+            0 if offload.weights else total * dtype.itemsize,
+            0 if offload.optimizer else learned * FP32_BYTES,
+            0 if offload.optimizer else optimizer,
+            each + once,
+            once,
+        )
+        for each, once in zip(saved.tolist(), saved_once.tolist(), strict=True)
     )
