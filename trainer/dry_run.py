@@ -206,7 +206,7 @@ def _per_rank(recipe: Recipe, model: SizedModel, topology: Topology) -> list[str
     ds_json = load_ds_json(deepspeed_json(recipe))
     reduction = Reduction.of(recipe.parallel)
     states = rank_states(model, topology, recipe.staged_optim, recipe.train.precision, ds_json, reduction)
-    audio = max(states.audio, key=lambda s: s.total)
+    audio = max((s for blocks in states.audio for s in blocks), key=lambda s: s.total)
     stages: dict[States, list[int]] = {}
     for stage, replicas in enumerate(states.llm):
         stages.setdefault(max(replicas, key=lambda s: s.total), []).append(stage)

@@ -131,3 +131,54 @@ def test_calls_that_run_again_keep_their_clips_only() -> None:
     assert again["calls"] > 3 and again["clips"] == once["clips"]
     assert again["saved"] == again["clips"] + 4 * again["calls"]  # one number per call leads the gradient to it
     assert once["saved"] > 5 * again["saved"]
+
+
+def sums_of_small_gradients(copies: bool) -> dict[str, list[float]]:
+    """Give bf16 weights [5] and [1, 2] two gradients on each rank, and return this rank's slices of their sums."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    from trainer.engine.whole_weights import Bucket
+
+    rank, world, device = connect(timeout_sec=250)
+    alone = [dist.new_group([r]) for r in range(world)][rank]
+    group = alone if copies else dist.group.WORLD
+    sharers, index = dist.get_world_size(group), dist.get_rank(group)
+    parameters, places = [], []
+    for values in ([1.0, 2.0, 3.0, 4.0, 5.0], [[6.0, 7.0]]):
+        whole = torch.tensor(values, dtype=torch.bfloat16)
+        k = -(-whole.numel() // sharers)
+        padded = torch.cat([whole.flatten(), torch.zeros(k * sharers - whole.numel(), dtype=torch.bfloat16)])
+        parameter: Any = torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16))
+        parameter.ds_process_group, parameter.ds_shape, parameter.ds_numel = group, whole.shape, whole.numel()
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        parameter.ds_tensor = padded[k * index : k * (index + 1)].clone()
+        parameter.ds_tensor.ds_numel = k
+        parameters.append(parameter)
+        places.append(torch.zeros(k))
+    bucket = Bucket(parameters, places, device, dist.group.WORLD if copies else None)
+    found = {}
+    for step in range(2):
+        bucket.gather()
+        bucket.begin_backward()
+        # A sum in bf16 would lose the second gradient.
+        for scale in (1.0, 2.0**-9):
+            sum((scale * p * p).sum() for p in parameters).backward()
+        bucket.reduce()
+        assert all(p.grad is None for p in parameters)
+        bucket.release(are_stale=step == 0)
+        found = {str(i): place.tolist() for i, place in enumerate(places)}
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("copies", [False, True])
+def test_gradients_of_bf16_weights_are_summed_in_fp32(copies: bool) -> None:
+    ranks = run_ranks(2, sums_of_small_gradients, {"copies": copies}, timeout_sec=280)
+    expected = {"0": [2.0, 4.0, 6.0, 8.0, 10.0], "1": [12.0, 14.0]}
+    for name, gradient in expected.items():
+        slices = [ranks[0][name], ranks[1][name]]
+        assert not copies or slices[0] == slices[1]
+        found = slices[0] if copies else slices[0] + slices[1]
+        assert found[: len(gradient)] == [2 * g * (1 + 2.0**-9) for g in gradient]
+        assert not any(found[len(gradient) :])

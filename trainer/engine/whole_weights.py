@@ -33,9 +33,9 @@ class _Buffer(NamedTuple):
     """Memory that is sent or received."""
 
     whole: Tensor
-    """The memory [rows, S], which exists only while it is used."""
+    """The slices of one rank [S], or of all ranks [n, S]. The memory exists only while it is used."""
     views: list[Tensor]
-    """The views of the parameters' slices: [rows, k] each, or [k] if there is one row."""
+    """The views of the parameters' slices, [k] or [n, k]."""
 
 
 class Bucket:
@@ -71,21 +71,20 @@ class Bucket:
         self._is_current = False
         # Views of thousands of parameters take long to make, so they are kept from step to step, without their memory.
         self._shards = [p.ds_tensor for p in parameters]
-        self._mine, self._everyone = (self._buffer(rows, self._whole.dtype) for rows in (1, self.num_ranks))
+        self._mine, self._everyone = (self._buffer(rows, self._whole.dtype) for rows in ((), (self.num_ranks,)))
         if not places:
             return
         self._summed = torch.empty(len(self._whole), dtype=torch.float32, device=device)
         self._gradients, self._gradient_rows = self._views(self._summed)
         _free(self._summed)
-        self._reduced, self._ordered = (self._buffer(rows, torch.float32) for rows in (1, self.num_ranks))
+        self._reduced, self._ordered = (self._buffer(rows, torch.float32) for rows in ((), (self.num_ranks,)))
         for parameter in parameters:
             parameter.grad_dtype = None  # which permits fp32 gradients of parameters in half precision
 
-    def _buffer(self, rows: int, dtype: torch.dtype) -> _Buffer:
-        """Return a buffer [rows, S] without memory, and its views, one per parameter."""
-        whole = torch.empty(rows, sum(self.slices), dtype=dtype, device=self.device)
-        parts = whole.split(self.slices, dim=1)
-        views = [part[0] for part in parts] if rows == 1 else list(parts)
+    def _buffer(self, rows: tuple[int, ...], dtype: torch.dtype) -> _Buffer:
+        """Return a buffer [*rows, S] without memory, and its views, one per parameter."""
+        whole = torch.empty(*rows, sum(self.slices), dtype=dtype, device=self.device)
+        views = list(whole.split(self.slices, dim=-1))
         _free(whole)
         return _Buffer(whole, views)
 
@@ -113,7 +112,7 @@ class Bucket:
             _allocate(self._mine.whole)
             torch._foreach_copy_(self._mine.views, self._shards)
             _allocate(self._everyone.whole)
-            dist.all_gather_into_tensor(self._everyone.whole.view(-1), self._mine.whole.view(-1), group=self.group)
+            dist.all_gather_into_tensor(self._everyone.whole.view(-1), self._mine.whole, group=self.group)
             _free(self._mine.whole)
             torch._foreach_copy_(self._weight_rows, self._everyone.views)
             _free(self._everyone.whole)
@@ -152,7 +151,7 @@ class Bucket:
         torch._foreach_copy_(self._ordered.views, self._gradient_rows)
         _free(self._summed)
         _allocate(self._reduced.whole)
-        mine = self._reduced.whole.view(-1)
+        mine = self._reduced.whole
         dist.reduce_scatter_tensor(mine, self._ordered.whole.view(-1), group=self.group)
         _free(self._ordered.whole)
         if self.copies is not None:
