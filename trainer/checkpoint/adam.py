@@ -25,7 +25,8 @@ def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     if not state:
         state[EXP_AVG], state[EXP_AVG_SQ] = (torch.zeros_like(parameter.data) for _ in range(2))
         if isinstance(optimizer, _PER_PARAMETER):
-            state["step"] = torch.tensor(0.0)
+            # The fused implementation reads the number of updates on the device.
+            state["step"] = torch.tensor(0.0, device=parameter.device if optimizer.defaults["fused"] else None)
     return {kind: state[kind] for kind in (EXP_AVG, EXP_AVG_SQ)}
 
 

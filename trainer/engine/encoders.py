@@ -85,7 +85,7 @@ class AudioEngine:
             partition(tower, ds_config, topology, groups.rank)
             copies = copies_of_partitions(topology, groups.rank)
             _move_buffers(tower, groups.device)
-            optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+            optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
             self.engine, *_ = deepspeed.initialize(
                 model=tower, optimizer=optimizer, config=ds_config, dist_init_required=False
             )

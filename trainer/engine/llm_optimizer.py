@@ -121,9 +121,22 @@ def build_optimizer(
     )
     # Megatron gives all ranks the same optimizer groups. Without the patch, it would exchange their keys as pickles.
     with patch("torch.distributed.all_gather_object", _all_gather_keys):
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             config, list(models), config_overrides=_overrides(settings), use_gloo_process_groups=False
         )
+    for one in optimizer.chained_optimizers:
+        _fuse(one.optimizer)
+    return optimizer
+
+
+def _fuse(optimizer: Any) -> None:
+    """Let torch's AdamW update a parameter in one pass over its memory.
+
+    Megatron uses it if neither TransformerEngine nor Apex is installed, and does not pass this option.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        for options in (optimizer.defaults, *optimizer.param_groups):
+            options["fused"] = True
 
 
 def _all_gather_keys(found: list[Any], keys: Any) -> None:

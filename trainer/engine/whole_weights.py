@@ -175,7 +175,7 @@ class WholeWeights:
 
     Collective: every rank of the world must create one.
 
-    DeepSpeed's own hooks for modules and gradients are removed.
+    DeepSpeed's own hooks for modules, parameters and gradients are removed.
 
     Args:
         engine: DeepSpeed's engine, which has partitioned all parameters.
@@ -192,6 +192,9 @@ class WholeWeights:
         for hook in self._zero._grad_acc_hooks:
             hook.remove()
         self._zero._grad_acc_hooks.clear()
+        for module in self.tower.modules():
+            # DeepSpeed's own dictionaries check at every access whether a parameter must be gathered.
+            module._parameters = dict(module._parameters)
         places = self._places()
         learned = [p for group in self._zero.fp16_groups for p in group]
         frozen = [p for p in self.tower.parameters() if id(p) not in places]
