@@ -28,6 +28,7 @@ def overrides(draw: st.DrawFn) -> list[str]:
     budget = draw(st.sampled_from([256, 2048, 3000]))
     return [
         f"parallel.num_ranks={ranks}",
+        f"parallel.audio_shard={draw(st.sampled_from(['null', 'null', '2']))}",
         f"data.global_batch_samples={batch}",
         f"data.num_lanes={draw(st.sampled_from([batch, batch // 2]))}",
         f"model.llm.config.hidden_size={heads * 8}",

@@ -264,5 +264,6 @@ def changes_between(recipe: Recipe, variant: Recipe) -> list[str]:
         for field in dataclasses.fields(old):
             value = getattr(new, field.name)
             if value != getattr(old, field.name):
-                found.append(f"{section}.{field.name}={str(value).lower()}")
+                text = "null" if value is None else str(value).lower()
+                found.append(f"{section}.{field.name}={text}")
     return found
