@@ -28,7 +28,8 @@ def partition(tower: AudioTower, ds_config: dict[str, Any], topology: Topology, 
     """
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)
-    block = replicas = None
+    block: Any = None
+    replicas: Any = None
     if topology.num_shard_copies > 1:
         block = _group(topology.shard_groups(of_experts=False), rank)
         replicas = block if topology.ep == 1 else _group(topology.shard_groups(of_experts=True), rank)
