@@ -68,8 +68,7 @@ def draw_clips(ranks: int, num_encoders: int, chosen: int, seed: int) -> ClipTab
 def stay_at_source(
     clips: ClipTable, costs: Sequence[ClipCost], places: Sequence[int], ep: int, world: int
 ) -> DispatchPlan:
-    """Return a plan that sends each clip to the encoder's replica in the source rank's group, regardless of its
-    load."""
+    """Return a plan that ignores loads and sends each clip to the encoder's replica in the source rank's group."""
     plan = plan_dispatch(clips, costs, places, ep, world)
     source_rank = clips.source_rank[plan.clip]
     return replace(plan, encoder_rank=source_rank // ep * ep + np.asarray(places)[plan.encoder])
@@ -82,8 +81,7 @@ def imbalance(plan: DispatchPlan, ep: int, world: int) -> float:
 
 
 def simulate(ranks: int = 64) -> dict[str, Any]:
-    """Return the largest and the median ratio of maximum to mean cost over several batches, with and without the
-    plan."""
+    """Return the largest and the median of the batches' ratios of maximum to mean cost, with and without the plan."""
     rows: dict[str, Any] = {}
     print(f"{ranks} ranks, max/mean cost (worst of {NUM_BATCHES} batches)   with plan   without")
     for name, encoders, ep, chosen in (("primary", (PRIMARY,), 1, 1), (f"8 experts, EP{EP}", EXPERTS, EP, 1)):

@@ -40,8 +40,10 @@ ROWS, COLS, NUM_TENSORS = 1024, 1024, 43  # · 3 kinds · 4 bytes · 2 ranks = 1
 
 
 class TensorsState(EngineState):
-    """The state of a rank with plain tensors instead of engines. The argument `engines` is a list of tensors by
-    kind."""
+    """The state of a rank with plain tensors instead of engines.
+
+    The argument `engines` is a list of tensors by kind.
+    """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -106,8 +106,9 @@ _SENT: dict[str, Callable[..., float]] = {
 
 
 def measure() -> dict[str, Any]:
-    """Return the bytes sent, the time of the slowest rank and the CPU time of all ranks for each arm. The arms take
-    turns.
+    """Return the bytes sent, the time of the slowest rank and the CPU time of all ranks for each arm.
+
+    The arms take turns.
 
     Collective: every rank of the world must call it.
     """

@@ -64,8 +64,10 @@ class Work:
         return np.bincount(self.chosen, weights=sizes, minlength=WORLD).astype(int).tolist()
 
     def frames(self) -> tuple[Tensor, Tensor]:
-        """Return the clips as frames [ΣF, 320], and the index of each frame's encoder [ΣF]. Last frames are
-        zero-padded."""
+        """Return the clips as frames [ΣF, 320], and the index of each frame's encoder [ΣF].
+
+        Last frames are zero-padded.
+        """
         counts = [num_frames(n) for n in self.clips.lengths]
         rows = torch.zeros(sum(counts), FRAME_SAMPLES)
         for clip, part in zip(self.clips.split(), rows.split(counts), strict=True):

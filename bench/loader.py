@@ -123,8 +123,10 @@ def webdataset_arm(folder: Path) -> Arm:
 
 
 def lhotse_arm(folder: Path) -> Arm:
-    """Return the arm that reads the same bytes from lhotse Shar and decodes them with lhotse. All clips are 16 kHz
-    mono."""
+    """Return the arm that reads the same bytes from lhotse Shar and decodes them with lhotse.
+
+    All clips are 16 kHz mono.
+    """
     from lhotse import CutSet
 
     def run() -> int:

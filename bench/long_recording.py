@@ -120,8 +120,10 @@ def _peak(events: Any) -> int:
 
 
 def run(minutes: float, worlds: list[int]) -> list[dict[str, Any]]:
-    """Return the measurements for each number of ranks. The first number of ranks is the reference for all other
-    numbers."""
+    """Return the measurements for each number of ranks.
+
+    The first number of ranks is the reference for all other numbers.
+    """
     from safetensors.torch import load_file
 
     rows: list[dict[str, Any]] = []

@@ -64,8 +64,7 @@ def log_normal() -> tuple[list[float], list[int]]:
 
 
 def waste(groups: Groups, frames: Sequence[int]) -> tuple[int, int]:
-    """Return the number of frames including padding, and the number of real frames, of batches padded to their longest
-    clip."""
+    """Return the number of frames with padding to each batch's longest clip, and the number without padding."""
     return sum(len(g) * max(frames[i] for i in g) for g in groups if g), sum(frames[i] for g in groups for i in g)
 
 

@@ -129,8 +129,7 @@ def work(case: str) -> int:
 
 
 def _as_planned(recipe: Any, batch: Any) -> Any:
-    """Return router noise [clips, gates, experts] with which gate g sends sample i to expert i + g, as the plan
-    assumes."""
+    """Return router noise [clips, gates, experts] for which gate g sends sample i to expert i + g, as in the plan."""
     import torch
 
     gates, experts = len(recipe.model.router.gates), len(recipe.model.experts)
@@ -172,8 +171,7 @@ def _alive_bytes() -> int:
 
 
 def _peaks(events: Any, standing: int) -> dict[str, int]:
-    """Return the maximum number of allocated bytes in each phase, including the `standing` bytes from before the
-    step."""
+    """Return the maximum allocated bytes in each phase, including the `standing` bytes from before the step."""
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     spans = {
         e.name().removeprefix("phase "): (e.start_ns(), e.start_ns() + e.duration_ns())

@@ -205,8 +205,7 @@ def rms(ratios: Sequence[float]) -> float:
 
 
 def halves(rows: Sequence[Published]) -> list[dict[str, float]]:
-    """Fit one factor for all matmul tables on every second row, evaluate it on the other rows, and then swap the
-    halves.
+    """Fit one factor for all matmul tables on half of the rows, evaluate it on the other half, and swap the halves.
 
     Returns:
         For each half, the fitted factor, and the RMS deviation on the other half with and without this factor.

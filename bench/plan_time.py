@@ -85,8 +85,10 @@ def work(case: str) -> int:
 
 
 def _link(world: int) -> tuple[float, float]:
-    """Return the bytes per second that a rank sends in an all-reduce, and the seconds per hop. Both are 0 for one
-    rank."""
+    """Return the bytes per second that a rank sends in an all-reduce, and the seconds per hop.
+
+    Both are 0 for one rank.
+    """
     import torch
 
     if world == 1:

@@ -42,8 +42,7 @@ FEW_EVALUATED = ("eval.max_samples=8", "eval.max_new_tokens=4")
 
 
 def dataset_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the names of the recipe's manifests without suffix, and overrides with which the datasets read shards
-    instead."""
+    """Return the names of the recipe's manifests without suffix, and overrides that replace them by shards."""
     datasets = load_recipe(recipe, list(overrides)).data.datasets
     stems = [Path(str(s.manifest)).stem if (KIT / str(s.manifest)).exists() else "asr" for s in datasets]
     changes = [

@@ -41,8 +41,7 @@ _NETWORK_SEC, _BYTES_PER_SEC = 30e-6, 1e9
 
 
 def planning_sec(topology: Topology) -> dict[str, float]:
-    """Return the CPU seconds that one rank needs for each part of planning a step, as the minimum of 15
-    measurements."""
+    """Return the CPU seconds of one rank for each part of planning a step, as the minimum of 15 measurements."""
     rng = np.random.default_rng(0)
     world, num = topology.world, topology.world * SAMPLES_PER_RANK
     # Once a process has freed a large tensor, glibc no longer returns the memory of freed arrays to the kernel

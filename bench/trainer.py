@@ -178,8 +178,7 @@ def run(ranks: Sequence[int], rounds: int, sizes: Mapping[str, int]) -> dict[str
 
 
 def main() -> int:
-    """Run the benchmark, and return the exit code: 0 if the goals are met, 1 if not, 2 if accelerate is not
-    installed."""
+    """Run the benchmark, and return the exit code: 0 if the goals are met, 1 if not, 2 without accelerate."""
     parser = argparse.ArgumentParser(prog="python -m bench.trainer", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], metavar="N", help="numbers of ranks (default: 2)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"number of rounds (default: {ROUNDS})")

@@ -162,8 +162,10 @@ def model_config(sizes: Sizes) -> ModelConfig:
 
 
 def durations(num: int, seed: int) -> list[float]:
-    """Return random durations of the kit's training clips in seconds. Without the kit, they are drawn from its
-    quantiles."""
+    """Return random durations of the kit's training clips in seconds.
+
+    Without the kit, they are drawn from its quantiles.
+    """
     rng, seconds = np.random.default_rng(seed), []
     for path in sorted(KIT.glob("*.jsonl")):
         rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())

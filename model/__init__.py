@@ -1,2 +1,4 @@
-"""The speech-text model in plain PyTorch. The code is written for a single device and imports nothing from
-`trainer/`."""
+"""The speech-text model in plain PyTorch.
+
+The code is written for a single device and imports nothing from `trainer/`.
+"""

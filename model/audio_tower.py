@@ -1,5 +1,4 @@
-"""The audio tower, which consists of the parts of the model before the LLM: encoders, router, mixture, adapter and
-projector.
+"""The audio tower, which contains the model's parts before the LLM: encoders, router, mixture, adapter and projector.
 
 The callable `encode` is the only part that depends on parallelism. It receives the names of encoders and the clips that
 each of them must encode, and returns the features. `encode_here` computes them in this process. The trainer passes a

@@ -140,8 +140,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of the global batch, which consists of the samples that the rank loads for one step. It may be
-    empty."""
+    """One rank's part of the global batch, which consists of the samples that the rank loads for one step.
+
+    It may be empty.
+    """
 
     samples: tuple[Sample, ...]
 
@@ -172,8 +174,10 @@ class Batch:
 
     @cached_property
     def prompts(self) -> Ragged:
-        """For each clip, the tokens of the question that the clip belongs to, `[ΣP]` int64. The prompt gate reads
-        them."""
+        """For each clip, the tokens of the question that the clip belongs to, `[ΣP]` int64.
+
+        The prompt gate reads them.
+        """
         none = torch.zeros(0, dtype=torch.int64)
         of_clips = (s.clip_prompt_ids or (s.prompt_ids,) * len(s.clips) for s in self.samples)
         return Ragged.of([ids for own in of_clips for ids in own], like=none)

@@ -20,8 +20,10 @@ LIMIT_SEC = 10.0
 
 
 class _Overdue(BaseException):
-    """Raised in the rendering thread. It is not an Exception, so that handlers in the template's code do not catch
-    it."""
+    """Raised in the rendering thread.
+
+    It is not an Exception, so that handlers in the template's code do not catch it.
+    """
 
 
 class ChatError(UserError):

@@ -251,8 +251,10 @@ class PromptFormat:
         return [{"role": turn.role, "content": self.content(turn)} for turn in turns]
 
     def content(self, turn: Turn) -> str:
-        """Return the text of a turn with placeholders. The prompt template is applied to a user turn unless text
-        precedes a clip."""
+        """Return the text of a turn with placeholders.
+
+        The prompt template is applied to a user turn unless text precedes a clip.
+        """
         if turn.role != "user":
             return turn.text
         if any(turn.texts[:-1]):

@@ -155,8 +155,7 @@ def adaptable_layers(module: nn.Module, prefix: str) -> list[tuple[str, nn.Linea
 
 
 def add_adapters(module: nn.Module, prefix: str, adapters: Adapters) -> None:
-    """Add the adapters to the linear layers within `module`, and freeze the weights of these layers
-    (`Adapters.freezes`).
+    """Add the adapters to the linear layers within `module`, and freeze weights according to `Adapters.freezes`.
 
     Args:
         module: see `adaptable_layers`; its weights must be loaded already.

@@ -40,8 +40,7 @@ class Routing:
 
     @property
     def weights(self) -> Tensor:
-        """The mixing weights [B, G, K]: the probabilities of the chosen experts without renormalization, and 0
-        elsewhere."""
+        """The mixing weights [B, G, K]: the unchanged probabilities of the chosen experts, and 0 for other experts."""
         return self.probs * self.chosen
 
     @cached_property

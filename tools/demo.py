@@ -214,8 +214,10 @@ def _clear(folder: Path, keep: Path) -> None:
 
 
 def run_command(command: Sequence[str]) -> int:
-    """Run `command` and return its exit code. If a signal ended it, the code is 128 + the signal's number, as in a
-    shell."""
+    """Run `command` and return its exit code.
+
+    If a signal ended it, the code is 128 + the signal's number, as in a shell.
+    """
     process = subprocess.Popen(command)
     while True:
         try:

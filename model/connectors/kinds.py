@@ -1,5 +1,7 @@
-"""The kinds of adapters that a recipe can name. This module has no imports, so that recipes can be read without
-PyTorch."""
+"""The kinds of adapters that a recipe can name.
+
+This module has no imports, so that recipes can be read without PyTorch.
+"""
 
 from __future__ import annotations
 

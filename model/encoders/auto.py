@@ -38,8 +38,10 @@ MIN_SAMPLES = 4800
 
 
 class AutoNetwork:
-    """A constructor of the audio encoder that a transformers config describes. It replaces the network class of other
-    families."""
+    """A constructor of the audio encoder that a transformers config describes.
+
+    It replaces the network class of other families.
+    """
 
     def __new__(cls, hf_config: Any) -> Any:
         """Return the encoder with random weights."""

@@ -81,13 +81,14 @@ class AudioEncoder(nn.Module):
         raise NotImplementedError
 
     def num_own_frames(self, samples: int) -> int:
-        """Return the number of frames at the encoder's own rate that cover `samples`. The last frame may be
-        incomplete."""
+        """Return the number of frames at the encoder's own rate that cover `samples`.
+
+        The last frame may be incomplete.
+        """
         return -(-samples // self.frame_samples)
 
     def set_recompute(self, enabled: bool) -> None:
-        """Choose whether the backward pass recomputes each layer from its input, which is then the only saved
-        tensor."""
+        """Choose whether only the input of each layer is saved, from which the backward pass recomputes the layer."""
         self.recompute = enabled
 
     @property
@@ -132,8 +133,9 @@ def at_mixture_rate(frames: Ragged, frame_samples: int, lengths: tuple[int, ...]
 
 
 class DrawnAsTransformers:
-    """A mixin for this project's transformers models. Their random weights are then drawn as by transformers' own
-    classes.
+    """A mixin for this project's transformers models.
+
+    Their random weights are then drawn as by transformers' own classes.
 
     Without this mixin, transformers (5.23) skips every module that has no direct parameters. Whisper's encoder, whose
     positions are never trained, would then keep random positions in place of its sinusoids.
@@ -185,8 +187,9 @@ def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def call_layer(layer: nn.Module, *args: Any, recompute: bool) -> Any:
-    """Call `layer(*args)`. If `recompute` is set and a gradient flows into `args`, the backward pass recomputes the
-    layer.
+    """Call `layer(*args)`.
+
+    If `recompute` is set and a gradient flows into `args`, the backward pass recomputes the layer.
 
     Without such a gradient (in the first convolution, or the first layer above a frozen part), the layer is called
     without checkpointing, since reentrant checkpointing would lose the gradients of its parameters. Non-reentrant

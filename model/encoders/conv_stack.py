@@ -155,8 +155,10 @@ class MaskedPositions(nn.Module):
 
 
 def conv_stack_windowing(_config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:
-    """Return the windowing. Windows are computed at their own length, but at least at the length of the receptive
-    field."""
+    """Return the windowing.
+
+    Windows are computed at their own length, but at least at the length of the receptive field.
+    """
     return Windowing(window_samples, receptive_field(hf_config.conv_kernel, hf_config.conv_stride))
 
 
@@ -184,8 +186,9 @@ def feature_norm(hf_config: Any) -> str:
 
 
 def normalizes_as_published(hf_config: Any) -> bool:
-    """Return `do_normalize` as in published models. It is true for networks with layer norm (large), and false for
-    others.
+    """Return `do_normalize` as in published models.
+
+    It is true for networks with layer norm (large), and false for others.
 
     fairseq and torchaudio's pipelines use the same values.
     """

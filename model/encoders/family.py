@@ -1,5 +1,4 @@
-"""The description of an encoder family, with all properties that are needed to build its encoders and estimate their
-cost."""
+"""The description of an encoder family, which suffices to build its encoders and to estimate their cost."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The self-test of an unknown transformers encoder. It measures the frame rate and the cost, and tests whether padding
-changes features.
+"""The self-test of an unknown transformers encoder.
+
+It measures the frame rate and the cost, and tests whether padding changes features.
 
 The self-test runs on a CPU, in fp64, on a copy of the network with random weights and at most two layers.
 
@@ -90,8 +91,7 @@ def make_extractor(fields: Mapping[str, Any]) -> Any:
 
 
 def extract(extractor: Any, wave: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the features of one clip, with a first axis of size 1, and their mask; None if the extractor has no
-    mask."""
+    """Return the features of one clip with a first axis of size 1, and their mask (None if the extractor has none)."""
     made = extractor([wave.float().cpu().numpy()], sampling_rate=SAMPLE_RATE, return_tensors="pt")
     features = next((made[key] for key in INPUTS if key in made), None)
     if features is None:

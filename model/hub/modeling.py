@@ -1,5 +1,6 @@
-"""The exported model for transformers' Auto classes. It consists of the audio tower and the LLM, and its parameters
-have the same names as in training.
+"""The exported model for transformers' Auto classes.
+
+It consists of the audio tower and the LLM, and its parameters have the same names as in training.
 
 Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz), H width of the LLM.
 """

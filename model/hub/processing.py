@@ -308,8 +308,7 @@ class EarshotProcessor(ProcessorMixin):
 
 
 def _clips(messages: Any, more: Sequence[Clip] | None) -> Iterator[Clip]:
-    """Yield the clips of a conversation, which are the clips in its blocks and, in the other places, the given
-    clips."""
+    """Yield the clips of a conversation in order. Blocks without a clip use the given clips."""
     waiting = list(more or ())
     for clip in audio_blocks(messages):
         if clip is None and not waiting:

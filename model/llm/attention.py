@@ -1,5 +1,4 @@
-"""The core attention of the Megatron model for packed sequences, with rotary embedding and causal attention per
-segment.
+"""The Megatron model's core attention for packed sequences, with rotary embedding and causal masks per segment.
 
 A *pack* is a packed sequence (`model.llm.packing`).
 

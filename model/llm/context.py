@@ -155,8 +155,7 @@ class ContinuedAttention(torch.autograd.Function):
 def _blocks(
     continued: tuple[Continued, ...], window: int | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield, for each block of queries, the rows of the queries, the rows of their keys in the whole pack, and the mask
-    [L, K]."""
+    """Yield the rows of each block of queries, the rows of the block's keys in the whole pack, and the mask [L, K]."""
     for row, piece in continued:
         for first in range(0, piece.length, BLOCK_ROWS):
             count = min(BLOCK_ROWS, piece.length - first)

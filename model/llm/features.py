@@ -1,5 +1,4 @@
-"""LLM features beyond the plain decoder layer, which are attention windows, rotary embeddings that depend on the layer,
-and scales.
+"""LLM features beyond the plain decoder layer: attention windows, rotary embeddings by layer, and scales.
 
 All features are read from the Hugging Face config. Each family names the function that reads its scales.
 """

@@ -304,8 +304,10 @@ def _attention_modules(config: TransformerConfig, family: LLMFamily, norm: Any, 
 
 
 def _add_hooks(gpt: GPTModel, hf_config: PretrainedConfig, first: bool, last: bool) -> None:
-    """Add hooks to a chunk for computations that Megatron's modules lack. For `first` and `last`, see
-    `_build_chunk`."""
+    """Add hooks to a chunk for computations that Megatron's modules lack.
+
+    For `first` and `last`, see `_build_chunk`.
+    """
     config, scales = gpt.config, family_of(hf_config).scales(hf_config)
     for layer in gpt.decoder.layers:
         # Megatron's handler enables gradients even in evaluation, so an `Addition` would keep its inputs in memory.

@@ -88,8 +88,7 @@ class Router(nn.Module):
         self.layer_number = layer_number
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the weights [t/TP, E] of the experts, which are 0 for experts not chosen, and a bool mask of the
-        chosen ones.
+        """Return the weights [t/TP, E] of the experts (0 if not chosen), and a bool mask of the chosen experts.
 
         Args:
             hidden: This rank's rows [t/TP, 1, H] of a pack.

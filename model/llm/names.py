@@ -67,8 +67,7 @@ def is_expert(megatron_name: str) -> bool:
 
 
 def tp_dim(megatron_name: str) -> int | None:
-    """Return the dimension along which tensor parallelism splits a parameter; None if every rank holds the whole
-    parameter."""
+    """Return the dimension along which tensor parallelism splits a parameter; None if the parameter is not split."""
     if (found := _FACTOR.match(megatron_name)) is not None:
         dim = tp_dim(found[1] + ".weight")
         return dim if (dim == 0) == (found[2] == "lora_B") else None

@@ -22,8 +22,9 @@ def parameter_device(config: TransformerConfig) -> Any:
 
 
 class RMSNorm(nn.Module):
-    """An RMSNorm over the last dimension. Its weight is marked for Megatron's gradient all-reduce of sequence
-    parallelism.
+    """An RMSNorm over the last dimension.
+
+    Its weight is marked for Megatron's gradient all-reduce of sequence parallelism.
 
     Args:
         config: Megatron's config.
@@ -58,8 +59,7 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
     def recompute_after(self, consumer: nn.Module) -> None:
-        """Make the norm discard its output after the forward pass of `consumer`, and recompute it in the backward
-        pass."""
+        """Discard the norm's output after each forward pass of `consumer`, and recompute it in the backward pass."""
         self.is_recomputed = True
         consumer.register_forward_hook(self._discard)
 

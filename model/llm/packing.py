@@ -146,8 +146,9 @@ class PackedSequences(PackedSeqParams):
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The indices of the segments in each bucket. To limit padding, the lengths in a bucket have the same next
-        power of 2.
+        """The indices of the segments in each bucket.
+
+        To limit padding, the lengths in a bucket have the same next power of 2.
 
         The segments in `continued` are first, each in a separate bucket.
         """
@@ -175,8 +176,7 @@ class PackedSequences(PackedSeqParams):
         return positions, rows_there, places_there, inverse_there
 
     def rotation(self, rotary: Rotary, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines [t, 1, R] of a rotary embedding, which are computed once per pack for all
-        layers.
+        """Return the cosines and sines [t, 1, R] of a rotary embedding, computed once per pack for all layers.
 
         Args:
             rotary: The embedding, on the device of `like`.
@@ -198,8 +198,7 @@ class PackedSequences(PackedSeqParams):
         return self._query_factors
 
     def window_mask(self, length: int, window: int, device: torch.device) -> Tensor:
-        """Return a bool mask [length, length], with which a row attends to itself and the `window` - 1 rows before
-        it."""
+        """Return a bool mask [length, length] in which a row attends to itself and the `window` - 1 rows before it."""
         if (length, window) not in self._window_masks:
             rows = torch.arange(length, device=device)
             distances = rows[:, None] - rows
@@ -318,8 +317,7 @@ class KVCache:
         )
 
     def store(self, layer: int, key: Tensor, value: Tensor, packed: PackedSequences) -> tuple[Tensor, Tensor]:
-        """Store `key` and `value` [t, G, D] of a pack, and return the layer's caches [num_sequences, max_tokens, G,
-        D]."""
+        """Store a pack's `key` and `value` [t, G, D], and return the layer's caches [sequences, max_tokens, G, D]."""
         assert not torch.is_grad_enabled(), "a cache is for inference: use torch.no_grad()"
         if layer not in self._layers:
             shape = (len(self.num_tokens), self.max_tokens, *key.shape[1:])

@@ -1,5 +1,4 @@
-"""Sources of the LLM's weights, from which slices can be read: a Hugging Face directory, a state dict, or a random
-seed."""
+"""Sources from which slices of the LLM's weights can be read: a Hugging Face directory, a state dict or a seed."""
 
 from __future__ import annotations
 

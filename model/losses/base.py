@@ -69,8 +69,9 @@ class Loss(ABC):
         return self.weight(config) > 0
 
     def check(self, config: ModelConfig) -> None:  # noqa: B027 - most losses need no further checks
-        """Check the options in the recipe. `check_losses` has already checked their names, and that no value is
-        negative.
+        """Check the options in the recipe.
+
+        `check_losses` has already checked their names, and that no value is negative.
 
         Raises:
             UserError: If a value is invalid.

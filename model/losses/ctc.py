@@ -20,8 +20,7 @@ NUM_BYTES = 256
 
 
 class CTC(AudioLoss):
-    """The CTC loss of transcription samples with one clip, if the clip has enough outputs for the symbols of the
-    answer."""
+    """The CTC loss of transcription samples with one clip, if the clip has enough outputs for the answer's symbols."""
 
     name = "ctc"
     options = {}
@@ -106,8 +105,7 @@ _NEVER = -1e30
 
 
 def _ctc_of_steps(log_probs: Tensor, num_steps: tuple[int, ...], targets: Ragged) -> Tensor:
-    """Return the sum of the CTC loss, computed by the forward recursion over each clip's states blank, symbol, blank,
-    ….
+    """Return the sum of the CTC loss, computed by the forward recursion over the states blank, symbol, blank and so on.
 
     Args:
         log_probs: The log probabilities [S, B, symbols + 1]. The last class is the blank.

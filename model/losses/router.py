@@ -1,5 +1,4 @@
-"""The losses of the routers in an LLM with experts, which balance the experts and limit the size of the router's
-scores.
+"""The losses of the routers in an LLM with experts, which balance the experts and limit the router's scores.
 
 Both losses are averaged over the layers with experts. Each is a sum over samples or tokens, so it does not depend on
 the division of the samples into micro-batches and among ranks. Other definitions do: Megatron-core's losses are

@@ -184,8 +184,9 @@ def test_a_step_of_all_parts_dispatches_no_operation_that_raises_on_cuda() -> No
 
 
 def dispatched() -> list[tuple[str, bool]]:
-    """Train one step of the tiny model; return the operations that ran: (name, whether the first argument is floating
-    point)."""
+    """Train one step of the tiny model, and return the operations that ran.
+
+    Each is a name and whether the operation's first argument is floating point."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from model.batch import Batch

@@ -31,8 +31,10 @@ def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def num_updates(optimizer: Any, parameter: Tensor) -> int:
-    """Return the number of updates of a parameter. The caller must call `moments` first, which creates missing
-    state."""
+    """Return the number of updates of a parameter.
+
+    The caller must call `moments` first, which creates missing state.
+    """
     if isinstance(optimizer, _PER_PARAMETER):
         return int(optimizer.state[parameter]["step"])
     return int(_group_of(optimizer, parameter).get("step", 0))

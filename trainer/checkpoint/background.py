@@ -57,8 +57,10 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "safetensors
 
 @dataclass(frozen=True)
 class Frozen:
-    """The frozen tensors that have been saved, and the files that contain them. Later checkpoints refer to these
-    files."""
+    """The frozen tensors that have been saved, and the files that contain them.
+
+    Later checkpoints refer to these files.
+    """
 
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
@@ -223,8 +225,9 @@ class Save:
         return files
 
     def _region(self, files: Mapping[str, Mapping[str, Tensor]], nodes: Ints) -> Region:
-        """Return the part of the joined files that this rank writes. It follows the parts of the lower ranks of the
-        node.
+        """Return the part of the joined files that this rank writes.
+
+        It follows the parts of the lower ranks of the node.
 
         Collective: every rank of `Place.group` must call it.
         """

@@ -25,8 +25,11 @@ TOKENIZER = "tokenizer.model"
 
 
 class Checkpoints(Protocol):
-    """All checkpoints of one run. Every rank has its own object. All ranks write to drafts, and only rank 0 may call
-    other methods that change something."""
+    """All checkpoints of one run.
+
+    Every rank has its own object. All ranks write to drafts, and only rank 0 may call other methods that change
+    something.
+    """
 
     @property
     def url(self) -> str:
@@ -38,8 +41,10 @@ class Checkpoints(Protocol):
         ...
 
     def folder(self, step: int) -> Folder:
-        """Return the files of the checkpoint after `step` steps. If the checkpoint does not exist, reading its manifest
-        fails."""
+        """Return the files of the checkpoint after `step` steps.
+
+        If the checkpoint does not exist, reading its manifest fails.
+        """
         ...
 
     def begin_attempt(self) -> Attempt:

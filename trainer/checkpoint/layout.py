@@ -1,5 +1,6 @@
-"""The contents of a checkpoint, which are rectangles of named tensors. They are addressed by global offset, not by
-rank.
+"""The contents of a checkpoint, which are rectangles of named tensors.
+
+They are addressed by global offset, not by rank.
 
 Every tensor is viewed as a matrix [rows, cols]: the first dimension is the rows, and all other dimensions together are
 the columns. The part of a tensor that a rank holds, for example its ZeRO-3 partition, consists of a few rectangles of

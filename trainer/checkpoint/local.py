@@ -51,8 +51,9 @@ class LocalDraft:
 
 
 class JoinedDraft(LocalDraft):
-    """A draft folder in which all ranks of a node write their tensors to one file. Each rank writes a separate part of
-    it.
+    """A draft folder in which all ranks of a node write their tensors to one file.
+
+    Each rank writes a separate part of it.
 
     Args:
         path: The folder.

@@ -114,8 +114,10 @@ class CheckpointManager:
         return urls
 
     def failed(self) -> list[Outcome]:
-        """Return the saves that failed since the last call, if `finished` has been called before. This is not
-        collective."""
+        """Return the saves that failed since the last call, if `finished` has been called before.
+
+        This is not collective.
+        """
         failures, self._failures = self._failures, []
         return failures
 

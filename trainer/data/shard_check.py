@@ -34,8 +34,7 @@ class SkippedSample:
 
 
 def summary_of(skipped: Sequence[SkippedSample]) -> str:
-    """Return one line with the number of skipped samples and the first sample for each reason; empty if there are
-    none."""
+    """Return one line with the number of skipped samples and the first sample for each reason; empty without any."""
     by_reason: dict[str, list[SkippedSample]] = {}
     for sample in skipped:
         by_reason.setdefault(sample.reason, []).append(sample)

@@ -159,8 +159,7 @@ class AudioEngine:
         return self.engine.optimizer
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the names (`audio.…`) and the ZeRO-3 parameters, which have the attributes `ds_shape` and
-        `ds_tensor`."""
+        """Return the names (`audio.…`) and the ZeRO-3 parameters (with the attributes `ds_shape` and `ds_tensor`)."""
         return [(PREFIX + name, p) for name, p in self.tower.named_parameters()]
 
     def forward(

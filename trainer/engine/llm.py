@@ -375,8 +375,7 @@ class _TrainedPacks:
 
 
 def embed_pack(gpt: Any, token_ids: Tensor, audio: Tensor, audio_mask: Tensor) -> Tensor:
-    """Return the input [t/TP, 1, H] of the first stage: the embeddings of text and audio in this rank's slice of a
-    pack.
+    """Return the first stage's input [t/TP, 1, H]: the embeddings of text and audio in this rank's slice of a pack.
 
     Args:
         gpt: This rank's stage of the model.

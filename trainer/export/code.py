@@ -94,8 +94,7 @@ def _imports(module: str, source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
 
 
 def _check_plugin_import(module: str, node: ast.AST) -> None:
-    """Check that a plug-in's file does not import other files of the plug-in, because an export contains only this
-    file."""
+    """Check that a plug-in's file imports no other files of the plug-in, since an export contains only this file."""
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     if isinstance(node, ast.ImportFrom):
         names = ["." if node.level else node.module or ""]

@@ -137,8 +137,7 @@ class Source:
         return [e.name for e in self.model.audio.experts]
 
     def select(self, least_share: float) -> Selection:
-        """Select the encoder experts that received at least a given fraction of all routed clips, and at least one
-        expert.
+        """Select the encoder experts that received at least a given fraction of all routed clips, but at least one.
 
         Raises:
             UserError: If the run has no routing history.

@@ -1,5 +1,6 @@
-"""Preparation of the audio of imported samples. Whole files are only checked. Parts of files are written as 16-bit
-FLAC.
+"""Preparation of the audio of imported samples.
+
+Whole files are only checked. Parts of files are written as 16-bit FLAC.
 
 Parts of floating-point files with values above full scale, which FLAC cannot represent, are written as WAV. Lossy audio
 is decoded to 16 bits, which clips such values to full scale.

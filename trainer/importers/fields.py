@@ -1,5 +1,4 @@
-"""The conversion of an importer's rows to the fields of a manifest, with the names, types, defaults and ids of
-fields."""
+"""The conversion of an importer's rows to the fields of a manifest, including names, types, defaults and ids."""
 
 from __future__ import annotations
 
@@ -293,8 +292,10 @@ def _check_text(value: Any) -> None:
 
 
 def _default_id(clips: tuple[Clip, ...], number: int) -> str:
-    """Return an id for a row that has none. It consists of the name and the start of its first clip, or of its
-    number."""
+    """Return an id for a row that has none.
+
+    It consists of the name and the start of its first clip, or of its number.
+    """
     if not clips or not clips[0].path:
         return f"row-{number:08d}"
     start = f"-{round(clips[0].start * 1000):08d}" if clips[0].start else ""

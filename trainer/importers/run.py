@@ -111,8 +111,10 @@ def _after(items: Iterator[Item], num: int, digest: str) -> Iterator[Item]:
 
 
 def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Yield the items in lists, each of which one process handles. Consecutive parts of a recording are in the same
-    list."""
+    """Yield the items in lists, each of which one process handles.
+
+    Consecutive parts of a recording are in the same list.
+    """
     chunk: list[Item] = []
     num_bytes, path = 0, ""
     for item in items:

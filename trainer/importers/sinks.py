@@ -85,8 +85,7 @@ class Sink:
 
 
 class ManifestSink(Sink):
-    """An output that consists of `manifest.jsonl`, `skipped.jsonl`, and a folder with audio that had to be cut or
-    converted."""
+    """An output with `manifest.jsonl`, `skipped.jsonl`, and a folder of audio that had to be cut or converted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()

@@ -162,8 +162,10 @@ def _without_data(item: Item) -> Item:
 
 
 def _stored(made: Made, folder: Path, part: int, name: str) -> str:
-    """Return the path of a clip. Unless the original file can be used, the clip is written to a subfolder of
-    `folder`."""
+    """Return the path of a clip.
+
+    Unless the original file can be used, the clip is written to a subfolder of `folder`.
+    """
     if made.data is None:
         return made.path
     place = f"{AUDIO_FOLDER}/{part:05d}/{name}.{made.kind}"

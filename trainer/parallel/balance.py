@@ -184,8 +184,10 @@ def _fill(loads: Floats, bins: Ints, order: Ints, costs: Floats, mean: float) ->
 
 
 def stable_order(values: Ints, num_values: int) -> Ints:
-    """Return the indices that stably sort integers in [0, num_values). Sorting integers of up to 16 bits takes linear
-    time."""
+    """Return the indices that stably sort integers in [0, num_values).
+
+    Sorting integers of up to 16 bits takes linear time.
+    """
     return np.argsort(values.astype(np.min_scalar_type(num_values)), kind="stable")
 
 

@@ -74,8 +74,10 @@ def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
 
 
 def _uneven_gather(even: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Megatron's gather along dimension 0 so that it pads parts of different sizes. gloo gathers only equal
-    parts."""
+    """Wrap Megatron's gather along dimension 0 so that it pads parts of different sizes.
+
+    gloo can only gather parts of equal size.
+    """
 
     def gather(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
         sizes = None if output_split_sizes is None else list(output_split_sizes)

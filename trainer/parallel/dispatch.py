@@ -1,5 +1,4 @@
-"""The plan that assigns clips to encoder ranks, and determines the clips and features that each rank sends and
-receives.
+"""The plan that assigns clips to encoder ranks, and the clips and features that each rank sends and receives.
 
 A clip is sent to one encoder rank of each encoder that must encode it. It is sent to a rank only once, even if several
 encoders of the rank need it. The features are sent back. Nothing is padded, and no capacity limit drops clips.

@@ -1,5 +1,7 @@
-"""Settings that must be made before the first CUDA call and the first process group. This module does not import
-torch."""
+"""Settings that must be made before the first CUDA call and the first process group.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -89,8 +91,7 @@ def meeting_limit_sec(num_ranks: int, environ: Mapping[str, str] = os.environ) -
 
 
 def start_limit_sec(num_ranks: int, environ: Mapping[str, str] = os.environ) -> float:
-    """Return the time limit in seconds within which the processes of a job step must have started, connected and
-    answered.
+    """Return the time limit in seconds for the processes of a job step to start, connect and answer.
 
     In addition to `meeting_limit_sec`, the limit allows a minute and `_LAUNCH_SEC` per process. In this time, processes
     are launched and read their modules from a shared disk.

@@ -1,5 +1,7 @@
-"""The plan of packs, which are the LLM's packed sequences. It determines the position of each sample, and the rows to
-move between ranks."""
+"""The plan of packs, which are the LLM's packed sequences.
+
+It determines the position of each sample, and the rows to move between ranks.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +76,9 @@ class PackPlan:
         return np.cumsum(self.num_tokens) - self.num_tokens
 
     def with_lengths(self, kept: Ints, num_tokens: Ints, multiple: int) -> PackPlan:
-        """Return a plan for companion sequences of some samples. A companion has the replica and micro-batch of its
-        sample.
+        """Return a plan for companion sequences of some samples.
+
+        A companion has the replica and micro-batch of its sample.
 
         Args:
             kept: The indices of the samples that have a companion, in ascending order.

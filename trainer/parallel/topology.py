@@ -163,8 +163,7 @@ class Topology:
 
     @property
     def without_context(self) -> Topology:
-        """The topology of the same ranks in which every copy of the LLM's weights is a replica that processes whole
-        packs.
+        """The topology of the same ranks with each copy of the LLM's weights as a replica that processes whole packs.
 
         Context-parallel ranks hold the same weights. If packs are not divided among them, they act as replicas.
         """
@@ -225,8 +224,10 @@ class Topology:
 
     @property
     def expert_replica_groups(self) -> tuple[tuple[int, ...], ...]:
-        """The groups of ranks that hold the same encoder experts. A group consists of every `ep`-th rank, and sums
-        gradients."""
+        """The groups of ranks that hold the same encoder experts.
+
+        A group consists of every `ep`-th rank, and sums gradients.
+        """
         return tuple(tuple(range(start, self.world, self.ep)) for start in range(self.ep))
 
 

@@ -88,8 +88,9 @@ class Store(Protocol):
         ...
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
-        """Write a small object unless an object with this name exists. If several processes try at once, only one
-        succeeds.
+        """Write a small object unless an object with this name exists.
+
+        If several processes try at once, only one succeeds.
 
         Returns:
             Whether the object with this name now has this `content`.

@@ -34,8 +34,7 @@ _TIMEOUT_SEC = 5.0
 
 @dataclass(frozen=True)
 class AlertConfig:
-    """The recipe's section `telemetry.alerts`, which selects the events that are posted to the webhook in
-    `EARSHOT_ALERT_WEBHOOK`."""
+    """The recipe's section `telemetry.alerts`: the events that are posted to the webhook in `EARSHOT_ALERT_WEBHOOK`."""
 
     events: tuple[str, ...] = (
         "failed",

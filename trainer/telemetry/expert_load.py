@@ -125,8 +125,10 @@ class Load:
 
     @property
     def entropy_of_mean(self) -> Floats:
-        """The entropy of each gate's mean probabilities, in nats, of shape [G]. It is low if the gate prefers few
-        experts for all clips."""
+        """The entropy of each gate's mean probabilities, in nats, of shape [G].
+
+        It is low if the gate prefers few experts for all clips.
+        """
         mean = _over(self.probs, self.num_clips)
         return -(mean * np.log(np.where(mean > 0, mean, 1.0))).sum(-1)
 
@@ -221,8 +223,10 @@ class ExpertLoad:
         return tuple(sorted({group.task for group in self.cells}))
 
     def by_task(self) -> dict[str, Load]:
-        """Return the load of each task by name, and the load of all tasks together under the name `ALL`. The result is
-        empty if there are no clips."""
+        """Return the load of each task by name, and the load of all tasks together under the name `ALL`.
+
+        The result is empty if there are no clips.
+        """
         tasks = {task: self.total(lambda g, task=task: g.task == task) for task in self.tasks}  # type: ignore[misc]
         return {ALL: self.total(), **tasks} if tasks else {}
 

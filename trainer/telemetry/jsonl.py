@@ -109,8 +109,9 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics file, in which every value is a number. If the file does not exist, nothing is
-    yielded.
+    """Yield the records of a metrics file, in which every value is a number.
+
+    If the file does not exist, nothing is yielded.
 
     Raises:
         UserError: If the file cannot be read, or a line is not a record of metrics.

@@ -90,8 +90,10 @@ class EncoderCosts:
 
     @property
     def imbalance(self) -> float:
-        """The ratio of the slowest rank's time to the mean time. The best value is 1, which is also the value if
-        nothing was computed."""
+        """The ratio of the slowest rank's time to the mean time.
+
+        The best value is 1, which is also the value if nothing was computed.
+        """
         return self.slowest_sec / self.mean_sec if self.mean_sec > 0 else 1.0
 
     def to_json(self) -> dict[str, Any]:
@@ -273,8 +275,7 @@ class LoadMeter:
 
 
 def interval_metrics(interval: LoadInterval) -> dict[str, float]:
-    """Return the metrics of an interval by name: the metrics of `load_metrics`, and the metrics `encoders/...` per
-    step.
+    """Return an interval's metrics by name, which are those of `load_metrics` and `encoders/...` per step.
 
     Seconds are means over ranks, and bytes are sums over ranks.
     """

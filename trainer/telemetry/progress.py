@@ -79,8 +79,10 @@ class Progress:
             self._bar.close()
 
     def _format(self, text: str) -> str:
-        """Return the format of tqdm's bar. The text is part of the format, because tqdm's postfix would begin with a
-        comma."""
+        """Return the format of tqdm's bar.
+
+        The text is part of the format, because tqdm's postfix would begin with a comma.
+        """
         name, shown = (
             (f"{part} " if part else "").replace("{", "{{").replace("}", "}}") for part in (self._name, text)
         )

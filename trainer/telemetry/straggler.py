@@ -203,8 +203,10 @@ def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
 
 
 def _grown(values: Array, shape: tuple[int, int]) -> Array:
-    """Pad a table with zeros at the bottom and on the right. A table that already has this shape is returned
-    unchanged."""
+    """Pad a table with zeros at the bottom and on the right.
+
+    A table that already has this shape is returned unchanged.
+    """
     if values.shape == shape:
         return values
     grown = np.zeros(shape)

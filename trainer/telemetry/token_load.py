@@ -108,8 +108,10 @@ class TokenCell:
 
     @property
     def share(self) -> Floats:
-        """The fraction of the choices in each layer that fall on each expert [L, E]. The fractions of a layer sum to
-        1."""
+        """The fraction of the choices in each layer that fall on each expert [L, E].
+
+        The fractions of a layer sum to 1.
+        """
         return self.chosen / np.maximum(self.chosen.sum(-1, keepdims=True), 1)
 
 
@@ -195,8 +197,10 @@ class TokenLoad:
 
     @property
     def overload(self) -> float:
-        """The largest fraction of a layer's choices that fall on one expert, multiplied by the number of experts. It is
-        1 if all experts are chosen equally often."""
+        """The largest fraction of a layer's choices that fall on one expert, multiplied by the number of experts.
+
+        It is 1 if all experts are chosen equally often.
+        """
         total = self.total()
         return float(total.share.max()) * len(self.experts) if total is not None else 1.0
 

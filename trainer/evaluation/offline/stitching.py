@@ -110,8 +110,10 @@ def _reach(share: float, units: Sequence[str]) -> int:
 
 
 def _key(unit: str) -> str:
-    """Return a word in lower case without surrounding punctuation. A word of punctuation alone is returned
-    unchanged."""
+    """Return a word in lower case without surrounding punctuation.
+
+    A word of punctuation alone is returned unchanged.
+    """
     plain = unit.strip().lower()
     return re.sub(r"^\W+|\W+$", "", plain) or plain
 

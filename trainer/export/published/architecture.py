@@ -57,8 +57,10 @@ class Architecture:
         return None
 
     def published_name(self, name: str) -> str | None:
-        """Return the published name of a tensor of earshot, or None if there is none. This is the inverse of
-        `own_name`."""
+        """Return the published name of a tensor of earshot, or None if there is none.
+
+        This is the inverse of `own_name`.
+        """
         for published, own in self.prefixes:
             candidate = published + name.removeprefix(own)
             if name.startswith(own) and self.own_name(candidate) == name:
@@ -109,8 +111,7 @@ def unsupported(title: str, what: str, remedy: str) -> UserError:
 
 
 def _as_published(name: str) -> str:
-    """Return the name of a tensor in published checkpoints, given this name or its name in the modules of transformers
-    5."""
+    """Return a tensor's name in published checkpoints, given this name or its name in the modules of transformers 5."""
     if name.startswith("lm_head."):
         return f"language_model.{name}"
     if name.startswith("model.language_model."):

@@ -86,8 +86,7 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):  # type: ignore[misc]
 
 
 class Processor(BaseMultiModalProcessor[Info]):  # type: ignore[misc]
-    """The processor that computes the inputs of the audio tower, and repeats a clip's placeholder once per audio
-    token."""
+    """The processor, which computes the audio tower's inputs and repeats a clip's placeholder for each audio token."""
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of `DummyInputs`, with empty instructions."""

@@ -130,8 +130,10 @@ def _decoded_file(entry: str) -> Clip:
 
 
 def _ark_clip(source: Source, path: str, first: int) -> Clip:
-    """Return the audio at a position in an ark file. kaldiio writes a WAV file, or `AUDIO`, a length and an audio
-    file."""
+    """Return the audio at a position in an ark file.
+
+    kaldiio writes a WAV file there, or `AUDIO`, a length and an audio file.
+    """
     real = source.audio_file(path)
     try:
         with open(real, "rb") as file:

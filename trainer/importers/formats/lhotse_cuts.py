@@ -81,8 +81,7 @@ def _rows_of_cut(row: Row, stored: _Stored | None) -> Iterator[Row]:
 
 
 def _audio(cut: Mapping[str, Any], stored: _Stored | None) -> tuple[Clip, float, float, bool]:
-    """Return the recording of a cut, the start and length of the cut in seconds, and whether it is the whole
-    recording."""
+    """Return a cut's recording, its start and length in seconds, and whether the cut is the whole recording."""
     if cut.get("type", "MonoCut") != "MonoCut":
         raise RowError("unsupported", f"a cut of the type {short(cut['type'])}; only MonoCut is supported")
     start, seconds = _number(cut, "start"), _number(cut, "duration")

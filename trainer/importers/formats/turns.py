@@ -1,5 +1,7 @@
-"""The common form of conversations in several formats. It consists of roles, text with a tag for each clip, and the
-clips."""
+"""The common form of conversations in several formats.
+
+It consists of roles, text with a tag for each clip, and the clips.
+"""
 
 from __future__ import annotations
 
