@@ -1,4 +1,4 @@
-"""Rendering of report pages in a real browser: Chromium without a network."""
+"""The rendering of report pages in Chromium without a network."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The places whose tests are slow, because they start ranks, servers or a cluster.
+"""The folders and files whose tests are marked as slow, because they start ranks, servers or a cluster.
 
-Other slow tests carry `@pytest.mark.slow`.
+Other slow tests are marked with `@pytest.mark.slow`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run a command of the documentation as its reader would."""
+"""A function that runs a command of the documentation as a reader would run it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of encoder families: for each, a tiny model, and how transformers computes the features of a clip."""
+"""The table of encoder families, with a tiny model and transformers' computation of a clip's features for each."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The table of families × properties: which test shows which property of which family.
+"""The table that lists, for each family and each property, the test that checks the property.
 
-`python -m tests.family_table` prints the table that docs/families.md contains. The families of a test are read from its
-own parameters, so that a family which is missing there is missing here.
+`python -m tests.family_table` prints the table that docs/families.md contains. The families of a test are read from the
+test's parameters, so that the table does not contain a family that the test lacks.
 """
 
 from __future__ import annotations

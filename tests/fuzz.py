@@ -1,11 +1,13 @@
-"""Fuzzing of every parser of files and texts that this program did not write.
+"""Fuzzing of all parsers of files and texts from other sources.
 
     python -m tests.fuzz --inputs 2000
 
-Each input is a valid one with random changes: bytes are flipped, inserted, removed and repeated, and values of JSON
-are replaced. A parser may accept it or raise UserError or SampleError (and ValueError where its docstring says so).
+Each input is a valid input with random changes: bytes are flipped, inserted, removed and repeated, and JSON values are
+replaced. A parser may accept the input, or raise a UserError or SampleError (or a ValueError if its docstring says so).
 Anything else is a failure, as is an input that takes longer than `MAX_SEC` or more memory than `MAX_BYTES`. The seed of
-a failure is printed, and `--only TARGET --first SEED --inputs 1` repeats it. Exit code 0: no failures. 1: failures.
+a failure is printed, and `--only TARGET --first SEED --inputs 1` repeats the failure.
+
+Exit code 0: no failures. 1: failures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fuzzing of the importers: a corpus in each format, one of whose files is changed."""
+"""Fuzzing of the importers, with a corpus in each format of which one file is changed at random."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Kill every writer at random moments, and start every pair of writers at once.
+"""Kill each writer of files at random moments, and run each pair of writers at the same time.
 
     make kill-all                                    500 kills, and 100 trials of each pair
-    python -m tests.kill_all --kills 40 --trials 10  fewer
+    python -m tests.kill_all --kills 40 --trials 10  fewer kills and trials
     python -m tests.kill_all --only export --seed 7  one writer
 
-After a kill, what is there must be readable, and nothing that was complete may be lost. The same call then completes
-the work, and the result must equal that of a call that was not killed, without leftovers. Two calls at once must give
-that result, too; one of them may be refused.
+After a kill, the remaining files must be readable, and no complete file may be lost. The same call then completes the
+work, and the result must equal the result of an undisturbed call, without leftovers. Two simultaneous calls must also
+have this result, although one of them may be refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiny installed packages with entry points, and training runs that can import them."""
+"""Helpers that install tiny packages with entry points, and start training runs that can import them."""
 
 from __future__ import annotations
 

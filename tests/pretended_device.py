@@ -1,4 +1,4 @@
-"""A pretended device, with which tests check on a machine without a GPU what only a GPU would refuse.
+"""A pretended device, with which tests on a machine without a GPU detect errors that only occur on a GPU.
 
 Within `PretendedDevice()`, tensors on `DEVICE` keep their values on the CPU, but report another device. An operation
 that mixes them with a CPU tensor raises an error, as on a GPU. Every operation that would make the host wait for a GPU
@@ -9,8 +9,8 @@ is counted under the function of this project that causes it:
         tower(...)
     device.waits   # {"model/router.py:on_host": 1, …}
 
-The device has the type `meta`, the only type without hardware that autograd supports. Since the kernels are those
-of the CPU, tests with it do not cover the numerics, speed, memory or collectives of a GPU.
+The device has the type `meta`, the only type without hardware that autograd supports. The CPU's kernels compute all
+values, so tests with this device do not cover the numerics, speed, memory or collectives of a GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A complete training step without DeepSpeed and Megatron's optimizers, for a device on which these cannot run.
 
-Everything else is the code of a training: tower, dispatch, exchanges, Megatron's model and schedule, losses, report.
+All other parts are the code of a training run: tower, dispatch, exchanges, Megatron's model and schedule, losses,
+report.
 """
 
 from __future__ import annotations

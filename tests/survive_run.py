@@ -1,4 +1,4 @@
-"""The ranks of runs in which something fails, for `tests.distributed.harness.run_ranks`."""
+"""The functions of ranks in runs with failures, for `tests.distributed.harness.run_ranks`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench.trainer` in a tiny form: its arms train the same model, and its goals can be missed."""
+"""Tests of `bench.trainer` with a tiny model: the arms train the same model, and each goal can be missed."""
 
 from __future__ import annotations
 

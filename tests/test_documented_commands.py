@@ -1,4 +1,4 @@
-"""The commands, options, recipe keys, files and links that the documents name exist; some commands are run."""
+"""Tests that commands, options, recipe keys, files and links in the documents exist. Some commands are executed."""
 
 from __future__ import annotations
 

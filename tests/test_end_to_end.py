@@ -1,4 +1,4 @@
-"""The program as a user runs it: training, stopping and resuming, and errors after bad input."""
+"""Tests of the program as a user runs it: training, stopping and resuming, and errors for bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every registered family has every property, and docs/families.md says which test shows it."""
+"""Tests that every registered family has every property, and that docs/families.md lists their tests."""
 
 from __future__ import annotations
 

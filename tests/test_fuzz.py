@@ -1,4 +1,4 @@
-"""A short run of the fuzzing of all parsers; `make fuzz` is the long one."""
+"""A short run of the fuzzing of all parsers. `make fuzz` is a long run."""
 
 from __future__ import annotations
 

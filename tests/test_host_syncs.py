@@ -1,4 +1,4 @@
-"""The places in a step where the host waits for the device: the table of docs/gpu.md, on a pretended device.
+"""Tests of the places in a step where the host waits for the device (the table in docs/gpu.md), on a pretended device.
 
 The waits of DeepSpeed and of Megatron's optimizers are not counted.
 """

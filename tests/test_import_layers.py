@@ -1,4 +1,4 @@
-"""The import layers of docs/architecture.md, and the rule that no function changes a module's state."""
+"""Tests of the import layers in docs/architecture.md, and of the rule that no function changes a module's state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that start from an imported model: encoders are added, training resumes, and the original layout is exported."""
+"""Tests of runs that start from an imported model: adding encoders, resuming, and exporting the original layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The locked packages are those that the project asks for, and each has a hash."""
+"""Tests that the locked packages are the packages that the project requires, and that each has a hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that trains only adapters on top of another run's weights: it starts, resumes and exports."""
+"""Tests of a run that only trains adapters for another run's weights: starting, resuming and exporting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that gives experts to the LLM of another run: it starts, resumes without the donors, and exports."""
+"""Tests of a run that adds experts to another run's LLM: starting, resuming without the donors, and exporting."""
 
 from __future__ import annotations
 

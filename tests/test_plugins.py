@@ -1,4 +1,4 @@
-"""A plug-in that cannot be used is one line that names the package and the entry point, and exit code 2."""
+"""Tests that a broken plug-in causes exit code 2 and a one-line error with the package and the entry point."""
 
 from __future__ import annotations
 

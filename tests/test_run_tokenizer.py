@@ -1,4 +1,4 @@
-"""Weights are only ever used with the tokenizer they were trained with."""
+"""Tests that weights are only used with the tokenizer with which they were trained."""
 
 from __future__ import annotations
 

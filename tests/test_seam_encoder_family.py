@@ -1,4 +1,7 @@
-"""The encoder family of docs/tutorial_encoder.md, of which no file of the project knows, and the commands there."""
+"""Tests of the encoder family and the commands of docs/tutorial_encoder.md.
+
+The project does not contain this family.
+"""
 
 from __future__ import annotations
 

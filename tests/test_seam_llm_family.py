@@ -1,4 +1,4 @@
-"""An LLM family that is not part of the project, one value: ByteDance's Seed-OSS, trained on two ranks and exported."""
+"""Tests of the LLM family Seed-OSS (ByteDance), which one value of a plug-in adds: training and export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task with its own metric comes from a plug-in, trains and is evaluated; no file of the project changes."""
+"""Tests of a task with a new metric from a plug-in, which is trained and evaluated without changes to the project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trackers and hooks: one from a plug-in, TensorBoard and Weights & Biases get what `metrics.jsonl` contains."""
+"""Tests of hooks and trackers: a plug-in's tracker, TensorBoard and W&B receive the content of `metrics.jsonl`."""
 
 from __future__ import annotations
 

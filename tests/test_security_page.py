@@ -1,4 +1,4 @@
-"""docs/security.md lists every environment variable that changes behaviour, and its promises have tests."""
+"""Tests that docs/security.md lists all environment variables that change behaviour, and tests for its promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run in stages: each trains what it names, and the run resumes bit-identically in a stage and between two."""
+"""Tests of a run in stages, which resumes bit-identically within a stage and between stages."""
 
 from __future__ import annotations
 

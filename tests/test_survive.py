@@ -1,4 +1,4 @@
-"""Faults that a run survives: batches of NaN, signals, a hung rank, a full disk, and a step that fails repeatedly."""
+"""Tests of faults that a run survives: NaN batches, signals, a hung rank, a full disk, and a failing step."""
 
 from __future__ import annotations
 

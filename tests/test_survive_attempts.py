@@ -1,4 +1,4 @@
-"""Faults of one attempt that must not end the run: a killed data worker, and an old attempt that is still running."""
+"""Tests of faults that must not end the run: a killed data worker, and an old attempt that is still running."""
 
 from __future__ import annotations
 

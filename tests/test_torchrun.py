@@ -1,4 +1,4 @@
-"""Two torchrun agents, as on two nodes: all ranks start again after a rank is killed or a node is replaced."""
+"""Tests of two torchrun agents, as on two nodes: all ranks restart after a rank is killed or a node is replaced."""
 
 from __future__ import annotations
 

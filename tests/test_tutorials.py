@@ -1,4 +1,7 @@
-"""Commands of docs/tutorial_recordings.md. test_seam_encoder_family.py and tests/cluster run those of the others."""
+"""Tests of the commands in docs/tutorial_recordings.md.
+
+test_seam_encoder_family.py and tests/cluster run the commands of the other tutorials.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel works from an empty folder, and where the user has modules with the same names as ours."""
+"""Tests that the wheel works in an empty folder, and in a folder with modules of the same names as the project's."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The part of vLLM's interface for multimodal models that an exported plug-in uses, in plain PyTorch.
 
-Names and signatures are those of vLLM 0.32. What vLLM does between the plug-in's methods is reduced to what decides the
-result: the slices of fields, the replacement of placeholders, the merge of embeddings, and the identity of a cached
-clip. The LLM is the one of transformers.
+Names and signatures are the same as in vLLM 0.32. Between the plug-in's methods, the stub only does what determines the
+result: slicing fields, replacing placeholders, merging embeddings, and identifying cached clips. The LLM is the model
+of transformers.
 """
 
 from __future__ import annotations

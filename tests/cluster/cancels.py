@@ -1,4 +1,7 @@
-"""The ways in which a person cancels a job. Each of them must end the run for good, and leave it fit to be resumed."""
+"""The ways in which a user cancels a job.
+
+Each must end the run without an automatic restart, and a later submission must be able to resume the run.
+"""
 
 from __future__ import annotations
 

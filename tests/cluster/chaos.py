@@ -1,10 +1,10 @@
-"""Twenty random faults in one run on a real Slurm: `make chaos` (needs root; half an hour on two cores).
+"""A test of twenty random faults in one run on a real Slurm. It needs root, and half an hour on two cores.
 
     python -m tests.cluster.chaos --faults 20 --seed 0
 
-The run must finish with the results of an undisturbed run: equal losses and gradient norms at every step, equal
-state of the data, and equal tensors in the last checkpoint. Otherwise the exit code is 1. `tools.status` prints the
-run's goodput afterwards.
+`make chaos` starts it. The run must finish with the results of an undisturbed run: the losses and gradient norms of
+every step, the data-loading state, and the tensors in the last checkpoint must be equal. Otherwise, the exit code is 1.
+At the end, `tools.status` prints the run's goodput.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""All faults of a table, each in its own run on a real Slurm: `make fault-test` (needs root; half an hour).
+"""A test of all faults in a table, each in a separate run on a real Slurm. It needs root and half an hour.
 
     python -m tests.cluster.fault_table                 all
     python -m tests.cluster.fault_table kill requeue    only faults whose names contain one of the words
 
-Each run must end with the results of an undisturbed run: every loss, every gradient norm, the state of the data and the
-tensors of the last checkpoint are equal. Otherwise the exit code is 1.
+`make fault-test` starts it. Each run must end with the results of an undisturbed run: the losses and gradient norms of
+every step, the data-loading state, and the tensors in the last checkpoint must be equal. Otherwise, the exit code is 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Faults that happen to a run. Each function causes one of them and returns the time at which it happened."""
+"""The faults of runs. Each function causes one fault, and returns the time at which the fault occurred."""
 
 from __future__ import annotations
 

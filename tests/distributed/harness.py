@@ -1,11 +1,11 @@
-"""Calls of a function on several gloo ranks, which are processes without a launcher.
+"""A harness that calls a function on several gloo ranks, which are processes without a launcher.
 
 `run_ranks(4, "tests.distributed.test_x:body", {"tp": 2})` calls `body(tp=2)` on four ranks and returns their results,
-which are JSON values. If a rank fails or the deadline passes, all ranks are ended, and the error shows the last lines
-of their stderr.
+which must be JSON values. If a rank fails or the deadline passes, the harness ends all ranks and raises an error with
+the last lines of their stderr.
 
-Ranks are forked from a server that has imported the engines (`tests.distributed.preload`), since each rank would need
-several seconds to import them. Tests of how a rank starts use `trainer.run.launch` instead.
+Ranks are forked from a server that has imported the engines (`tests.distributed.preload`). Otherwise, each rank would
+need several seconds for these imports. Tests of the start of ranks use `trainer.run.launch` instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The imports that all ranks of the tests need, which happen once; see `tests.distributed.harness`."""
+"""The imports that the ranks of all tests need. They are executed once (`tests.distributed.harness`)."""
 
 from __future__ import annotations
 

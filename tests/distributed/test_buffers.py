@@ -1,6 +1,6 @@
-"""Buffers of the audio side are on the rank's device, although ZeRO's Init moves only parameters.
+"""Tests that buffers of the audio modules are on the rank's device, although `zero.Init` only moves parameters.
 
-Those that follow from the config stay in fp32 in half precision.
+Buffers that are computed from the config stay in fp32 in half precision.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Resumed runs: bit-identical losses on the same topology, and nearly equal ones on any other."""
+"""Tests that resumed runs have bit-identical losses on the same topology, and similar losses on others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random routings on four ranks: no hang, no lost or duplicated clip, and the gradients of one process."""
+"""Tests of random routings on four ranks: no hangs, no lost or duplicated clips, and the gradients of one process."""
 
 from __future__ import annotations
 

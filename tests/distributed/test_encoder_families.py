@@ -1,4 +1,4 @@
-"""Every encoder family trains under ZeRO-3 as in one process, in both ways of gathering weights."""
+"""Tests that every encoder family trains with ZeRO-3 as in one process, with both ways of gathering weights."""
 
 from __future__ import annotations
 

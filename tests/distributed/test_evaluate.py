@@ -1,4 +1,4 @@
-"""Evaluation during training, on any topology, has the same predictions as the export of the same weights."""
+"""Tests that evaluation during training has the same predictions on any topology as the exported weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoders' load on all ranks, compared with a single process, and the timeline of their phases."""
+"""Tests of the encoders' load on all ranks, compared with a single process, and of the timeline of phases."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""LLMs with experts on several ranks: parity with the oracle. `earshot parity --family mixtral` covers more cases.
+"""Tests that LLMs with experts on several ranks equal the single-process model.
 
-Among them, the cases cover experts spread over replicas, over tensor ranks and over both, shared by tensor ranks or
-whole, with recomputation (PP > 1), layers without experts, adapters on experts, and frozen experts.
+The cases cover experts that are distributed over replicas, over tensor-parallel ranks or over both, experts that are
+divided among tensor-parallel ranks or not divided, recomputation (PP > 1), layers without experts, adapters on experts,
+and frozen experts. `earshot parity --family mixtral` covers more cases.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Greedy decoding with the distributed model gives the same tokens as the single-process model."""
+"""Tests that greedy decoding with the distributed model generates the same tokens as the single-process model."""
 
 from __future__ import annotations
 

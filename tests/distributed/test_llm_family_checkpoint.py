@@ -1,4 +1,4 @@
-"""Checkpoints of LLM families with shared tensors, and with norms after the branches, resume on another topology."""
+"""Tests that LLM families with shared tensors, or with norms after the branches, can resume on another topology."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor, sequence and pipeline parallelism: loss and every gradient equal the single-process transformers model."""
+"""Tests that the loss and all gradients with tensor, sequence and pipeline parallelism equal those of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: their checkpoints resume on any topology, and they take the memory that the plan says."""
+"""Tests that runs with low-rank adapters can resume on any topology, and need the planned memory."""
 
 from __future__ import annotations
 

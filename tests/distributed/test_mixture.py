@@ -1,4 +1,4 @@
-"""A dense LLM with experts from several runs: an expert that every token is sent to equals its run, on any topology."""
+"""Tests of a dense LLM with experts from several runs. If all tokens are sent to one expert, the LLM equals its run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The padding rows of packs do not change any bit of the loss or the gradients."""
+"""Tests that the padding rows of packs do not change any bit of the loss or the gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planned bytes of weights, gradients and optimizer, compared with real ranks of seven topologies."""
+"""Tests of the planned bytes of weights, gradients and optimizer states, compared with ranks of seven topologies."""
 
 from __future__ import annotations
 

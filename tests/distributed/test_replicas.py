@@ -1,4 +1,4 @@
-"""A replica of the LLM whose weights differ in one bit is found, and its rank is named."""
+"""Tests that a replica of the LLM whose weights differ in one bit is detected, and that its rank is reported."""
 
 from __future__ import annotations
 

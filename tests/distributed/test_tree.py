@@ -1,4 +1,4 @@
-"""Collectives in a logarithmic number of rounds, for numbers of ranks that are and are not powers of two."""
+"""Tests of collectives with a logarithmic number of rounds, including numbers of ranks that are no powers of two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the audio side sends and keeps in a step, however many encoder calls there are."""
+"""Tests of the transfers and the memory of the audio modules in a step, with any number of encoder calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The corpus of the golden run: eight clips made by integer arithmetic, so that every machine writes the same bytes."""
+"""The corpus of the golden run, which has eight clips from integer arithmetic with the same bytes on all machines."""
 
 from __future__ import annotations
 

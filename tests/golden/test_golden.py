@@ -1,8 +1,8 @@
-"""A run of an earlier version (commit e967171) can be resumed, exported and used to start other runs.
+"""Tests that a run of an earlier version (commit e967171) can be resumed, exported and used to start other runs.
 
 `run/` contains its checkpoint after step 2 of 4, on two ranks, with the corpus of `corpus.py`. `export/` contains the
-weights and settings of the model folder that the same version exported from it, without the code. Neither is ever
-rewritten, since they represent the checkpoints of users.
+weights and settings of the model folder that the same version exported from it, without the code. These files must
+never be rewritten, since they represent the checkpoints of users.
 """
 
 from __future__ import annotations

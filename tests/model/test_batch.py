@@ -1,4 +1,4 @@
-"""Ragged sequences: selecting and splitting, without copies if the memory is already in the wanted order."""
+"""Tests of `Ragged`: selecting and splitting, without copies if the memory is already in the required order."""
 
 from __future__ import annotations
 

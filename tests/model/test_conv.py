@@ -1,4 +1,4 @@
-"""Convolutions as matrix products, compared with torch's convolutions."""
+"""Tests of convolutions as matmuls, compared with PyTorch's convolutions."""
 
 from __future__ import annotations
 

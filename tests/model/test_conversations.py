@@ -1,4 +1,4 @@
-"""The model and conversations: clips are routed by their own turn, and both answers are learned."""
+"""Tests of the model with conversations: clips are routed by their turns, and all answers are learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every encoder family compared with transformers on single clips, and with itself in other batches."""
+"""Tests of every encoder family, compared with transformers on single clips and with itself in other batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders compared with transformers on single unpadded clips, and with themselves in other batches."""
+"""Tests of encoders, compared with transformers on single unpadded clips and with themselves in other batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading of encoder weights, and errors for bad encoder configs and checkpoints."""
+"""Tests of the loading of encoder weights, and of errors for bad encoder configs and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of models from elsewhere: only safetensors and JSON are read, and what is odd ends in one line."""
+"""Tests of model files from other sources: only safetensors and JSON are read, and odd files cause one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over packs: the request to TransformerEngine is equivalent to what SDPA computes."""
+"""Tests of attention over packs: the arguments for TransformerEngine are equivalent to the computation with SDPA."""
 
 from __future__ import annotations
 

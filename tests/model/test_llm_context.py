@@ -1,4 +1,4 @@
-"""Context parallelism: the pieces of packs, and attention over ranks against that of a whole pack."""
+"""Tests of context parallelism: the pieces of packs, and attention over ranks compared with that of a whole pack."""
 
 from __future__ import annotations
 

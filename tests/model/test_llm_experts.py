@@ -1,4 +1,4 @@
-"""Experts in the LLM's feed-forward layers, in one process: the choice, the losses, and transformers' own models."""
+"""Tests of FFN experts in one process: the choice of experts, the losses, and comparisons with transformers."""
 
 from __future__ import annotations
 

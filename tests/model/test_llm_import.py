@@ -1,4 +1,4 @@
-"""LLMs that transformers has saved are read as they are, and those inside multimodal models as docs/llms.md says."""
+"""Tests of reading LLMs that transformers has saved, and LLMs within multimodal models as docs/llms.md describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Megatron model in one process computes the same as transformers."""
+"""Tests that the Megatron model in one process computes the same values as transformers."""
 
 from __future__ import annotations
 

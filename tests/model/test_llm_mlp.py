@@ -1,4 +1,4 @@
-"""The gate of a Megatron layer's feed-forward network."""
+"""Tests of the gate in a Megatron layer's feed-forward network."""
 
 from __future__ import annotations
 

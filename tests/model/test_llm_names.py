@@ -1,4 +1,4 @@
-"""Names, shapes and slices of LLM tensors, checked with constructed tensors."""
+"""Tests of the names, shapes and slices of LLM tensors, with constructed tensors."""
 
 from __future__ import annotations
 

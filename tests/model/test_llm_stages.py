@@ -1,4 +1,4 @@
-"""The division of layers into the chunks of pipeline stages."""
+"""Tests of the division of layers into the chunks of pipeline stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources of LLM weights and their configs, and the errors for bad ones."""
+"""Tests of the sources of LLM weights, of their configs, and of the errors for bad files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters in one process: W + s·B·A in plain PyTorch, in Megatron's layers, and as peft computes them."""
+"""Tests of low-rank adapters in one process: in plain PyTorch, in Megatron's layers, and compared with peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of losses; distillation and the samples that its teacher reads."""
+"""Tests of the table of losses, and of distillation and the samples that its teacher reads."""
 
 from __future__ import annotations
 

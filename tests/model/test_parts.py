@@ -1,4 +1,4 @@
-"""Router, mixture, adapter, splice and losses on small constructed tensors."""
+"""Tests of the router, mixture, adapter, splice and losses with small constructed tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All parts of the model on a pretended device: no tensor remains on the CPU, and the host does not wait."""
+"""Tests of all parts of the model on a pretended device: no tensor remains on the CPU, and the host does not wait."""
 
 from __future__ import annotations
 

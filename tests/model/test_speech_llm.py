@@ -1,4 +1,4 @@
-"""The single-process model: properties of samples, losses and experts."""
+"""Tests of the single-process model: properties of samples, losses and experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/finetune.md with real weights and recordings: a few steps, resume, export, plain transformers."""
+"""Tests of docs/finetune.md with real weights and recordings: a few steps, resuming, export, and plain transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM2's published weights: logits of the oracle and of every kind of parallelism equal those of transformers."""
+"""Tests that SmolLM2's published weights produce transformers' logits with every kind of parallelism."""
 
 from __future__ import annotations
 

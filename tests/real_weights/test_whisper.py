@@ -1,4 +1,4 @@
-"""Published Whisper weights: what they were converted to is right, and our encoder computes what transformers does."""
+"""Tests of published Whisper weights: the conversion is correct, and the encoder computes the same as transformers."""
 
 from __future__ import annotations
 

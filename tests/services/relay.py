@@ -1,4 +1,4 @@
-"""A slow connection to a server, which forwards TCP connections at a given rate."""
+"""A relay that forwards TCP connections to a server at a given rate, to simulate a slow connection."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A real Slurm on this machine: a controller, and nodes that are network namespaces with their own process trees.
+"""A real Slurm on this machine: a controller, and nodes that are network namespaces with separate process trees.
 
-    python -m tests.services.slurm DIR NODES      runs until Ctrl-C and prints the environment variables of clients
+    python -m tests.services.slurm DIR NODES      run until Ctrl-C, and print the environment variables of clients
 
 It needs root and these Debian packages: slurmctld slurmd slurm-client munge iproute2. All nodes share this machine's
 file systems. GPUs are simulated by character devices for Slurm, and by an `nvidia-smi` that reports healthy GPUs

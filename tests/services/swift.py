@@ -1,7 +1,7 @@
 """A real S3 server on this machine: OpenStack Swift with its S3 API, in its own virtual environment.
 
-    python -m tests.services.swift install               once; tests that need it also do it python -m
-    tests.services.swift run DIR [PORT]        runs until Ctrl-C and prints the environment variables of clients
+    python -m tests.services.swift install           install Swift once; tests that need Swift also install it
+    python -m tests.services.swift run DIR [PORT]    run until Ctrl-C, and print the environment variables of clients
 
 The environment is `.venv/swift`, or $SWIFT_VENV. No root is needed. The key is `test:tester`.
 """

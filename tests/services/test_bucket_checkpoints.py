@@ -1,4 +1,4 @@
-"""Checkpoints in a real S3 server: commits, verification, fencing, retention, and failures of the server."""
+"""Tests of checkpoints on a real S3 server: commits, verification, fencing, retention, and failures of the server."""
 
 from __future__ import annotations
 

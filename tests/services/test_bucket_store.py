@@ -1,4 +1,4 @@
-"""The store with a real S3 server, and its error messages."""
+"""Tests of the store with a real S3 server, and of its error messages."""
 
 from __future__ import annotations
 

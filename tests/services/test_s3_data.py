@@ -1,4 +1,4 @@
-"""Training data from a real S3 server with typical failures."""
+"""Tests of training data from a real S3 server with typical failures."""
 
 from __future__ import annotations
 

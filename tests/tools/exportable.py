@@ -1,4 +1,4 @@
-"""A tiny run that can be exported: recordings, a tokenizer, and a checkpoint of an untrained model."""
+"""A tiny run that can be exported, with recordings, a tokenizer, and a checkpoint of an untrained model."""
 
 from __future__ import annotations
 

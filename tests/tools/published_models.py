@@ -1,7 +1,7 @@
-"""Tiny random instances of the published architectures, and their logits by independent implementations.
+"""Tiny random models of the published architectures, and their logits from independent implementations.
 
-Windows have 2 s instead of 30 s. Qwen2-Audio, Voxtral and Audio Flamingo 3 are transformers' own classes. Ultravox is
-not in transformers: `Ultravox` follows the description of its architecture.
+Windows have 2 s instead of 30 s. Qwen2-Audio, Voxtral and Audio Flamingo 3 use transformers' classes. Ultravox is not
+in transformers, so the class `Ultravox` follows the description of the architecture.
 """
 
 from __future__ import annotations

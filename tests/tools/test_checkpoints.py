@@ -1,4 +1,4 @@
-"""The command that lists, verifies, compares and prunes checkpoints."""
+"""Tests of `earshot checkpoints`, which lists, verifies, compares and prunes checkpoints."""
 
 from __future__ import annotations
 

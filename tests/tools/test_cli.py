@@ -1,4 +1,4 @@
-"""The command `earshot`: every subcommand exists and has help, and recipes and their keys can be listed."""
+"""Tests of the command `earshot`: every subcommand exists and has help, and recipes and their keys can be listed."""
 
 from __future__ import annotations
 

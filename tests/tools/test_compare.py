@@ -1,4 +1,4 @@
-"""The comparison of two evaluations."""
+"""Tests of the comparison of two evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of runs, as text and as a page in a real browser."""
+"""Tests of the comparison of runs, as text and as a page in a real browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo corpus: format, splits, determinism; and the demo's report on a finished run."""
+"""Tests of the demo corpus (format, splits and determinism), and of the demo's report on a finished run."""
 
 from __future__ import annotations
 

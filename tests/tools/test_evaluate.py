@@ -1,4 +1,4 @@
-"""The command: each sample's answer is independent of batches and processes, and survives a kill."""
+"""Tests of `earshot evaluate`: answers are independent of batches and processes, and a kill loses none of them."""
 
 from __future__ import annotations
 

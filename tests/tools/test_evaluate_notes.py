@@ -1,4 +1,4 @@
-"""What `earshot evaluate` and the model card say, and leave out, so that nobody misreads them."""
+"""Tests of the notes of `earshot evaluate` and of the model card, which prevent misinterpretation of scores."""
 
 from __future__ import annotations
 

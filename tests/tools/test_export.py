@@ -1,4 +1,4 @@
-"""An exported model gives the same tokens as the training graph, in a process that cannot import this project."""
+"""Tests that an exported model generates the training graph's tokens in a process that cannot import the project."""
 
 from __future__ import annotations
 

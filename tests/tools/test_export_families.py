@@ -1,4 +1,4 @@
-"""A model with an encoder of every family is exported with the code of the families, and planned."""
+"""Tests that a model with an encoder of every family can be planned, and exported with the families' code."""
 
 from __future__ import annotations
 

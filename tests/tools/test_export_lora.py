@@ -1,4 +1,4 @@
-"""The export of a run with low-rank adapters: merged into the weights, or as a folder that peft loads."""
+"""Tests of the export of a run with low-rank adapters, merged into the weights or as a folder for peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing in a checkpoint, which others may be able to write, decides which code an export or its users execute."""
+"""Tests that the content of a checkpoint cannot determine which code an export contains or its users execute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics of runs, scraped by a real Prometheus."""
+"""Tests of the metrics of runs, which a real Prometheus scrapes."""
 
 from __future__ import annotations
 

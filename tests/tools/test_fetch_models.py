@@ -1,4 +1,4 @@
-"""`earshot models`: what is downloaded is verified and appears whole; both converters, on models made here."""
+"""Tests of `earshot models` (downloads are verified and appear atomically), and of both converters on tiny models."""
 
 from __future__ import annotations
 

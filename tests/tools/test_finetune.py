@@ -1,4 +1,4 @@
-"""The command `earshot finetune`, with a training run that is replaced."""
+"""Tests of `earshot finetune` with a stub instead of the training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of a GPU runs to its end on a CPU with small shapes, so that it is known to work when there is a GPU."""
+"""Tests that `bench.gpu_check` runs to its end on a CPU with small shapes."""
 
 from __future__ import annotations
 

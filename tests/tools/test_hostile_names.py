@@ -1,4 +1,4 @@
-"""Names from data cannot steer a terminal, a spreadsheet, a plot or a page, and secrets are not shown."""
+"""Tests that names from data cannot control a terminal, spreadsheet, plot or page, and that secrets are hidden."""
 
 from __future__ import annotations
 

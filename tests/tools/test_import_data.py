@@ -1,4 +1,4 @@
-"""The command `earshot import`: security, restart, processes, memory, and the kit through three formats."""
+"""Tests of `earshot import`: security, resuming, processes, memory, and the kit in three formats."""
 
 from __future__ import annotations
 

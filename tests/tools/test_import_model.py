@@ -1,4 +1,4 @@
-"""Published speech LLMs: the imported model computes what the original computes, and bad folders are refused."""
+"""Tests that imported speech LLMs compute the same as the published models, and that bad folders are refused."""
 
 from __future__ import annotations
 

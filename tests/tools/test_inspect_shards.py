@@ -1,4 +1,4 @@
-"""The command that inspects and indexes shards."""
+"""Tests of `earshot shards inspect`, which inspects and indexes shards."""
 
 from __future__ import annotations
 

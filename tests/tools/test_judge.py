@@ -1,4 +1,4 @@
-"""The command that calls the judge: its files, counts and costs."""
+"""Tests of `earshot judge`: its files, counts and costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of which a rank is killed, during a save or not, end with the same result, and can be exported."""
+"""Tests that runs with killed ranks (also during a save) end with the same result, and can be exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that make shards and train tokenizers."""
+"""Tests of `earshot shards make` and `earshot tokenizer`."""
 
 from __future__ import annotations
 

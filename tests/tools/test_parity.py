@@ -1,4 +1,4 @@
-"""Arguments that the command refuses. Its measurements are tested in tests/distributed/test_parity.py."""
+"""Tests of the arguments that `earshot parity` refuses. tests/distributed/test_parity.py tests its measurements."""
 
 from __future__ import annotations
 

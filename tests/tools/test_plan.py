@@ -1,4 +1,4 @@
-"""The command `earshot plan`, as called by users and batch scripts."""
+"""Tests of `earshot plan`, as users and batch scripts call it."""
 
 from __future__ import annotations
 

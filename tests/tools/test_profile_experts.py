@@ -1,4 +1,4 @@
-"""The command: its output, files and exit codes."""
+"""Tests of `earshot profile`: its output, files and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`earshot serve` answers a real OpenAI client and a real browser like `generate` of the exported model."""
+"""Tests that a real OpenAI client and a real browser get the answers of the exported model from `earshot serve`."""
 
 from __future__ import annotations
 

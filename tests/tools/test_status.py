@@ -1,4 +1,4 @@
-"""The summary of a run's folder."""
+"""Tests of `earshot status`, which summarizes the folder of a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The plug-in for vLLM in an export computes what the export computes.
+"""Tests that the vLLM plug-in in an export computes the same as the export.
 
-The tests use a stub of vLLM's interface (`tests/vllm_stub.py`). The last test serves an export by vLLM itself if the
-environment variable `VLLM_PYTHON` is the interpreter of an environment in which vLLM and the plug-in are installed.
+The tests use a stub of vLLM's interface (`tests/vllm_stub.py`). The last test serves an export with vLLM if the
+environment variable `VLLM_PYTHON` is the path of a Python interpreter for which vLLM and the plug-in are installed.
 """
 
 from __future__ import annotations

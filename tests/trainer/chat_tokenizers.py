@@ -1,4 +1,4 @@
-"""Tiny tokenizers with one token per byte, and chat templates of the forms that published models use."""
+"""Tiny tokenizers with one token per byte, and chat templates that resemble those of published models."""
 
 from __future__ import annotations
 

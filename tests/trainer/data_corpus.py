@@ -1,4 +1,4 @@
-"""Small corpora for the data tests: noise clips and text-only samples, as manifests or as shards."""
+"""Small corpora for the data tests, with noise clips and text-only samples as manifests or shards."""
 
 from __future__ import annotations
 

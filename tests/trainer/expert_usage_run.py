@@ -1,4 +1,4 @@
-"""The folder of an imaginary run: a recipe, and a plausible routing history from random numbers."""
+"""The folder of an imaginary run, with a recipe and a plausible routing history from random numbers."""
 
 from __future__ import annotations
 

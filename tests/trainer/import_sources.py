@@ -1,4 +1,4 @@
-"""A small corpus in the formats of other programs, each written as its documentation says."""
+"""A small corpus in the formats of other programs, written according to the documentation of each format."""
 
 from __future__ import annotations
 

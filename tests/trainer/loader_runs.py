@@ -1,4 +1,4 @@
-"""A small corpus for the tests of the loader, and runs over it."""
+"""A small corpus for the tests of the loader, and functions that load it."""
 
 from __future__ import annotations
 

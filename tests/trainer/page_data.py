@@ -1,4 +1,4 @@
-"""The trees of two large reports: five tasks, eight encoders, long names."""
+"""The data of two large reports, with five tasks, eight encoders and long names."""
 
 from __future__ import annotations
 

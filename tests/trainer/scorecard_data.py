@@ -1,4 +1,4 @@
-"""Constructed predictions and sounds: every task, two languages, and a name that contains HTML."""
+"""Constructed predictions and sounds of every task, in two languages, with a name that contains HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alerts, sent to a real HTTP server on this machine."""
+"""Tests of alerts, which are sent to a real HTTP server on this machine."""
 
 from __future__ import annotations
 

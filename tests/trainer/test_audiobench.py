@@ -1,4 +1,4 @@
-"""The model as AudioBench calls it, with both forms of its samples."""
+"""Tests of the model as AudioBench calls it, with both forms of AudioBench's samples."""
 
 from __future__ import annotations
 

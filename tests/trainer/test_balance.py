@@ -1,4 +1,4 @@
-"""Balancing: every item gets a bin, bins are about equally full, and may have to contain items of similar cost."""
+"""Tests of balancing: every item gets a bin, and bins are about equally full, also with items of similar cost only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calibration of a device, on this machine's CPU."""
+"""Tests of the calibration of a device, on this machine's CPU."""
 
 from __future__ import annotations
 

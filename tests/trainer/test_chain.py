@@ -1,4 +1,4 @@
-"""Chains of recipes: several runs, of which later ones use the weights of earlier ones."""
+"""Tests of chains of recipes, in which later runs start from the weights of earlier runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Addresses of ZeRO-3 parameters within their groups: experts on half of the ranks are saved completely and once."""
+"""Tests that encoder experts on half of the ranks, whose ZeRO-3 slices are in groups, are saved completely and once."""
 
 from __future__ import annotations
 

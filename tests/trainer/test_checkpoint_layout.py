@@ -1,4 +1,4 @@
-"""Rectangles, manifests and files of checkpoints, including reading of other rectangles than were written."""
+"""Tests of rectangles, manifests and files of checkpoints, including reading rectangles other than those written."""
 
 from __future__ import annotations
 

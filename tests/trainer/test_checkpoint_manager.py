@@ -1,4 +1,4 @@
-"""Commits, verification, retention and fencing in one process, with plain tensors in place of the engines."""
+"""Tests of commits, verification, retention and fencing in one process, with plain tensors instead of engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With a key, only what was signed with it is loaded, however well its checksums fit."""
+"""Tests that with a key, only checkpoints that were signed with this key are loaded, even if all checksums match."""
 
 from __future__ import annotations
 

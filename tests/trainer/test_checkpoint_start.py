@@ -1,4 +1,4 @@
-"""The weights of new runs that start from a checkpoint or an export: equal values, new parts, and errors."""
+"""Tests of the weights of runs that start from a checkpoint or an export: equal values, new parts, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks across the sections of a recipe."""
+"""Tests of the checks across the sections of a recipe."""
 
 from __future__ import annotations
 

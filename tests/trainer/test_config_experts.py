@@ -1,4 +1,4 @@
-"""Recipes of LLMs with experts: what is refused before any rank starts."""
+"""Tests of the checks of recipes for LLMs with experts before any rank starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading of recipes: conversion, overrides, inheritance and errors."""
+"""Tests of the loading of recipes: conversion, overrides, inheritance and errors."""
 
 from __future__ import annotations
 

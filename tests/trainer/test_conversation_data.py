@@ -1,4 +1,4 @@
-"""Conversations in manifests, shards, tars of other programs, the loader, evaluation and the dry run."""
+"""Tests of conversations in manifests, shards, tars of other programs, the loader, evaluation and the dry run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations: training, the exported processor and transformers' own rendering give the same tokens."""
+"""Tests that conversations have the same tokens in training, the exported processor and transformers' rendering."""
 
 from __future__ import annotations
 

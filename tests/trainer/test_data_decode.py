@@ -1,4 +1,4 @@
-"""Decoding, metadata checks and augmentation of clips."""
+"""Tests of the decoding, metadata checks and augmentation of clips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verification of received samples: those that differ from the index are fetched again, and then skipped."""
+"""Tests that samples that differ from the index are fetched again, and skipped if they still differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of samples in lanes, and the weights of datasets."""
+"""Tests of the order of samples in lanes, and of the weights of datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader: resumed parts, on any number of ranks, give the uninterrupted order of samples, bit for bit."""
+"""Tests that the loader, resumed on any number of ranks, returns bit-identical samples in the uninterrupted order."""
 
 from __future__ import annotations
 

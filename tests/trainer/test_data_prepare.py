@@ -1,4 +1,4 @@
-"""Preparation of data: shards from manifests, evaluation splits and tokenizers."""
+"""Tests of the preparation of data: shards from manifests, evaluation splits and tokenizers."""
 
 from __future__ import annotations
 

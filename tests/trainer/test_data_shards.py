@@ -1,4 +1,4 @@
-"""Writing and reading of shards and their indexes."""
+"""Tests of the writing and reading of shards and their indexes."""
 
 from __future__ import annotations
 

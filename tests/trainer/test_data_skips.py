@@ -1,4 +1,4 @@
-"""What the loader makes of single samples: skipped, padded, joined and augmented ones."""
+"""Tests of skipped, padded, joined and augmented samples in the loader."""
 
 from __future__ import annotations
 

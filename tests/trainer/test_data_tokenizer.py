@@ -1,4 +1,4 @@
-"""Tokens and labels, compared with tensors written by hand."""
+"""Tests of tokens and labels, compared with tensors written by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays in shared memory arrive in order and unchanged, for all sizes of arrays and of the ring buffer."""
+"""Tests that arrays in shared memory arrive in order and unchanged, for all sizes of arrays and of the ring buffer."""
 
 from __future__ import annotations
 

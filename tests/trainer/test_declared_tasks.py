@@ -1,4 +1,4 @@
-"""Tasks that a recipe declares are known wherever tasks are used, and in the processes that are started."""
+"""Tests that tasks that a recipe declares are known wherever tasks are used, including in child processes."""
 
 from __future__ import annotations
 

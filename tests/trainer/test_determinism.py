@@ -1,4 +1,4 @@
-"""`train.deterministic`: the settings that it changes and restores, and the operations that a step may use."""
+"""Tests of `train.deterministic`: the settings that it changes and restores, and the allowed operations of a step."""
 
 from __future__ import annotations
 

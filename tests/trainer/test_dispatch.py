@@ -1,4 +1,4 @@
-"""Dispatch plans without processes: every wanted (clip, encoder) pair is computed once, and its features return."""
+"""Tests of dispatch plans: each wanted pair of clip and encoder is computed once, and its features are returned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the error of a diverged run says."""
+"""Tests of the error message of a diverged run."""
 
 from __future__ import annotations
 

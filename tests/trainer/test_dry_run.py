@@ -1,4 +1,4 @@
-"""The summary that `--dry-run` prints."""
+"""Tests of the summary that `--dry-run` prints."""
 
 from __future__ import annotations
 

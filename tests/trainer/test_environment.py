@@ -1,4 +1,4 @@
-"""Environment variables of a process before its first use of CUDA, and the number of open files of a rank."""
+"""Tests of a process's environment variables before its first use of CUDA, and of a rank's number of open files."""
 
 from __future__ import annotations
 

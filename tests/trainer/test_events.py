@@ -1,4 +1,4 @@
-"""Writing and reading of a run's events, including incomplete files."""
+"""Tests of the writing and reading of a run's events, including incomplete files."""
 
 from __future__ import annotations
 

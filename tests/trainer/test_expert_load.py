@@ -1,4 +1,4 @@
-"""The encoders' load: sums over routings and parts, metrics, and the history on disk."""
+"""Tests of the encoders' load: sums over routings and parts, metrics, and the history on disk."""
 
 from __future__ import annotations
 

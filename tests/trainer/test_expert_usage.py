@@ -1,4 +1,4 @@
-"""Profiles of random histories, and their text, JSON and plots."""
+"""Tests of the profiles of random routing histories, and of their text, JSON and plots."""
 
 from __future__ import annotations
 

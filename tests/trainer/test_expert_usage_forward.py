@@ -1,4 +1,4 @@
-"""Routing of data with a checkpoint's router, which must decide like the saved model."""
+"""Tests that a checkpoint's router routes data like the model that was saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTML report of encoder experts in a real browser: Chromium without a network."""
+"""Tests of the HTML report of encoder experts in Chromium without a network."""
 
 from __future__ import annotations
 

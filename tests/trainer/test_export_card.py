@@ -1,4 +1,4 @@
-"""The table of scores in an export's model card."""
+"""Tests of the table of scores in an export's model card."""
 
 from __future__ import annotations
 

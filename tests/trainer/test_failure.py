@@ -1,4 +1,4 @@
-"""What a rank reports about the error that ends it."""
+"""Tests of a rank's report on the error that ends the rank."""
 
 from __future__ import annotations
 

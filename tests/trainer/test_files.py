@@ -1,4 +1,4 @@
-"""Files have the user's permissions, cannot be redirected, and are shared by several processes without loss."""
+"""Tests that files have the user's permissions, cannot be redirected, and can be shared by processes without loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Former recipe keys, which are an error in a user's recipe and are translated in a stored one."""
+"""Tests of former recipe keys, which are errors in a user's recipe and are translated in a stored recipe."""
 
 from __future__ import annotations
 

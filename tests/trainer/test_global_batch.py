@@ -1,4 +1,4 @@
-"""The description of a global batch from what each rank contributed, compared with a plain loop over ranks."""
+"""Tests of the description of a global batch from the ranks' contributions, compared with a loop over ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hardware faults: their detection, with faked sources, and what follows from them at the next start."""
+"""Tests of hardware faults: their detection with faked sources, and their consequences at the next start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every importer: a corpus written in its format gives the same samples; odd rows are skipped with a reason."""
+"""Tests that all importers read the same samples from a corpus in their formats, and skip odd rows with reasons."""
 
 from __future__ import annotations
 

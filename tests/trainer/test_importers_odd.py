@@ -1,4 +1,4 @@
-"""Imports whose source is damaged, ambiguous or of another encoding: nothing is lost, merged or replaced silently."""
+"""Tests that imports of damaged, ambiguous or differently encoded sources lose, merge and replace nothing silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modules that a rank imports."""
+"""Tests of the modules that a rank imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intents and slots of spoken commands."""
+"""Tests of the intents and slots of spoken commands."""
 
 from __future__ import annotations
 

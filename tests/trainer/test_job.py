@@ -1,4 +1,4 @@
-"""The parts of a batch job that need no Slurm: layout, choice of nodes, and the checks of a node and a recipe."""
+"""Tests of a batch job without Slurm: layout, choice of nodes, and the checks of a node and a recipe."""
 
 from __future__ import annotations
 

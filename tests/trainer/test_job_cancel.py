@@ -1,4 +1,4 @@
-"""Whether a person cancelled a job, decided from Slurm's words and the signals. `tests/cluster` tests it on a Slurm."""
+"""Tests of the detection of cancelled jobs from Slurm's output and signals. `tests/cluster` tests it with Slurm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How ranks find their place, and how they are started and ended."""
+"""Tests of the start and the end of ranks, and of the environment from which a rank reads its number."""
 
 from __future__ import annotations
 

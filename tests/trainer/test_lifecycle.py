@@ -1,4 +1,4 @@
-"""Signals are recorded once, and a save that takes too long is reported."""
+"""Tests that signals are recorded once, and that a save that takes too long is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LLM engine's results for packs: losses by sample, and gradients by micro-batch."""
+"""Tests of the LLM engine's results for packs: losses by sample, and gradients by micro-batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nobody outside a machine can reach the ranks of a run on it, and ranks of another job do not find its store."""
+"""Tests that ranks on one machine are unreachable from outside, and that ranks of other jobs do not find the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cpWER equals meeteval's, and speakers may have any names."""
+"""Tests that cpWER equals meeteval's value, and that speakers may have any names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache of a node for byte ranges of shards: it is bounded, shared, and only costs speed if it fails."""
+"""Tests of a node's cache for byte ranges of shards: it is bounded and shared, and failures only reduce speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Odd audio files: whole ones are decoded, parts are refused, and nothing but SampleError is raised."""
+"""Tests that complete odd audio files are decoded, and that incomplete files only raise a SampleError."""
 
 from __future__ import annotations
 

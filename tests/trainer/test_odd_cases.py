@@ -1,4 +1,4 @@
-"""Odd inputs that were found in the wild, from a folder of cases (CASES_DIR, or `cases` next to the kit of KIT_DIR)."""
+"""Tests of odd inputs from real sources, in the folder $CASES_DIR or in `cases` next to the kit in $KIT_DIR."""
 
 from __future__ import annotations
 

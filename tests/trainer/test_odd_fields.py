@@ -1,4 +1,4 @@
-"""Odd fields and texts: every field has a type on the way in, and no text controls the model."""
+"""Tests of odd fields and texts: the type of every field is checked, and no text can control the model."""
 
 from __future__ import annotations
 

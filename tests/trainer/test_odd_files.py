@@ -1,4 +1,4 @@
-"""Damaged files of a run, odd names of metrics, and odd environments."""
+"""Tests of damaged files of a run, odd names of metrics, and odd environments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Odd tars: two samples are never merged, none is split, and a sample without audio is never one of text."""
+"""Tests that samples in odd tars are never merged or split, and that missing audio does not make a sample text-only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans of packs and exchanges: every described transfer is complete, exact and the same on every rank."""
+"""Tests of the plans of packs and exchanges: all transfers are complete, exact and the same on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of a running job with its plan."""
+"""Tests of the comparison of a running job with its plan."""
 
 from __future__ import annotations
 

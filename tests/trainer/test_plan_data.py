@@ -1,4 +1,4 @@
-"""A plan that reads the lengths of a recipe's data, compared with what the training's loader then reads."""
+"""Tests of a plan that reads the lengths of a recipe's data, compared with the samples that the loader returns."""
 
 from __future__ import annotations
 

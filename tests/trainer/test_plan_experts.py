@@ -1,4 +1,4 @@
-"""The experts of an LLM in a plan: parameters, traffic, and the most uneven use."""
+"""Tests of the experts of an LLM in a plan: parameters, traffic, and the most uneven use."""
 
 from __future__ import annotations
 

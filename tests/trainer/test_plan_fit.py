@@ -1,4 +1,4 @@
-"""The search for a layout: legal on random recipes, and as good as an exhaustive search on a small one."""
+"""Tests of the search for a layout: it is valid for random recipes, and optimal for a small recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan's terms against closed formulas: activations, the pipeline's bubble, collectives and matrix products."""
+"""Tests of the plan's terms against closed formulas: activations, the pipeline's bubble, collectives and matmuls."""
 
 from __future__ import annotations
 

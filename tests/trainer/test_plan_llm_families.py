@@ -1,4 +1,4 @@
-"""The plan of LLM families that compute more than Llama: parameters, memory and the FLOPs of windows."""
+"""Tests of the plan of LLM families with more features than Llama: parameters, memory and the FLOPs of windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan against training runs that others published (`bench/published.csv`)."""
+"""Tests of the plan against published training runs (`bench/published.csv`)."""
 
 from __future__ import annotations
 

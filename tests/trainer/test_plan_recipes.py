@@ -1,4 +1,4 @@
-"""The large recipes, whose layout the plan chose: their MFU, their tokens per update, and what the docs show."""
+"""Tests of the large recipes, whose layouts the plan chose: MFU, tokens per update, and the numbers in the docs."""
 
 from __future__ import annotations
 

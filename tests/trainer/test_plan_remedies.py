@@ -1,4 +1,4 @@
-"""What `earshot plan --explain` recommends."""
+"""Tests of the recommendations of `earshot plan --explain`."""
 
 from __future__ import annotations
 

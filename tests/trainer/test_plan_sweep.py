@@ -1,4 +1,4 @@
-"""Sweeps over recipe keys: their values, tables and plots."""
+"""Tests of sweeps over recipe keys: values, tables and plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of planned and measured step times, without ranks."""
+"""Tests of the comparison of planned and measured step times, without ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planned bytes that a forward pass keeps, compared with what autograd saves, and the pipeline schedule."""
+"""Tests of the planned bytes that a forward pass keeps, compared with autograd, and of the pipeline schedule."""
 
 from __future__ import annotations
 

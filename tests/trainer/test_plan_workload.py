@@ -1,4 +1,4 @@
-"""The global batch that a plan assumes, and the rates of accelerators."""
+"""Tests of the global batch that a plan assumes, and of the rates of accelerators."""
 
 from __future__ import annotations
 

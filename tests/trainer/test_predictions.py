@@ -1,4 +1,4 @@
-"""Files of predictions are read as they were written."""
+"""Tests that files of predictions are read as they were written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decision whether a job that ended early is restarted."""
+"""Tests of the decision whether a job that ended early is restarted."""
 
 from __future__ import annotations
 

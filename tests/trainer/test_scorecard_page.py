@@ -1,4 +1,4 @@
-"""The scorecard in a real browser: Chromium without a network renders, sorts, filters and plays it."""
+"""Tests of the scorecard in Chromium without a network: rendering, sorting, filtering and playing audio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Error rates, compared with jiwer and with values computed by hand."""
+"""Tests of error rates, compared with jiwer and with values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""METEOR, compared with NLTK and its WordNet reader, and CIDEr-D, compared with values of coco-caption."""
+"""Tests of METEOR, compared with NLTK and its WordNet reader, and of CIDEr-D, compared with coco-caption."""
 
 from __future__ import annotations
 

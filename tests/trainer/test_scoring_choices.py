@@ -1,4 +1,4 @@
-"""The choices that answers name, and class scores compared with scikit-learn."""
+"""Tests of the detection of choices in answers, and of class scores compared with scikit-learn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge with a real HTTP server whose answers are correct, late, refused, or malformed."""
+"""Tests of the judge with a real HTTP server whose answers are correct, late, refused or malformed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Error rates and choices in the scripts and languages of the world."""
+"""Tests of error rates and choices in many scripts and languages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resampling, compared with results of statistics."""
+"""Tests of bootstrap resampling, compared with theoretical results."""
 
 from __future__ import annotations
 

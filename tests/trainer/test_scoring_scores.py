@@ -1,4 +1,4 @@
-"""Scores by task and subset, the majority baseline and the table, compared with values computed by hand."""
+"""Tests of scores by task and subset, the majority baseline and the table, compared with values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normalisers, compared with values computed by hand and with the libraries on which they are based."""
+"""Tests of text normalizers, compared with values computed by hand and with the libraries on which they are based."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples with one question and one answer have the tokens, masks and labels that they had at commit 3a02bc2."""
+"""Tests that samples with one question and answer have the same tokens, masks and labels as at commit 3a02bc2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of a rank's state in host memory: their content, and the memory that they take."""
+"""Tests of the content and the size of copies of a rank's state in host memory."""
 
 from __future__ import annotations
 

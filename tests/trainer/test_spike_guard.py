@@ -1,4 +1,4 @@
-"""The losses that the spike guard rejects."""
+"""Tests of the losses that the spike guard rejects."""
 
 from __future__ import annotations
 

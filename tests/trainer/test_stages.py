@@ -1,4 +1,4 @@
-"""The section `stages` of a recipe: its checks, and what it means for parameters, learning rates and data."""
+"""Tests of a recipe's section `stages`: its checks, and its effect on parameters, learning rates and data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows over a recording, and the joining of their transcripts without duplicated or lost words."""
+"""Tests of windows over a recording, and of joining their transcripts without duplicated or lost words."""
 
 from __future__ import annotations
 

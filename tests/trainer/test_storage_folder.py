@@ -1,4 +1,4 @@
-"""Ranges of local files, whose views keep their content as long as they are referenced."""
+"""Tests of ranges of local files, whose views keep their content as long as they are referenced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detection of the rank that makes all others wait, by its work instead of the duration of its steps."""
+"""Tests of the detection of the rank for which all others wait, from its work and not the duration of its steps."""
 
 from __future__ import annotations
 

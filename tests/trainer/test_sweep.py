@@ -1,4 +1,4 @@
-"""Sweeps over recipe keys as job arrays. `tests/cluster` submits one to a Slurm."""
+"""Tests of sweeps over recipe keys as job arrays. `tests/cluster` submits a sweep to Slurm."""
 
 from __future__ import annotations
 

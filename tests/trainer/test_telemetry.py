@@ -1,4 +1,4 @@
-"""Step reports, timers, output on the terminal, and the summary."""
+"""Tests of step reports, timers, output on the terminal, and the summary."""
 
 from __future__ import annotations
 

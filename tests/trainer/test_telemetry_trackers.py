@@ -1,4 +1,4 @@
-"""Trackers: exact after a resume, harmless if they fail, and without secrets."""
+"""Tests that trackers are exact after resuming, that their failures are harmless, and that they receive no secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load of the experts in the LLM's layers: sums, shares, files and limits."""
+"""Tests of the load of the experts in the LLM's layers: sums, fractions, files and limits."""
 
 from __future__ import annotations
 

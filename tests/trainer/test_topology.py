@@ -1,4 +1,4 @@
-"""The places of ranks and their groups."""
+"""Tests of the coordinates of ranks, and of their groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The timeline of phases, which covers the selected steps only and has nested phases."""
+"""Tests of the timeline of phases, which only covers the selected steps and has nested phases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BLEU and chrF++ equal sacrebleu's, on all samples, on subsets and on bootstrap resamples."""
+"""Tests that BLEU and chrF++ equal sacrebleu's values on all samples, on subsets and on bootstrap resamples."""
 
 from __future__ import annotations
 

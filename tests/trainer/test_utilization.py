@@ -1,4 +1,4 @@
-"""The model FLOPs utilization of a running step, compared with that of the plan."""
+"""Tests of the model FLOPs utilization (MFU) of a running step, compared with the plan's MFU."""
 
 from __future__ import annotations
 

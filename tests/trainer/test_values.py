@@ -1,4 +1,4 @@
-"""Values from other ranks are data: they arrive unchanged, and nothing in them is executed."""
+"""Tests that values from other ranks arrive unchanged, and that nothing in them is executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The watchdog's record of the last collectives of a rank, and when it begins to watch."""
+"""Tests of the watchdog's record of a rank's last collectives, and of the time at which it begins to watch."""
 
 from __future__ import annotations
 

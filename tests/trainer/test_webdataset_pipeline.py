@@ -1,4 +1,4 @@
-"""Our shards as a pipeline of the webdataset library."""
+"""Tests of shards in a pipeline of the webdataset library."""
 
 from __future__ import annotations
 
