@@ -173,11 +173,6 @@ TABLES: dict[str, tuple[Iterable[str], dict[str, list[Fill]]]] = {
     "Published speech LLMs": (PUBLISHED, SPEECH_LLMS),
 }
 
-OPEN = {
-    (family, "TP2·PP2 parity") for family in ("mistral", "mixtral", "ministral3", "olmo2", "phi3", "qwen3", "smollm3")
-}
-"""The cells that no test fills yet, as pairs of a family and a property."""
-
 
 def empty_cells(families: Iterable[str], columns: dict[str, list[Fill]]) -> list[tuple[str, str]]:
     """Return the family and the property of every cell that no test fills."""

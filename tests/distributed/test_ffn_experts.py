@@ -26,6 +26,7 @@ MORE_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(4, 1, 1, 2, 4, 1), "mixtral", {"kinds": ["mixed", "rank_without_audio"]}),
     (Topology(4, 2, 1, 1, 4, 1), "qwen3_moe", {}),
     (Topology(4, 2, 2, 1, 2, 1), "qwen3_moe", {"kinds": ["mixed", "text_only"]}),
+    (Topology(4, 2, 2, 1, 2, 1), "mixtral", {}),
     (Topology(4, 4, 1, 1, 2, 1), "qwen3_moe", {}),
     (Topology(4, 2, 1, 1, 2, 2), "mixtral", {"lora": True, "num_steps": 2}),
     (Topology(4, 2, 2, 1, 2, 1), "qwen3_moe", {"lora": True, "num_steps": 2}),

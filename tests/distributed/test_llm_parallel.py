@@ -18,6 +18,7 @@ PACKS = ((5, 9, 1, 6, 7), (12, 16), (2, 2, 17, 5, 2), (8, 20))
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 4},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 5},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 16},
     **{
@@ -51,7 +52,10 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"family": "olmo2", "tp": 4},
         {"family": "phi3", "tp": 4, "recompute": "full"},
         *({"family": family, "tp": 2, "pp": 2, "recompute": "full"} for family in ("granite", "gemma3_text", "olmo3")),
-        {"family": "gemma3_text", "tp": 2, "pp": 2},
+        *(
+            {"family": family, "tp": 2, "pp": 2}
+            for family in ("mistral", "qwen3", "smollm3", "phi3", "gemma3_text", "ministral3", "olmo2")
+        ),
     ],
 }
 
