@@ -154,7 +154,7 @@ def mechanisms_of(row: Published) -> Any:
     changes: dict[str, Any] = {}
     for item in row.mechanisms.split():
         key, value = item.split("=")
-        changes[key] = value == "true" if value in ("true", "false") else int(value)
+        changes[key] = value == "true" if value in ("true", "false") else int(value) if value.isdigit() else value
     return dataclasses.replace(Mechanisms(), **changes)
 
 

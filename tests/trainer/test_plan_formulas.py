@@ -20,6 +20,8 @@ from trainer.plan.mechanisms import Mechanisms
 from trainer.plan.plan import Plan, Planner
 from trainer.plan.report import report
 from trainer.plan.states import States
+from trainer.plan.trace import Traced
+from trainer.plan.what_if import what_if_bytes
 from trainer.plan.workload import Workload, source_ranks_of, typical_workload
 
 ROWS, HIDDEN = 1024, 512
@@ -67,6 +69,29 @@ def test_full_recomputation_keeps_two_bytes_per_hidden_value(tp: int) -> None:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_fused_kernels_keep_34_bytes_per_hidden_value(tp: int) -> None:
     assert of_layer(tp, "none", FUSED) == pytest.approx(34, rel=0.1)
+
+
+def test_graphs_hold_the_activations_of_the_mlp_outside_of_the_rest() -> None:
+    """Per hidden value, these are the output of the norm, both halves of SwiGLU, and their product."""
+    ffn = gpt(1).intermediate_size / HIDDEN
+    found = {}
+    for name in ("kept", "graphed", "recomputed"):
+        fused = Mechanisms(fused_kernels=True, mlp=name)  # type: ignore[arg-type]
+        found[name] = Kernels(mechanisms=fused, transformer_engine=True)
+    kept, graphed, recomputed = (of_layer(2, "none", found[name]) for name in ("kept", "graphed", "recomputed"))
+    assert graphed == recomputed == pytest.approx(kept - 2 * (1 + 3 * ffn), abs=0.01)
+    stage = StageMemory(Traced(70, 80, 90), 60, 0, 5, 10, graphed=100)
+    assert stage.peak(4) == max(3 * 70 + 90 + 2 * 15, 4 * 100) == 400
+    assert stage.peak(1) == 90 + 30
+
+
+@pytest.mark.parametrize(("again", "change"), [(True, -1), (False, 1)])
+def test_fp8_halves_the_inputs_of_matmuls_but_attention_keeps_its_output(again: bool, change: int) -> None:
+    config = gpt(1)
+    fp8 = Mechanisms(fp8=True, fp8_weights=True, recompute_attention=again)
+    found = what_if_bytes(config, Topology(2, 2, 1), ROWS, torch.bfloat16, "none", fp8)
+    assert found.kept == ROWS * (change * HIDDEN - 2 * HIDDEN - config.intermediate_size) / 2
+    assert found.smaller_weights == (4 * HIDDEN**2 + 3 * HIDDEN * config.intermediate_size) / 2
 
 
 @pytest.mark.slow

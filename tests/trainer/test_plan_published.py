@@ -15,7 +15,7 @@ def counted(*counts: str) -> list[Published]:
 
 
 def test_every_row_has_a_source_and_counts_only_without_what_the_trainer_lacks() -> None:
-    assert len(ROWS) == len({row.id for row in ROWS}) == 38
+    assert len(ROWS) == len({row.id for row in ROWS}) == 41
     assert all(row.source for row in ROWS)
     for row in counted("yes"):
         found = mechanisms_of(row)
@@ -40,7 +40,18 @@ def test_runs_of_nvidia_are_planned_with_their_mechanisms() -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["8B bf16 8", "7B tp4 H100", "7B tp4 A100", "7B pp4 A100"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "8B bf16 8",
+        "70B SFT fp8 32",
+        "70B SFT fp8 32 mlp",
+        "70B SFT fp8 32 pp8",
+        "7B tp4 H100",
+        "7B tp4 A100",
+        "7B pp4 A100",
+    ],
+)
 def test_published_peaks_of_memory(name: str) -> None:
     (row,) = [row for row in ROWS if row.id == name]
     ratio = compare(row, memory=True).memory_ratio

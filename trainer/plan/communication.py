@@ -135,8 +135,10 @@ def _llm_traffic(
     copies = max(1, tp * dp // (topology.ffn_ep * topology.expert_tp))
     sent = expert_plan(config, topology, packs.pack_tokens, microbatches, size, train.recompute_llm == "full")
     ring = stage * _ring(dp) + held * _ring(copies)
+    in_fp8 = parts.layers.total / pp / tp * _ring(dp) if mechanisms.fp8_weights else 0.0
     learned = parts.llm.learned / parts.llm.total  # only trained parameters are exchanged
     units = tensor_units(train.recompute_llm == "full", mechanisms.sequence_parallel)
+    units += 2 if mechanisms.mlp == "recomputed" else 0
     sends = 2 * microbatches * topology.vp * (pp > 1)
     replicas_within = tp * dp <= per_node
     members = dp if replicas_within else min(dp, max(1, per_node // tp))
@@ -189,7 +191,7 @@ def _llm_traffic(
         Traffic(
             "LLM, weights over replicas",
             dp,
-            ring * size * gathers * learned,
+            (ring - in_fp8 + in_fp8 / size) * size * gathers * learned,
             replicas_within,
             members,
             calls,

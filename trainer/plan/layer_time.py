@@ -110,6 +110,15 @@ def layer_products(config: PretrainedConfig, tp: int) -> list[tuple[float, float
     return [((queries + 2 * groups) * d, h), (h, queries * d), (2 * f / tp, h), (h, f / tp)]
 
 
+def mlp_seconds(config: PretrainedConfig, rates: RankRates, tp: int, rows: float) -> float:
+    """Return the time of the forward pass of a layer's MLP for one micro-batch in seconds."""
+    products, ffn = layer_products(config, tp)[2:], config.intermediate_size / tp
+    moved = 3 * ffn * rows * rates.bytes_per_value
+    if rates.mechanisms.fp8:
+        moved += _cast_bytes(products, rows)
+    return sum(rates.product(rows, n, k, fp8=rates.mechanisms.fp8) for n, k in products) + rates.memory(moved)
+
+
 def head_seconds(config: PretrainedConfig, rates: RankRates, tp: int, rows: float) -> Seconds:
     """Return the time of the output layer and the loss for one micro-batch in seconds."""
     columns = config.vocab_size / tp

@@ -15,7 +15,6 @@ from model.llm.attention import PackedAttention
 from model.llm.context import ContextPart
 from model.llm.features import attention_layers
 from model.llm.megatron import embed_tokens
-from model.llm.names import head_dim
 from model.llm.packing import PackedSequences
 from model.llm.stages import Recompute, stage_chunks
 from model.lora import NO_ADAPTERS, Adapters
@@ -26,6 +25,7 @@ from trainer.plan.fake_ranks import fake_rank
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.states import build_stage
 from trainer.plan.trace import PackedFlash, Traced, extrapolated, trace
+from trainer.plan.what_if import what_if_bytes
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,22 @@ class StageMemory:
     """The hidden states [t/(CP·TP), H] of a micro-batch that are sent between stages."""
     audio: int
     """The received audio embeddings of all micro-batches on stage 0; 0 on other stages."""
+    graphed: int = 0
+    """The bytes that the capture of CUDA graphs holds for one micro-batch (`Mechanisms.mlp`)."""
+    smaller_weights: int = 0
+    """The bytes by which weights in fp8 are smaller than the weights of the model states."""
 
     def peak(self, in_flight: float, virtual_stages: int = 1) -> int:
         """Return the peak bytes of activations while `in_flight` micro-batches await their backward passes.
 
         With virtual stages, the activations of the embedding and the output layer are counted for one micro-batch. The
         gradients of the audio embeddings are as large as the embeddings, and are concatenated after the last
-        micro-batch.
+        micro-batch. CUDA graphs are captured in the order of the schedule.
         """
         worst = max(self.traced.forward, self.traced.backward)
         waiting = self.layers if virtual_stages > 1 else self.traced.kept
-        return max(int((in_flight - 1) * waiting) + worst + 2 * (self.audio + self.boundary), 3 * self.audio)
+        trained = int((in_flight - 1) * waiting) + worst + 2 * (self.audio + self.boundary)
+        return max(trained, 3 * self.audio, int(in_flight * self.graphed))
 
 
 def in_flight(stage: int, pp: int, microbatches: int) -> int:
@@ -129,14 +134,17 @@ def stage_memory(
             found.append(traced)
     hidden = sum(lengths) // (topology.cp * topology.tp) * hf_config.hidden_size * dtype.itemsize
     whole = extrapolated(found, layers)
-    change = _what_if_bytes(hf_config, topology, sum(lengths) // topology.cp, dtype, recompute, kernels.mechanisms)
+    what_if = what_if_bytes(hf_config, topology, sum(lengths) // topology.cp, dtype, recompute, kernels.mechanisms)
+    change = what_if.kept
     if experts is not None:
         change += experts.layer_bytes * experts.num_layers // hf_config.num_hidden_layers
     # With full recomputation, `change` applies only to the layer that is being recomputed.
     kept = 0 if recompute == "full" else layers * change
     in_layers = layers * (found[-1].kept - found[0].kept) if layers > 1 else whole.kept
     whole = Traced(whole.kept + kept, whole.forward + (kept or change), whole.backward + (kept or change))
-    return StageMemory(whole, in_layers + kept, buffer, hidden, num_packs * hidden if stage == 0 else 0)
+    received = num_packs * hidden if stage == 0 else 0
+    fewer = layers * what_if.graphed, layers * what_if.smaller_weights
+    return StageMemory(whole, in_layers + kept, buffer, hidden, received, *fewer)
 
 
 def _with_equal_layers(hf_config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
@@ -152,32 +160,6 @@ def _with_equal_layers(hf_config: PretrainedConfig, num_layers: int) -> Pretrain
         if getattr(hf_config, key, None) is not None:
             setattr(small, key, [getattr(hf_config, key)[typical]] * num_layers)
     return small
-
-
-def _what_if_bytes(
-    hf_config: PretrainedConfig,
-    topology: Topology,
-    rows: int,
-    dtype: torch.dtype,
-    recompute: Recompute,
-    mechanisms: Mechanisms,
-) -> int:
-    """Return the change of the bytes that a layer keeps per micro-batch if it uses mechanisms that the trainer lacks.
-
-    Without sequence parallelism, every rank keeps the whole inputs and outputs of both norms. Attention without a fused
-    kernel keeps 5 bytes per score: the softmax, the dropout mask and the dropout's output (Korthikanti et al. 2022).
-    With fp8, the inputs of matmuls are kept in one byte per value.
-    """
-    h, tp, size = hf_config.hidden_size, topology.tp, dtype.itemsize
-    change = 0.0
-    if not mechanisms.sequence_parallel:
-        change += 4 * h * (1 - 1 / tp) * size
-    if mechanisms.fp8:
-        width = hf_config.num_attention_heads * head_dim(hf_config)
-        change -= (2 * h + width + hf_config.intermediate_size) / tp * (size - 1)
-    if not mechanisms.fused_attention and recompute != "selective":
-        change += 5 * hf_config.num_attention_heads / tp * rows
-    return int(change * rows)
 
 
 def _trace(

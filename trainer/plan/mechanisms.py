@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,15 @@ class Mechanisms:
     """True for fused attention; False if attention computes all scores [heads, t, t] and writes them to memory."""
     fp8: bool = False
     """True if the matmuls of the layers run in fp8, at twice the bf16 rate."""
+    fp8_weights: bool = False
+    """True if the weights of the layers are stored in fp8 without transposed copies, and gathered in fp8."""
+    recompute_attention: bool = False
+    """True if the backward pass runs attention again from its queries, keys and values (Megatron's `core_attn`)."""
+    mlp: Literal["kept", "graphed", "recomputed"] = "kept"
+    """What happens to the activations of each layer's second norm and MLP, except the norm's input. `kept`: they are
+    kept. `recomputed`: the backward pass computes them again. `graphed`: CUDA graphs, one per layer and micro-batch,
+    hold them in a pool of their own. PyTorch counts this pool as allocated only while the graphs are captured, after
+    the first steps."""
     sharded_weights: bool = False
     """True if the weights of the LLM are sharded over replicas, and gathered for each layer in each pass (FSDP)."""
 

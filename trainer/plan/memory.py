@@ -133,6 +133,7 @@ class MemoryModel:
     def of(self, stage: int, place: int, states: States) -> RankMemory:
         """Return the peak memory, over the phases of a step, of the ranks of `stage` at `place`."""
         llm, audio = self.stages[self.kinds[stage]], self.audio[place]
+        states = dataclasses.replace(states, weights=states.weights - llm.smaller_weights)
         zero = self.zero[place]
         permanent = zero.bucket + zero.persistent + llm.buffer
         pipeline = self._pipeline(stage)

@@ -22,6 +22,7 @@ from trainer.plan.layer_time import (
     attention_seconds,
     head_seconds,
     layer_seconds,
+    mlp_seconds,
     recomputed_seconds,
 )
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
@@ -190,6 +191,10 @@ def _llm(
     again = recomputed_seconds(config, rates, tp, rows, squares, recipe.train.recompute_llm)
     if topology.cp > 1:  # The backward pass of attention to gathered keys runs its forward pass again.
         again += attention.forward
+    if mechanisms.recompute_attention:
+        again += attention.forward
+    if mechanisms.mlp == "recomputed":
+        again += mlp_seconds(config, rates, tp, rows)
     # `seconds` contains the traffic of a stage with the most layers.
     tensor = seconds.get("LLM, tensor parallel", 0.0) / microbatches / max(held)
     if mechanisms.overlap_tensor:
