@@ -152,6 +152,17 @@ def test_a_plan_is_read_only_for_its_own_layout(planned: dict[str, Any], tmp_pat
     with pytest.raises(UserError, match=r"plan.json: the plan of another layout or model; write it again with [^()]*$"):
         read_forecast(path, other)
     assert digest_of(replace(recipe, train=replace(recipe.train, steps=9, run_dir="x"))) == planned["digest"]
+    changed = (
+        "data.min_audio_sec=0.5",
+        "stages=[{name: a, steps: 4, train: [connector]}]",
+        "stages=[{name: a, steps: 4, parts: [{pattern: 'llm.*', frozen: true}]}]",
+        "lora=[{pattern: 'llm.*.[qkvo]_proj', rank: 4, alpha: 8}]",
+        "data.tokenizer.train_vocab_size=300",
+    )
+    assert len({planned["digest"], *(digest_of(load_recipe("debug", [one])) for one in changed)}) == 6
+    assert digest_of(load_recipe("debug", ["stages=[{name: a, steps: 4}]"])) == digest_of(
+        load_recipe("debug", ["stages=[{name: b, steps: 9, lr: 0.1}]", "train.steps=9"])
+    )
     path.write_text("{}")
     with pytest.raises(UserError, match="not a plan"):
         read_forecast(path, recipe)

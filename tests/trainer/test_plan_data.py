@@ -83,6 +83,37 @@ def test_the_batch_is_like_those_of_the_training(corpus: Path) -> None:
         assert epochs[one.name] == pytest.approx(one.epochs, rel=0.03)
 
 
+@pytest.mark.parametrize("stored", ["manifest", "shards"])
+def test_the_clips_of_a_sample_are_planned_one_by_one(tmp_path: Path, stored: str) -> None:
+    """Each clip is padded, encoded and turned into tokens on its own, as by the loader."""
+    single = clip_rows(tmp_path, 8, prefix="one", seconds=0.9)
+    pairs = [
+        row(f"two-{i}", audio=[one["audio"], other["audio"]])
+        for i, (one, other) in enumerate(zip(single[:4], single[4:], strict=True))
+    ]
+    write_manifest(tmp_path, [*single, *pairs], "set.jsonl")
+    assert make_shards([str(tmp_path / "set.jsonl"), str(tmp_path / "set")]) == 0
+    place = "manifest: set.jsonl" if stored == "manifest" else "shards: set"
+    keys = [f"data.root={tmp_path}", f"data.cache_dir={tmp_path}/cache", f"data.datasets=[{{name: x, {place}}}]"]
+    batch = ["data.global_batch_samples=12", "data.num_lanes=1", "parallel.num_ranks=1", "data.eval_splits=[train]"]
+    batch += ["eval.split=train", "eval.final_split=train"]
+    recipe = load_recipe("debug", [*keys, *batch, "data.min_audio_sec=1.5", "data.max_audio_sec=2"])
+    (found,) = summarize(recipe).datasets
+    assert sorted(found.lengths.num_clips) == [1] * 8 + [2] * 4 and found.lengths.num_too_long == 0
+    assert found.lengths.seconds.tolist() == pytest.approx([1.5] * 8 + [3.0] * 4)
+    topology = build_topology(recipe.parallel, 1)
+    planned = data_workload(recipe, topology, summarize(recipe), text_tokens=1)
+    prepared = prepare(recipe.data, recipe.model.adapter.rate)
+    with Loader(SampleStream(prepared, seed=0, num_batches=1, rank=0, world=1, state=None)) as loader:
+        ((loaded, _),) = list(loader)
+    clips = sorted(len(c) for s in loaded.samples for c in s.clips)
+    assert sorted(planned.clips[0]) == clips == sorted(planned.loaded_by(0)) and len(clips) == 16
+    audio_tokens = sorted(int(s.audio_mask.sum()) for s in loaded.samples)
+    assert sorted(planned.num_tokens - 1) == audio_tokens
+    work = Planner(recipe, KNOWN["h100"]).place(recipe, planned)[1]
+    assert sorted(n for one in work[:1] for call in one.calls[0][0] for n in call) == clips
+
+
 def test_the_report_shows_them_and_warns(corpus: Path) -> None:
     recipe = recipe_of(corpus, "data.max_skipped_fraction=0.001")
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)

@@ -28,6 +28,7 @@ _PROGRESS_POINTS = 200
 """The number of points of a run at which the weights of datasets are evaluated, to compute their mean."""
 
 Seconds = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Lengths:
     seconds: Seconds = field(repr=False)
     """The total duration of each sample's clips in seconds, [n], in ascending order; 0 without audio. The n samples are
     evenly selected, and samples with a clip longer than `data.max_audio_sec` are excluded."""
+    num_clips: Ints = field(repr=False)
+    """The number of clips of each of these n samples."""
     num_too_long: int
     """The estimated number of samples, among all `num_samples`, with a clip longer than `data.max_audio_sec`."""
     num_bytes: int = 0
@@ -77,19 +80,23 @@ class DataSummary:
         """The fraction of the drawn samples that the run skips because they are too long."""
         return sum(d.share * d.lengths.num_too_long / d.lengths.num_samples for d in self.datasets)
 
-    def batch(self, num_samples: int) -> Seconds:
-        """Return the durations of `num_samples` samples in seconds, with each dataset's share and distribution."""
+    def batch(self, num_samples: int) -> tuple[Seconds, Ints]:
+        """Return the durations and numbers of clips of `num_samples` samples.
+
+        They have each dataset's share and length distribution.
+        """
         exact = np.array([d.share * num_samples for d in self.datasets])
         counts = np.floor(exact).astype(np.int64)
         # Round up the largest remainders, so that the counts add up to `num_samples`.
         missing = num_samples - int(counts.sum())
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
-        parts = [
-            np.quantile(d.lengths.seconds, (np.arange(count) + 0.5) / count)
-            for d, count in zip(self.datasets, counts.tolist(), strict=True)
-            if count
-        ]
-        return np.concatenate(parts)
+        seconds, clips = [], []
+        for one, count in zip(self.datasets, counts.tolist(), strict=True):
+            known = one.lengths
+            places = ((np.arange(count) + 0.5) / max(1, count) * len(known.seconds)).astype(np.int64)
+            seconds.append(known.seconds[places])
+            clips.append(known.num_clips[places])
+        return np.concatenate(seconds), np.concatenate(clips)
 
 
 def is_local(data: DataConfig) -> bool:
@@ -147,7 +154,9 @@ def place_of(data: DataConfig, part: DatasetConfig) -> str:
 
 def _lengths(data: DataConfig, part: DatasetConfig) -> Lengths:
     found = _of_shards(data, part) if part.shards is not None else (*_of_manifest(data, part), 0)
-    total, hours, seconds, longest, num_bytes = found
+    total, hours, seconds, clips, num_bytes = found
+    # The clips of a sample are assumed to be equally long.
+    each = seconds / np.maximum(1, clips)
     where = f"data.datasets '{part.name}'"
     if not total:
         raise UserError(
@@ -155,17 +164,18 @@ def _lengths(data: DataConfig, part: DatasetConfig) -> Lengths:
             "subsets; change them"
         )
     limit = data.max_audio_sec
-    fits = longest <= limit if limit is not None else np.ones(len(longest), dtype=bool)
+    fits = each <= limit if limit is not None else np.ones(len(each), dtype=bool)
     if not fits.any():
         raise UserError(
             f"data.max_audio_sec = {limit:g}: all samples of {where} are longer; raise it, or remove the dataset"
         )
-    kept = np.where(seconds > 0, np.maximum(seconds, data.min_audio_sec), 0.0)[fits]
-    return Lengths(total, hours, np.sort(kept), round(total * float(1 - fits.mean())), num_bytes)
+    padded = np.where(seconds > 0, clips * np.maximum(each, data.min_audio_sec), 0.0)[fits]
+    order = np.argsort(padded, kind="stable")
+    return Lengths(total, hours, padded[order], clips[fits][order], round(total * float(1 - fits.mean())), num_bytes)
 
 
-def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Seconds, int]:
-    """Return the numbers of samples and hours, the durations of samples and of their clips, and the size in bytes."""
+def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Ints, int]:
+    """Return the numbers of samples and hours, the durations and numbers of clips of samples, and the size in bytes."""
     url = place_of(data, part)
     store = open_store(url, data.retry_sec)
     try:
@@ -181,14 +191,13 @@ def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Secon
     read = numbers[np.linspace(0, len(numbers) - 1, min(_MOST_TABLES, len(numbers))).astype(np.int64)]
     entries = [entry for shard in read.tolist() for entry in shards.table(shard) if selection.matches(entry)]
     seconds = np.array([entry.seconds if entry.num_clips else 0.0 for entry in entries], dtype=np.float64)
-    clips = np.array([max(1, entry.num_clips) for entry in entries])
-    # The table contains only the total length of a sample's clips. They are assumed to be equally long.
+    clips = np.array([entry.num_clips for entry in entries], dtype=np.int64)
     total = sum(group.num_samples for group in chosen)
     hours = sum(group.seconds for group in chosen) / 3600
-    return total, hours, seconds, seconds / clips, shards.index.num_bytes
+    return total, hours, seconds, clips, shards.index.num_bytes
 
 
-def _of_manifest(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Seconds]:
+def _of_manifest(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Ints]:
     """Return the result of `_of_shards` without the size. The hours are estimated from the lengths that are read."""
     path = Path(place_of(data, part))
     if scheme_of(str(data.root)) or not path.is_file():
@@ -198,9 +207,9 @@ def _of_manifest(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Sec
     if len(known) < len(rows):
         known = rows[:: max(1, -(-len(rows) // _MOST_HEADERS))]
     seconds = np.array([_seconds(row) for row in known], dtype=np.float64)
-    clips = np.array([max(1, len(row.audio)) for row in known])
+    clips = np.array([len(row.audio) for row in known], dtype=np.int64)
     hours = float(seconds.mean()) * len(rows) / 3600 if known else 0.0
-    return len(rows), hours, seconds, seconds / clips
+    return len(rows), hours, seconds, clips
 
 
 def _is_selected(row: Row, part: DatasetConfig) -> bool:

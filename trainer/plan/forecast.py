@@ -14,6 +14,9 @@ from trainer.config.convert import to_tree
 from trainer.config.schema import Recipe
 
 ENCODERS, LLM, UPDATE = "encoders", "LLM", "update"
+_BATCH_KEYS = ("global_batch_samples", "num_lanes", "min_audio_sec", "max_audio_sec", "tokenizer")
+"""Keys of the recipe's `data` section that change the time of a step or its memory. What the datasets contain may
+differ from what was planned; the numbers of tokens and seconds of audio are then reported."""
 _UNPLANNED_KEYS = ("steps", "run_dir", "debug_plan")
 """Keys of the recipe's `train` section that change neither the time of a step nor its memory."""
 
@@ -41,8 +44,10 @@ def digest_of(recipe: Recipe) -> str:
     """Return a digest of the settings of a recipe that determine the time and the memory of a step."""
     tree = to_tree(recipe)
     train = {key: value for key, value in tree["train"].items() if key not in _UNPLANNED_KEYS}
-    batch = {key: tree["data"][key] for key in ("global_batch_samples", "num_lanes", "max_audio_sec")}
-    parts = [tree["model"], tree["parallel"], train, batch, tree["optim"].get("parts")]
+    batch = {key: tree["data"][key] for key in _BATCH_KEYS}
+    # Learning rates, schedules and the lengths of stages change neither.
+    stages = [[stage["train"], stage["parts"]] for stage in tree["stages"]]
+    parts = [tree["model"], tree["lora"], tree["parallel"], train, batch, tree["optim"].get("parts"), stages]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

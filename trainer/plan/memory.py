@@ -213,7 +213,7 @@ def memory_model(
         tower = model.tower(placement.held_by(at))
         buffers = zero_buffers(tower, recipe, topology.ep, ds_json)
         rank = fullest_rank(tracer, work, range(at, topology.world, topology.ep))
-        loaded = [int(n) for n in workload.audio_samples[workload.source_ranks == rank] if n]
+        loaded = workload.loaded_by(rank)
         again = train.recompute_encoder_calls
         audio.append(audio_memory(tracer, work, rank, loaded, bucket, buffers.learned, again))
         zero.append(buffers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
@@ -39,13 +40,27 @@ class Workload:
     """The samples of a global batch, in lane order."""
 
     audio_samples: Ints
-    """The length of each sample's clip in audio samples, [n]; 0 if it has no clip."""
+    """The total length of each sample's clips in audio samples, [n]; 0 if it has no clip."""
     num_tokens: Ints
     """The number of tokens of each sample, including audio tokens, [n]."""
     source_ranks: Ints
     """The rank that loads each sample, [n], in ascending order."""
     data: DataSummary | None = None
     """The datasets from which the lengths were read; None if the lengths are assumed."""
+    num_clips: Ints | None = None
+    """The number of clips of each sample, [n], which are equally long; None if no sample has several."""
+
+    @cached_property
+    def clips(self) -> tuple[Ints, Ints]:
+        """The length of each clip in audio samples, and the rank that loads it, both [number of clips]."""
+        ones = (self.audio_samples > 0).astype(np.int64)
+        counts = ones if self.num_clips is None else self.num_clips * ones
+        return np.repeat(self.audio_samples // np.maximum(1, counts), counts), np.repeat(self.source_ranks, counts)
+
+    def loaded_by(self, rank: int) -> list[int]:
+        """Return the lengths of the clips that a rank loads, in audio samples."""
+        lengths, ranks = self.clips
+        return [int(n) for n in lengths[ranks == rank]]
 
     @property
     def audio_sec(self) -> float:
@@ -103,12 +118,14 @@ def data_workload(
         UserError: If `text_tokens` is not positive.
     """
     _check_text_tokens(text_tokens)
-    seconds = data.batch(recipe.data.global_batch_samples)
-    seconds = seconds[permutation(len(seconds), "plan")]
-    samples = np.array([max(1, num_samples(s)) if s > 0 else 0 for s in seconds], dtype=np.int64)
-    rate = recipe.model.adapter.rate
-    audio_tokens = [rate.tokens_of_samples(int(n)) if n else 0 for n in samples]
-    return Workload(samples, np.array(audio_tokens) + text_tokens, source_ranks_of(recipe, topology), data)
+    seconds, clips = data.batch(recipe.data.global_batch_samples)
+    order = permutation(len(seconds), "plan")
+    seconds, clips = seconds[order], clips[order]
+    each = [max(1, num_samples(s / max(1, count))) if s > 0 else 0 for s, count in zip(seconds, clips, strict=True)]
+    rate, samples = recipe.model.adapter.rate, np.array(each, dtype=np.int64)
+    audio_tokens = clips * np.array([rate.tokens_of_samples(n) if n else 0 for n in each])
+    sources = source_ranks_of(recipe, topology)
+    return Workload(samples * clips, audio_tokens + text_tokens, sources, data, clips)
 
 
 def _check_text_tokens(text_tokens: int) -> None:
@@ -173,11 +190,10 @@ def encoder_work(
         budget_samples: The largest number of audio samples per encoder call.
         device: The type of device that the ranks run on, `cuda` or `cpu`.
     """
-    clips = np.flatnonzero(workload.audio_samples)
-    samples, source_ranks = workload.audio_samples[clips], workload.source_ranks[clips]
+    samples, source_ranks = workload.clips
     config, found = model.config, []
     if config.primary is not None:
-        every = np.ones((len(clips), 1), dtype=bool)
+        every = np.ones((len(samples), 1), dtype=bool)
         found.append(
             _spread([config.primary], [0], 1, ClipTable(source_ranks, samples, every), topology, budget_samples, device)
         )
@@ -185,8 +201,8 @@ def encoder_work(
         placement, router = place(config, topology.ep), config.router
         count = len(config.experts)
         chosen = min(count, len(router.gates) * router.top_k)
-        first = np.arange(len(clips))[:, None] + np.arange(chosen)
-        wanted = np.zeros((len(clips), count), dtype=bool)
+        first = np.arange(len(samples))[:, None] + np.arange(chosen)
+        wanted = np.zeros((len(samples), count), dtype=bool)
         np.put_along_axis(wanted, first % count, True, axis=1)
         table = ClipTable(source_ranks, samples, wanted)
         found.append(_spread(config.experts, placement.places, topology.ep, table, topology, budget_samples, device))
