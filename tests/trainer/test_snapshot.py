@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,17 @@ def test_memory_is_reused_by_the_next_save() -> None:
     buffer = HostBuffer(torch.device("cpu"))
     first = [v.data_ptr() for shard in buffer.copy(shards(0)) for v in shard.values.values()]
     assert [v.data_ptr() for shard in buffer.copy(shards(1)) for v in shard.values.values()] == first
+
+
+def test_a_shard_that_is_copied_again_has_its_current_values() -> None:
+    buffer, given = HostBuffer(torch.device("cpu")), shards(0)
+    buffer.copy(given)
+    for value in (v for shard in given for v in shard.values.values()):
+        value.mul_(-2)
+    moved = [replace(given[0], step=4), shards(1)[1], given[2]]
+    for one, copied in zip(moved, buffer.copy(moved), strict=True):
+        assert copied.step == one.step
+        assert all(torch.equal(copied.values[kind], value) for kind, value in one.values.items())
 
 
 def test_pinned_memory_is_hardly_more_than_the_state() -> None:

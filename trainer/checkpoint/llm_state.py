@@ -9,6 +9,7 @@ vocabulary belong to no Hugging Face tensor. They are zero, remain zero, and are
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -28,24 +29,47 @@ PREFIX = "llm."
 def shards(engine: LLMEngine) -> list[Shard]:
     """Return all shards that this rank holds, as views of the engine's memory.
 
-    After writing to the views, every rank must call `refresh`.
+    After writing to the views, every rank must call `refresh`. The views are cached, because an LLM with many experts
+    has tens of thousands of tensors. A shard whose memory and number of updates are unchanged is the same object as in
+    the last call.
     """
+    cache: dict[str, _Cut] = engine.saved_views
     tied = engine.hf_config.tie_word_embeddings
     ranges = {id(p): (optimizer, main, start) for optimizer, p, main, start in _ranges(engine)}
     found: list[Shard] = []
     for name, parameter in engine.parameters():
-        # Norms are held by every tensor-parallel rank, and tied embeddings by the first and the last stage.
-        is_whole = tp_dim(name) is None
-        saved_here = not (is_whole and engine.split(name)[0]) and not (tied and name == "output_layer.weight")
         if id(parameter) in ranges:
             optimizer, main, start = ranges[id(parameter)]
-            flats = {PARAM: main.data, **adam.moments(optimizer, main)}
-            step = adam.num_updates(optimizer, main)
-            found += _shards_of(engine, name, parameter, start, flats, step, saved_here)
+            flats = {PARAM: main, **adam.moments(optimizer, main)}
+            step: int | None = adam.num_updates(optimizer, main)
         elif engine.settings[id(parameter)].frozen:
-            flats = {PARAM: parameter.data.view(-1)}
-            found += _shards_of(engine, name, parameter, 0, flats, None, saved_here and engine.copy_index(name) == 0)
+            flats, start, step = {PARAM: parameter}, 0, None
+        else:
+            continue
+        addresses = tuple(flat.data_ptr() for flat in flats.values())
+        known = cache.get(name)
+        if known is None or known.addresses != addresses:
+            # Norms are held by every tensor-parallel rank, and tied embeddings by the first and the last stage.
+            is_whole = tp_dim(name) is None
+            saved_here = not (is_whole and engine.split(name)[0]) and not (tied and name == "output_layer.weight")
+            if step is None:
+                saved_here = saved_here and engine.copy_index(name) == 0
+            views = {kind: flat.data.view(-1) for kind, flat in flats.items()}
+            known = _Cut(addresses, list(_shards_of(engine, name, parameter, start, views, step, saved_here)))
+            cache[name] = known
+        elif known.shards and known.shards[0].step != step:
+            known.shards = [shard.changed(shard.values, step) for shard in known.shards]
+        found += known.shards
     return found
+
+
+@dataclass
+class _Cut:
+    """A Megatron parameter, cut at the boundaries of Hugging Face tensors."""
+
+    addresses: tuple[int, ...]
+    """The addresses of this rank's part of the parameter and of its moments."""
+    shards: list[Shard]
 
 
 def set_steps(engine: LLMEngine, steps: dict[str, int]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,23 @@ class Place(NamedTuple):
     """The first byte in the chunk."""
 
 
+class _Held:
+    """The values of a shard, and their place in host memory.
+
+    Args:
+        values: The values by kind.
+        num_bytes: The size of each value; None to compute them.
+    """
+
+    __slots__ = ("copies", "num_bytes", "values")
+
+    def __init__(self, values: Mapping[str, Tensor], num_bytes: Sequence[int] | None = None) -> None:
+        self.values = values
+        self.num_bytes = num_bytes or [value.numel() * value.element_size() for value in values.values()]
+        self.copies: dict[str, Tensor] = {}
+        """The views of host memory by kind; empty if there are none yet."""
+
+
 class HostBuffer:
     """Host memory that is allocated once and reused by every save, since allocating it takes longer than the copy."""
 
@@ -34,39 +51,53 @@ class HostBuffer:
         self._num_bytes: list[int] = []
         self._places: list[Place] = []
         self._chunks: list[Tensor] = []
+        self._held: list[_Held] = []
 
     @torch.no_grad()
     def copy(self, shards: Sequence[Shard]) -> list[Shard]:
         """Copy the values of shards to host memory.
 
         Returns:
-            The shards with the copied values. The next call overwrites these values.
+            The shards with the copied values. The next call overwrites them.
         """
-        self._hold([value.numel() * value.element_size() for shard in shards for value in shard.values.values()])
-        places, copies = iter(self._places), []
-        typed: dict[
-            tuple[int, torch.dtype], Tensor
-        ] = {}  # Views are cached, because creating one takes as long as a small copy.
-        for shard in shards:
-            values = {}
-            for kind, value in shard.values.items():
-                chunk, start = next(places)
+        held = [
+            known if known is not None and known.values is shard.values else _Held(shard.values)
+            for shard, known in zip_longest(shards, self._held[: len(shards)])
+        ]
+        num_bytes = [size for one in held for size in one.num_bytes]
+        if num_bytes != self._num_bytes:
+            held = [_Held(one.values, one.num_bytes) for one in held]
+            self._allocate(num_bytes)
+        self._held = held
+        self._find_memory(held)
+        torch._foreach_copy_(
+            [copy for one in held for copy in one.copies.values()],
+            [value for one in held for value in one.values.values()],
+            non_blocking=True,
+        )
+        if self._pinned:
+            torch.cuda.synchronize()
+        return [shard.changed(one.copies, shard.step) for shard, one in zip(shards, held, strict=True)]
+
+    def _find_memory(self, held: Sequence[_Held]) -> None:
+        """Add the missing views of host memory. They are kept, because a view costs as much as a small copy."""
+        places = iter(self._places)
+        typed: dict[tuple[int, torch.dtype], Tensor] = {}
+        for one in held:
+            own = [next(places) for _ in one.num_bytes]
+            if one.copies:
+                continue
+            for (kind, value), (chunk, start) in zip(one.values.items(), own, strict=True):
                 of_type = (chunk, value.dtype)
                 if of_type not in typed:
                     typed[of_type] = self._chunks[chunk].view(value.dtype)
                 first = start // value.element_size()
-                memory = typed[of_type][first : first + value.numel()]
-                values[kind] = memory.view(value.shape).copy_(value, non_blocking=True)
-            copies.append(replace(shard, values=values))
-        if self._pinned:
-            torch.cuda.synchronize()
-        return copies
+                one.copies[kind] = typed[of_type][first : first + value.numel()].view(value.shape)
 
-    def _hold(self, num_bytes: list[int]) -> None:
-        """Allocate memory for values of these sizes, unless an earlier save has allocated it."""
-        if num_bytes == self._num_bytes:
-            return
-        self._num_bytes, self._chunks = num_bytes, []  # This frees the old chunks before new ones are allocated.
+    def _allocate(self, num_bytes: list[int]) -> None:
+        """Allocate memory for values of these sizes."""
+        # This frees the old chunks and their views before new chunks are allocated.
+        self._num_bytes, self._chunks, self._held = num_bytes, [], []
         self._places, sizes = place_values(num_bytes)
         self._chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for size in sizes]
 

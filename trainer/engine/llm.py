@@ -70,6 +70,8 @@ class LLMEngine:
     ) -> None:
         self.hf_config, self.groups, self.dtype, self.reduction = hf_config, groups, dtype, reduction
         self._pieces: dict[str, tuple[Piece, ...]] = {}
+        self.saved_views: dict[str, Any] = {}
+        """What `trainer.checkpoint.llm_state` keeps from save to save, by Megatron parameter."""
         self.shapes = llm_shapes(hf_config, adapters)
         """The shapes of all tensors of the LLM, by name without `llm.`."""
         topology, place = groups.topology, groups.place
@@ -94,6 +96,7 @@ class LLMEngine:
             load_megatron(self.chunks, source, hf_config, tp_rank=place.tp, tp_size=topology.tp, expert_tp=expert_tp)
             for chunk in self.chunks:
                 add_llm_adapters(chunk, hf_config, adapters, tp_rank=place.tp, tp_size=topology.tp, expert_tp=expert_tp)
+            self._parameters = list(global_parameters(self.chunks))
             self.settings = freeze(self.chunks, hf_config, optim)
             self.models: list[Any] = list(self.chunks)
             """The chunks, in Megatron's data-parallel wrapper if any rank trains parameters of the LLM."""
@@ -104,7 +107,7 @@ class LLMEngine:
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the Megatron names and the parameters of this rank. Layers are numbered over all stages."""
-        return list(global_parameters(self.chunks))
+        return self._parameters
 
     def split(self, name: str) -> tuple[int, int]:
         """Return this rank's index among the ranks that share the Megatron parameter `name`, and their number."""
