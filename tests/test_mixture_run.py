@@ -13,7 +13,7 @@ from tests.golden.corpus import write_corpus
 from tests.golden.test_golden import FIRST_LOSS_OF_A_NEW_RUN, GOLDEN, losses, train
 from tools import export
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
-from trainer.telemetry.token_load import HISTORY_NAME, read_history
+from trainer.telemetry.token_history import HISTORY_NAME, read_history
 
 RECIPE = (
     "name=mixture",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -16,8 +17,9 @@ from tests.trainer.expert_usage_run import write_run
 from tools import profile_experts
 from trainer.data.prepare import PreparedData
 from trainer.data.shard_writer import Groups
+from trainer.expert_usage.tokens import TokenProfile
+from trainer.telemetry.token_history import HISTORY_NAME, MIN_LINES, TokenHistory, read_history
 from trainer.telemetry.token_load import (
-    HISTORY_NAME,
     MAX_KINDS,
     OTHER,
     UNNAMED,
@@ -25,7 +27,6 @@ from trainer.telemetry.token_load import (
     TokenGroup,
     TokenLoad,
     add_up,
-    read_history,
     token_metrics,
 )
 
@@ -68,6 +69,29 @@ def test_loads_are_added_and_survive_a_file(tmp_path: Path) -> None:
     (tmp_path / HISTORY_NAME).write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"line 1: not a record of experts .*restore the file"):
         read_history(tmp_path / HISTORY_NAME)
+
+
+def test_a_long_history_is_merged_without_losing_tokens(tmp_path: Path) -> None:
+    path = tmp_path / HISTORY_NAME
+    history = TokenHistory(path, 0, max_bytes=20_000)
+    loads = [load(2 * n, {(0, 1): [n, 2, 0], (1, n % 2): [1, 1, 2]}) for n in range(1, 301)]
+    for one in loads:
+        history.saved_step = one.step // 101 * 101
+        history.append(one.to_json())
+        assert path.stat().st_size < 30_000
+    found = read_history(path)
+    assert MIN_LINES // 2 < len(found) < 100 and found[-1].num_steps == 2 and found[0].num_steps > 2
+    assert add_up(found).to_json() == add_up(loads).to_json()
+    assert [a.step for a in found[:-1]] == [b.step - b.num_steps for b in found[1:]]
+    history.close()
+    TokenHistory(path, 505).close()  # a resume from the newest checkpoint, of which every token is still counted
+    assert add_up(read_history(path)).to_json() == add_up(loads[:252]).to_json()
+
+
+def test_drift_compares_quarters_of_the_steps() -> None:
+    early, late = load(2, {(0, 1): [4, 0, 0]}), [load(n, {(0, 1): [0, 4, 0]}) for n in (12, 14, 16)]
+    middle = replace(load(10, {(0, 1): [4, 0, 0]}), num_steps=8)  # eight steps that were merged into one line
+    assert TokenProfile("run", (early, middle, *late)).drift == {"audio": 1.0}
 
 
 def test_languages_are_counted_where_there_are_several() -> None:

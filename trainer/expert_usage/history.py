@@ -17,8 +17,8 @@ from trainer.expert_usage.placement import advise, current_slots, measured_time
 from trainer.expert_usage.tokens import TokenProfile, until
 from trainer.telemetry.expert_load import add_up
 from trainer.telemetry.load_history import HISTORY_NAME, read_history
-from trainer.telemetry.token_load import HISTORY_NAME as TOKEN_HISTORY_NAME
-from trainer.telemetry.token_load import read_history as read_token_history
+from trainer.telemetry.token_history import HISTORY_NAME as TOKEN_HISTORY_NAME
+from trainer.telemetry.token_history import read_history as read_token_history
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,13 @@ class TokenProfile:
 
         The change is the total variation distance, from 0 to 1, averaged over layers.
         """
-        count = max(1, len(self.history) // 4)
-        ends = add_up(self.history[:count]), add_up(self.history[-count:])
+        last = self.load.step
+        first = last - self.load.num_steps
+        quarter = self.load.num_steps / 4
+        # Intervals have different lengths, because older ones are merged in long histories.
+        early = [load for load in self.history if load.step <= first + quarter]
+        late = [load for load in self.history if load.step - load.num_steps >= last - quarter]
+        ends = add_up(early or self.history[:1]), add_up(late or self.history[-1:])
         found = {}
         for modality in MODALITIES:
             cells = [end.total(modality=modality) for end in ends]

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -91,6 +91,16 @@ class StepLog:
         except OSError:
             os.ftruncate(self._file.fileno(), end)
             raise
+
+    def rewrite(self, lines: Iterable[str]) -> None:
+        """Replace all lines of the file atomically. The lines must end with line breaks.
+
+        Raises:
+            OSError: If the lines could not be written. In this case, the file is unchanged.
+        """
+        write_atomically(self.path, "".join(lines))
+        self._file.close()
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
         self._file.close()

@@ -1,4 +1,4 @@
-"""Statistics about the tokens that each FFN expert processes, and their history `token_load.jsonl`.
+"""Statistics about the tokens that each FFN expert processes.
 
 All numbers are sums over tokens, so they can be added over steps and ranks. Tokens are grouped by the task and the
 language of their sample and by their modality.
@@ -12,19 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.errors import UserError
-from trainer.telemetry.jsonl import read_lines
-
 Floats = NDArray[np.float64]
 
-HISTORY_NAME = "token_load.jsonl"
-"""The name of the file in the run's folder."""
 MODALITIES = ("text", "audio")
 """The modalities: `text` for tokens from the tokenizer, and `audio` for audio embeddings."""
 UNNAMED = "-"
@@ -273,25 +267,3 @@ def token_metrics(load: TokenLoad) -> dict[str, float]:
             metrics[f"{name}/{expert}/share"] = float(share)
             metrics[f"{name}/{expert}/weight"] = float(weight)
     return metrics
-
-
-def read_history(path: Path) -> list[TokenLoad]:
-    """Return the loads of a run in order. The list is empty if the file does not exist.
-
-    Args:
-        path: The file `token_load.jsonl` of the run.
-
-    Raises:
-        UserError: If a line of the file is not a load, or two lines have different experts or layers.
-    """
-    if not path.is_file():
-        return []
-    loads = []
-    for number, (_, record) in enumerate(read_lines(path), start=1):
-        try:
-            loads.append(TokenLoad.from_json(record))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} line {number}: not a record of experts ({error!r}); restore the file") from None
-        if (loads[0].experts, loads[0].layers) != (loads[-1].experts, loads[-1].layers):
-            raise UserError(f"{path} line {number}: other experts than before; the file mixes two models, restore it")
-    return loads

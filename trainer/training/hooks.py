@@ -17,7 +17,8 @@ from trainer.telemetry.jsonl import Backlog, StepLog, undamaged_records, write_a
 from trainer.telemetry.load_history import HISTORY_NAME
 from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval, is_logged
 from trainer.telemetry.progress import Progress
-from trainer.telemetry.token_load import HISTORY_NAME as TOKEN_HISTORY_NAME
+from trainer.telemetry.token_history import HISTORY_NAME as TOKEN_HISTORY_NAME
+from trainer.telemetry.token_history import TokenHistory
 from trainer.telemetry.trackers.base import Tracker
 
 
@@ -107,7 +108,7 @@ class LoadHook(Hook):
         self._log = StepLog(run_dir / HISTORY_NAME, resume_step)
         self._intervals: Backlog[Mapping[str, Any]] = Backlog(self._log.append, self._log.path)
         self._token_path, self._resume_step = run_dir / TOKEN_HISTORY_NAME, resume_step
-        self._token_log: StepLog | None = None
+        self._token_log: TokenHistory | None = None
         self._token_loads: Backlog[Mapping[str, Any]] | None = None
 
     def on_step(self, report: StepReport) -> None:
@@ -115,9 +116,13 @@ class LoadHook(Hook):
             self._intervals.add(report.load.to_json())
         if report.token_load is not None:
             if self._token_loads is None:
-                self._token_log = StepLog(self._token_path, self._resume_step)
+                self._token_log = TokenHistory(self._token_path, self._resume_step)
                 self._token_loads = Backlog(self._token_log.append, self._token_path)
             self._token_loads.add(report.token_load.to_json())
+
+    def on_save(self, url: str) -> None:
+        if self._token_log is not None:
+            self._token_log.saved_step = step_of(url.rpartition("/")[2]) or 0
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         self._intervals.flush()
