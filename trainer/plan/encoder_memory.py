@@ -78,7 +78,7 @@ class EncoderTracer:
     """
 
     def __init__(self, tower: AudioTower, optim: OptimConfig, dtype: torch.dtype, recompute: bool, device: str) -> None:
-        self.tower, self.device = tower.to(dtype).train(), device
+        self.tower, self.device, self.recompute = tower.to(dtype).train(), device, recompute
         if device == "cpu":
             use_matrix_products(self.tower, ("cpu", "meta"))
         param_groups(optim, [(f"audio.{n}", p, p.dim()) for n, p in tower.named_parameters()])
@@ -182,25 +182,67 @@ def audio_memory(
     tower = tracer.tower
     dtype = next(tower.projector.parameters()).dtype
     size = dtype.itemsize
-    kept, over_forward, over_backward, features = 0.0, 0, 0, 0
+    encoders: list[_EncoderCalls] = []
+    over_forward = features = 0
     for one in work:
         for name, calls in zip(one.names, one.calls[rank], strict=True):
-            for clips in calls:
-                kept += sum(clips) * FP32_BYTES if recompute_calls else tracer.calls(name).kept(clips)
             if calls:
                 traced = tracer.traced(name, max(calls, key=tracer.calls(name).kept))
                 once = 0 if recompute_calls else traced.kept
+                kept = [sum(c) * FP32_BYTES if recompute_calls else tracer.calls(name).kept(c) for c in calls]
+                # Recomputed calls and layers pass their gradients on one by one.
+                sums = 0 if recompute_calls or tracer.recompute else _learned(tower.encoder(name)) * size
+                encoders.append(_EncoderCalls(tuple(kept), traced.backward - once, sums))
                 over_forward = max(over_forward, traced.forward - once)
-                over_backward = max(over_backward, traced.backward - once)
                 features += sum(num_frames(n) for clips in calls for n in clips) * _width(tower.encoder(name)) * size
+    in_calls = sum(sum(one.kept) for one in encoders)
     mixed = _after_encoders(tower, loaded_samples, size, tracer.device)
     kept_after = _inputs_and_outputs(tower, loaded_samples, size) if recompute_calls else mixed.kept
     in_bucket = min(reduce_elements, learned) * FP32_BYTES * (2 if size < FP32_BYTES else 1)
+    # When the backward pass reaches the encoders, the modules after them have freed what they kept. What remains are
+    # their outputs, which the step still reports, and the gradients of the features.
+    outputs = _outputs(tower, [num_frames(n) for n in loaded_samples], size) if loaded_samples else 0
+    freed = max(0, kept_after - outputs - features)
+    of_encoders = _backward_peak(encoders) - in_calls - freed
     return AudioMemory(
-        int(kept) + kept_after + sum(loaded_samples) * FP32_BYTES,
+        int(in_calls) + kept_after + sum(loaded_samples) * FP32_BYTES,
         max(over_forward, 2 * features + mixed.forward - kept_after),
-        max(over_backward, mixed.backward - (0 if recompute_calls else kept_after)) + in_bucket,
+        max(int(of_encoders), mixed.backward - (0 if recompute_calls else kept_after)) + in_bucket,
     )
+
+
+@dataclass(frozen=True)
+class _EncoderCalls:
+    """The calls of one encoder on a rank."""
+
+    kept: tuple[float, ...]
+    """The bytes that each call keeps for the backward pass."""
+    backward: float
+    """The bytes that the backward pass of the largest call needs on top of what it keeps."""
+    sums: int
+    """The bytes of the gradients of all weights, which autograd sums over several calls."""
+
+
+def _backward_peak(encoders: Sequence[_EncoderCalls]) -> float:
+    """Return the peak of the bytes that encoder calls use in the backward pass.
+
+    The backward pass visits the calls in the opposite order. A call frees what it kept while the gradients of its
+    weights appear. If an encoder has several calls, autograd holds the sums of these gradients until the last of its
+    calls.
+    """
+    remaining = sum(sum(one.kept) for one in encoders)
+    peak = remaining
+    for one in reversed(encoders):
+        held = 0
+        for number, kept in enumerate(reversed(one.kept), start=1):
+            then = one.sums if number < len(one.kept) else 0
+            peak = max(peak, remaining + held + one.backward, remaining - kept + max(held, then) + one.backward)
+            remaining, held = remaining - kept, then
+    return peak
+
+
+def _learned(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int, device: str) -> Traced:

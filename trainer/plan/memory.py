@@ -86,11 +86,8 @@ def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, A
     )
     if recipe.train.gather_audio_weights == "per_update":
         whole = sum(p.numel() for p in tower.parameters()) * size
-        # Without recomputation, autograd sums the gradients of several calls before they reach the fp32 gradients.
-        recomputes = recipe.train.recompute_encoders or recipe.train.recompute_encoder_calls
-        summed = 0 if recomputes else learned * size
         copies = min(learned, BUCKET_ELEMENTS) * FP32_BYTES
-        return ZeroBuffers(0, whole, 0, learned, learned * FP32_BYTES + summed, copies)
+        return ZeroBuffers(0, whole, 0, learned, learned * FP32_BYTES, copies)
     threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
     reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
     prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
