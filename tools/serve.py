@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-request-mib", type=int, default=100, metavar="N", help="maximum size of a request, in MiB (default: 100)"
     )
+    parser.add_argument(
+        "--max-upload-sec", type=int, default=60, metavar="N", help="longest upload of a request, in s (default: 60)"
+    )
     options = parser.parse_args(arguments)
     be_calm()
     try:
@@ -68,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    check_at_least(1, max_new_tokens=options.max_new_tokens, max_request_mib=options.max_request_mib)
+    sizes = {name: getattr(options, name) for name in ("max_new_tokens", "max_request_mib", "max_upload_sec")}
+    check_at_least(1, **sizes)
     try:
         for package in _PACKAGES:
             __import__(package)
@@ -99,7 +103,8 @@ def _run(options: argparse.Namespace) -> int:
         service = Service(options.model, options.max_new_tokens)
         host, port = listener.getsockname()[:2]
         hosts = ("localhost", "127.0.0.1", "[::1]", options.host, *options.allow_host)
-        app = make_app(service, hosts, os.environ.get(KEY_VARIABLE) or None, options.max_request_mib * 2**20)
+        key, max_bytes = os.environ.get(KEY_VARIABLE) or None, options.max_request_mib * 2**20
+        app = make_app(service, hosts, key, max_bytes, options.max_upload_sec)
         print(f"{service.name} is ready: http://{host}:{port}", flush=True)
         Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listener])
     return 0

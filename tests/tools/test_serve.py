@@ -10,6 +10,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -311,6 +313,22 @@ def test_a_client_that_is_gone_does_not_wait_for_its_turn() -> None:
         assert await first and await third
 
     asyncio.run(main())
+
+
+def test_a_slow_upload_is_refused_and_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.serving.app.MAX_WAITING", 1)
+    app = make_app(cast(Service, SimpleNamespace(name="none")), ("127.0.0.1",), None, 2**20, max_upload_sec=0.5)
+    with serving(app) as address:
+        for path in ("chat/completions", "audio/transcriptions"):
+            with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), TIMEOUT_SEC) as slow:
+                kind = "multipart/form-data; boundary=x" if path.startswith("audio") else "application/json"
+                head = (
+                    f"POST /v1/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: 9\r\n\r\n"
+                )
+                slow.sendall(head.encode() + b"{")
+                answer = b"".join(iter(lambda: slow.recv(4096), b""))  # until the server closes the connection
+            assert answer.startswith(b"HTTP/1.1 408") and b"more than 0.5 s to arrive" in answer, path
+        assert status_of(address, "/v1/chat/completions", b"[") == 400  # not 503
 
 
 def test_parts_of_a_text_are_never_taken_back() -> None:

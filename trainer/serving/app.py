@@ -18,7 +18,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -41,12 +41,21 @@ _PAGE = Path(__file__).with_name("page.html")
 MAX_WAITING = 16
 """The largest number of requests that are being read, wait, or are answered. More requests are refused with status
 503."""
+MAX_UPLOAD_SEC = 60.0
+"""The default time in seconds within which a request must arrive. A slower one is refused with status 408, because it
+would hold a place in the queue."""
 _POLL_SEC = 0.2
 """The time in seconds between two checks whether a client has closed its connection."""
 T = TypeVar("T")
 
 
-def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_request_bytes: int) -> FastAPI:
+def make_app(
+    service: Service,
+    hosts: tuple[str, ...],
+    key: str | None,
+    max_request_bytes: int,
+    max_upload_sec: float = MAX_UPLOAD_SEC,
+) -> FastAPI:
     """Return the web application.
 
     Args:
@@ -55,9 +64,10 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
             reach a server on this machine through a host name of the web page (DNS rebinding).
         key: the key that clients must send as `Authorization: Bearer KEY`; None for no key.
         max_request_bytes: the largest size of a request's body.
+        max_upload_sec: the longest time in which a request's body may arrive, in seconds.
     """
     app = FastAPI(title="earshot", docs_url=None, redoc_url=None, openapi_url=None)
-    queue = _Queue()
+    queue = _Queue(max_upload_sec)
     app.add_middleware(_Limit, max_request_bytes=max_request_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.add_exception_handler(RequestError, _as_response)
@@ -91,7 +101,7 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
     async def transcriptions(request: Request) -> Response:
         check(request)
         async with queue.place():
-            form = await request.form()
+            form = await queue.receive(request.form())
             upload, style, language = form.get("file"), form.get("response_format") or "json", form.get("language")
             if not isinstance(upload, UploadFile):
                 raise RequestError("send the audio as a file in multipart/form-data", "file")
@@ -121,7 +131,7 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
 
         async def answer() -> tuple[Reply, bool]:
             async with queue.place():
-                content = await request.body()
+                content = await queue.receive(request.body())
 
                 def compute(gone: threading.Event) -> tuple[Reply, bool]:
                     body = _read_body(content)
@@ -152,9 +162,14 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
 
 
 class _Queue:
-    """A queue in which requests wait for the model. The audio of a request is decoded when it is the request's turn."""
+    """A queue in which requests wait for the model. The audio of a request is decoded when it is the request's turn.
 
-    def __init__(self) -> None:
+    Args:
+        max_upload_sec: the longest time in which a request's body may arrive, in seconds.
+    """
+
+    def __init__(self, max_upload_sec: float = MAX_UPLOAD_SEC) -> None:
+        self._max_upload_sec = max_upload_sec
         self._places, self._turn, self._thread = 0, anyio.Lock(), anyio.CapacityLimiter(1)
 
     @contextlib.asynccontextmanager
@@ -167,6 +182,18 @@ class _Queue:
             yield
         finally:
             self._places -= 1
+
+    async def receive(self, body: Awaitable[T]) -> T:
+        """Return the body of a request.
+
+        Raises:
+            RequestError: If it does not arrive in time.
+        """
+        try:
+            with anyio.fail_after(self._max_upload_sec):
+                return await body
+        except TimeoutError:
+            raise RequestError(f"the request took more than {self._max_upload_sec:g} s to arrive", status=408) from None
 
     async def run(self, request: Request, work: Callable[[threading.Event], T]) -> T:
         """Run `work` in a thread when it is the request's turn, and return its result.
@@ -300,4 +327,6 @@ def _as_response(_request: Request, error: Exception) -> Response:
         status, message, param, code = error.status_code, str(error.detail), None, None
     kind = "server_error" if status >= 500 else "invalid_request_error"
     tree = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return JSONResponse(tree, status_code=status, headers={"Retry-After": "5"} if status == 503 else None)
+    # After 408, the rest of the body is not read, so the connection cannot be used again.
+    headers = {503: {"Retry-After": "5"}, 408: {"Connection": "close"}}
+    return JSONResponse(tree, status_code=status, headers=headers.get(status))
