@@ -37,7 +37,7 @@ from trainer.importers.table import IMPORTERS
 from trainer.storage.open import open_store, scheme_of
 from trainer.storage.store import LocalStore
 
-_VERSION = 2
+_VERSION = 3
 """The version of the files that an import writes. An unfinished import of another version is not resumed."""
 
 
@@ -196,6 +196,7 @@ def _as_dict(out: str, report: ImportReport) -> dict[str, object]:
         "num_rows": totals.num_rows,
         "num_samples": totals.num_samples,
         "seconds": round(totals.seconds, 3),
+        "splits": totals.splits,
         "skipped": totals.skipped,
         "num_changed_ids": report.num_changed_ids,
         "num_resumed_rows": report.num_resumed,
@@ -209,6 +210,12 @@ def _as_text(args: argparse.Namespace, report: ImportReport) -> str:
     lines = [f"{place}: {totals.num_samples} samples, {hours}, from {totals.num_rows} rows"]
     if args.check:
         lines.insert(0, "nothing was written (--check); without --check, the import would write:")
+    lines.append("splits: " + ", ".join(f"{name} {number}" for name, number in sorted(totals.splits.items())))
+    if len(totals.splits) == 1 and not args.divide:
+        lines[-1] += "; training needs other samples for evaluation: --divide dev=0.1,test=0.1, or a field split"
+    missing = [name for name in _shares(args.divide) if name not in totals.splits]
+    if missing:
+        lines[-1] += f"; no sample is in {', '.join(missing)}, because there are too few recordings"
     if report.num_resumed:
         lines.append(f"{report.num_resumed} rows had been imported before")
     if report.num_changed_ids:

@@ -200,7 +200,7 @@ def test_nothing_remains_if_no_row_can_be_imported(tmp_path: Path, capsys: pytes
     source = lines(tmp_path / "m.json", [{"id": "a", "answer": "b"}])
     assert run("nemo", source, tmp_path / "out") == 2
     assert "no row can be imported (1 wrong_type (first: m.json:1: task is missing" in capsys.readouterr().err
-    assert contents(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
     assert run("nemo", source, tmp_path / "out", "--set", "task=text", "--set", "instruction=Q") == 0
 
 
@@ -288,6 +288,55 @@ def test_rows_without_a_split_are_divided_by_recording(tmp_path: Path, capsys: p
     for wrong in ("dev", "dev=x", "dev=0.5,test=0.5", "dev=-1"):
         assert run("csv", source, out, "--divide", wrong) == 2
         assert f"--divide {wrong}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num", [3, 5, 32])
+def test_every_split_of_a_small_table_gets_a_recording(
+    num: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(8):  # other names, and therefore other hashes
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        rows = ["audio,text"]
+        for i in range(num):
+            (folder / f"{seed}-{i}.wav").write_bytes(audio_bytes(0.1, kind="WAV"))
+            rows.append(f"{seed}-{i}.wav,one")
+        (folder / "t.csv").write_text("\n".join(rows))
+        assert run("csv", folder / "t.csv", folder / "out", "--divide", "dev=0.1,test=0.1") == 0
+        counts = Counter(r["split"] for r in manifest(folder / "out"))
+        assert set(counts) == {"train", "dev", "test"} and counts["train"] >= 1
+        line = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
+        assert f"splits: {line}\n" in capsys.readouterr().out
+
+
+def test_a_table_with_one_split_is_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.wav").write_bytes(audio_bytes(0.1, kind="WAV"))
+    (tmp_path / "t.csv").write_text("audio,text\na.wav,one\n")
+    assert run("csv", tmp_path / "t.csv", tmp_path / "out", "--check") == 0
+    assert "splits: train 1; training needs other samples for evaluation: --divide" in capsys.readouterr().out
+    assert run("csv", tmp_path / "t.csv", tmp_path / "out", "--divide", "dev=0.1") == 0
+    assert "splits: train 1; no sample is in dev, because there are too few recordings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("header", "words", "options"),
+    [
+        (
+            "audio,said",
+            "give its column with --map answer=NAME, for transcripts with --set task=asr (the row has audio, said)",
+            ["--map", "answer=said", "--set", "task=asr"],
+        ),
+        ("clip,text", "give its column with --map audio=NAME (the row has clip, text)", ["--map", "audio=clip"]),
+    ],
+)
+def test_a_column_with_an_unknown_name_is_asked_for(
+    header: str, words: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.wav").write_bytes(audio_bytes(0.1, kind="WAV"))
+    (tmp_path / "t.csv").write_text(f"{header}\na.wav,one\n")
+    assert run("csv", tmp_path / "t.csv", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
+    assert run("csv", tmp_path / "t.csv", tmp_path / "out", *options) == 0
 
 
 def test_recordings_that_are_not_files_of_their_own_are_divided_one_by_one(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import datetime
 import decimal
 import hashlib
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from trainer.data.errors import SampleError
 from trainer.data.metadata import check_metadata, with_last_turn
 from trainer.importers.row import Clip, Row, RowError
 from trainer.importers.source import Source, short
+from trainer.importers.splits import recording_of, split_of
 from trainer.scoring.fields import LIST_FIELDS, NUMBER_FIELDS, TEXT_FIELDS, is_amount
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -32,7 +32,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
 """Common names of fields in other formats. If a row lacks a field, the first of these names that it has is used."""
 TRANSCRIPT_NAMES = ("text", "transcript", "transcription", "sentence", "txt", "normalized_text")
 """The names of the answer that imply that it is a transcript. A row without a task then gets the task `asr`."""
-DEFAULT_SPLIT = "train"
 DEFAULT_INSTRUCTION = "Transcribe the speech."
 """The instruction for samples of the task `asr` that have no instruction."""
 MAX_CUT_SEC = 1e7
@@ -54,6 +53,8 @@ class Naming:
     """The values of fields for rows that lack them (`--set`)."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Split → the fraction of recordings that it gets. This applies to rows without a split (`--divide`)."""
+    drawn: Mapping[str, str] = field(default_factory=dict)
+    """Recording → its split, for the recordings of splits that would otherwise get none."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Sample:
     """The clips; their paths are absolute."""
     fields: dict[str, Any]
     """The fields of the manifest except `id` and `audio`."""
+    recording: str | None = None
+    """A text that identifies the recording from which the split follows; None if the source gives the split."""
 
 
 class Ids:
@@ -116,24 +119,26 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
     """
     if row.error is not None:
         raise row.error
+    recording = None
     try:
         fields, is_transcript = _named(row.fields, naming)
         clips = _clips(fields, source)
         fields = {name: value for name, value in ((n, plain(v)) for n, v in fields.items()) if value is not None}
         original = fields.pop("id", None)
         _set_types(fields)
-        _set_defaults(fields, naming, is_transcript)
+        _set_defaults(fields, naming, is_transcript, row)
         if "split" not in fields:
-            recording = _recording(clips[0], source) if clips and naming.shares else str(original or number)
-            fields["split"] = _split_of(recording, naming.shares)
+            recording = recording_of(clips[0], source) if clips and naming.shares else str(original or number)
+            fields["split"] = naming.drawn.get(recording) or split_of(recording, naming.shares)
         _check_text(fields)
         check_metadata(with_last_turn(fields), len(clips))
     except SampleError as error:
-        raise RowError(error.reason, error.detail) from None
+        remedy = f"; give its column with --map audio=NAME ({_names(row)})" if error.reason == "no_audio" else ""
+        raise RowError(error.reason, error.detail + remedy) from None
     except RecursionError:
         raise RowError("wrong_type", "nested too deeply") from None
     if original is None:
-        return Sample(row.where, ids.take(_default_id(clips, number), number), clips, fields)
+        return Sample(row.where, ids.take(_default_id(clips, number), number), clips, fields, recording)
     original = str(original)
     if _SURROGATE.search(original):
         raise RowError("wrong_type", f"id = {short(original)}, but must be UTF-8")
@@ -141,7 +146,7 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
     if key != original:
         ids.num_changed += 1
         fields = {**fields, "original_id": original}
-    return Sample(row.where, key, clips, fields)
+    return Sample(row.where, key, clips, fields, recording)
 
 
 def plain(value: Any) -> Any:
@@ -240,42 +245,29 @@ def _set_types(fields: dict[str, Any]) -> None:
             fields[name] = str(value)
 
 
-def _set_defaults(fields: dict[str, Any], naming: Naming, is_transcript: bool) -> None:
+def _set_defaults(fields: dict[str, Any], naming: Naming, is_transcript: bool, row: Row) -> None:
     has_messages = "messages" in fields
     for name, value in naming.defaults.items():
         if not (has_messages and name in _OF_MESSAGES):
             fields.setdefault(name, value)
     if is_transcript:
         fields.setdefault("task", "asr")
+    if not has_messages and "answer" not in fields:
+        given = "" if "task" in fields else ", for transcripts with --set task=asr"
+        raise RowError("empty_answer", f"no answer; give its column with --map answer=NAME{given} ({_names(row)})")
     if "task" not in fields:
-        raise RowError("wrong_type", "task is missing; give it with --set task=NAME, or --map task=FIELD")
+        raise RowError("wrong_type", "task is missing; give it with --set task=asr or another task, or --map task=NAME")
     if has_messages:
         return
     if fields["task"] == "asr":
         fields.setdefault("instruction", DEFAULT_INSTRUCTION)
     if "instruction" not in fields:
         raise RowError("wrong_type", 'instruction is missing; give it with --set "instruction=TEXT" or --map')
-    if "answer" not in fields:
-        raise RowError("empty_answer", f"no answer; give its field with --map answer=FIELD ({short(sorted(fields))})")
 
 
-def _recording(clip: Clip, source: Source) -> str:
-    """Return a text that identifies a recording. It is the same for all parts of the recording."""
-    if clip.data is not None:  # The name shows only the type, so several recordings may have the same name.
-        return hashlib.blake2b(clip.data, digest_size=16).hexdigest()
-    path = os.path.relpath(clip.path, source.folder)
-    return path if clip.span is None else f"{path}:{clip.span[0]}"
-
-
-def _split_of(recording: str, shares: Mapping[str, float]) -> str:
-    """Return the split of a recording. It does not depend on other rows."""
-    digest = hashlib.blake2b(recording.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    place = int.from_bytes(digest, "big") / 2**64
-    for split, share in shares.items():
-        if place < share:
-            return split
-        place -= share
-    return DEFAULT_SPLIT
+def _names(row: Row) -> str:
+    """Return the names of a row's fields."""
+    return f"the row has {short(', '.join(map(str, row.fields)))}"
 
 
 def _check_text(value: Any) -> None:

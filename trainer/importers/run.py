@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from model.errors import UserError
@@ -13,10 +13,13 @@ from trainer.importers.fields import Ids, Naming, to_sample
 from trainer.importers.row import Row, RowError
 from trainer.importers.sinks import Sink, Totals
 from trainer.importers.source import Source
+from trainer.importers.splits import draw_for_empty_splits
 from trainer.importers.work import Item, outcomes
 
 _CHUNK_ROWS, _MOST_CHUNK_ROWS = 32, 1024
 _CHUNK_BYTES = 16 << 20
+_FEW_ROWS = 1000
+"""The number of rows up to which each split of `--divide` is checked to get a recording."""
 _CHANGED = "the source has changed since the import began; delete the output, then rerun the same command"
 
 
@@ -64,6 +67,7 @@ def run_import(
     """
     ids = Ids()
     sink.begin(identity)
+    naming = replace(naming, drawn=_drawn(rows(source), source, naming))
     totals, num_resumed = sink.totals, sink.totals.num_rows
     on_progress(num_resumed)
     items = _after(_items(rows(source), source, naming, ids), num_resumed, totals.digest)
@@ -75,6 +79,23 @@ def run_import(
         raise UserError(f"{source.path}: no row can be imported ({totals.reasons() or 'it has none'})")
     sink.finish()
     return ImportReport(totals, num_resumed, ids.num_changed)
+
+
+def _drawn(rows: Iterator[Row], source: Source, naming: Naming) -> dict[str, str]:
+    """Return the recordings that splits of `--divide` get in addition, if the source has only a few rows."""
+    recordings: dict[str, None] = {}
+    if not naming.shares:
+        return {}
+    for number, row in enumerate(rows):
+        if number == _FEW_ROWS:  # Every split gets some of so many recordings.
+            return {}
+        try:
+            sample = to_sample(row, number, source, naming, Ids())
+        except RowError:
+            continue  # The import itself reports it.
+        if sample.recording is not None:
+            recordings[sample.recording] = None
+    return draw_for_empty_splits(recordings, naming.shares)
 
 
 def _items(rows: Iterator[Row], source: Source, naming: Naming, ids: Ids) -> Iterator[Item]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -40,6 +40,8 @@ class Totals:
     """The first row that was skipped for each reason."""
     digest: str = ""
     """A hash of all rows so far."""
+    splits: dict[str, int] = field(default_factory=dict)
+    """The number of samples by split."""
 
     def add(self, outcome: Outcome) -> None:
         """Count an outcome."""
@@ -48,6 +50,9 @@ class Totals:
         if outcome.error is None:
             self.num_samples += 1
             self.seconds += outcome.seconds
+            assert outcome.item.sample is not None
+            split = str(outcome.item.sample.fields["split"])
+            self.splits[split] = self.splits.get(split, 0) + 1
             return
         reason = outcome.error.reason
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
@@ -218,11 +223,12 @@ class ShardSink(Sink):
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Create the folder of an import, and lock it against other imports.
+    """Create the folder of an import, and lock it against other imports. A new folder that stays empty is deleted.
 
     Raises:
         UserError: If the folder cannot be written, or another import has locked it.
     """
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / _LOCK_NAME, wait=False) as held:
@@ -233,6 +239,10 @@ def alone(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: another import writes there; wait for it or choose another path") from None
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}; check the path and its permissions") from None
+    finally:
+        if is_new:
+            with suppress(OSError):  # It is not empty.
+                folder.rmdir()
 
 
 def _read_totals(line: bytes) -> Totals | None:
