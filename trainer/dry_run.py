@@ -11,6 +11,7 @@ from model.errors import UserError
 from trainer.config.checks import deepspeed_json
 from trainer.config.llm_checks import known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
+from trainer.data.config_files import place_of
 from trainer.data.prepare import check_loss_turns, check_stored
 from trainer.data.tokenizer import load_tokenizer
 from trainer.engine.ds_config import load_ds_json
@@ -18,7 +19,6 @@ from trainer.engine.llm_optimizer import Reduction
 from trainer.engine.placement import place
 from trainer.engine.stages import stages_of
 from trainer.parallel.topology import Topology, build_topology
-from trainer.plan.data import place_of
 from trainer.plan.ranks import rank_states
 from trainer.plan.sizes import Size, SizedModel, parameter_sizes, sized_model, stage_sizes
 from trainer.plan.states import States

@@ -15,7 +15,7 @@ from tests.trainer.data_corpus import clip_rows, data_config, row, write_manifes
 from trainer.data.config import DatasetConfig, TokenizerConfig
 from trainer.data.eval_set import eval_samples
 from trainer.data.loader import Loader
-from trainer.data.prepare import prepare
+from trainer.data.prepare import check_stored, prepare
 from trainer.data.shard_build import BuildReport
 from trainer.data.stream import SampleStream
 
@@ -105,6 +105,33 @@ def test_user_errors_are_named(corpus: Path) -> None:
     (corpus / "clip-2.flac").unlink()
     with pytest.raises(UserError, match=r"\(id clip-2\): no audio file .*clip-2.flac; restore it"):
         prepare(data_config(corpus, SET), TokenRate((2,)))
+
+
+def test_the_check_without_building_finds_missing_splits_of_manifests(corpus: Path) -> None:
+    check_stored(data_config(corpus, SET))
+    for config, message in (
+        (data_config(corpus, SET, eval_splits=("dev",)), r"no dataset has samples of split 'dev'.*\['test', 'train'\]"),
+        (data_config(corpus, DatasetConfig(name="s", manifest="set.jsonl", split="trian")), r"has no split 'trian'"),
+        (
+            data_config(corpus / "nowhere", SET),
+            r"no such file; check data.root = .*/nowhere, which is not a",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_stored(config)
+    assert not list(corpus.glob("**/shards.json"))
+
+
+def test_a_wrong_path_is_reported_before_ranks_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.__main__ import main
+
+    monkeypatch.setattr("trainer.run.launch.start_ranks", None)  # It would raise a TypeError.
+    assert main(["debug", f"data.root={tmp_path}", f"train.run_dir={tmp_path}", "--verbose"]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: data.datasets 'demo': {tmp_path}/demo.jsonl: no such file; check"
+    )
 
 
 def test_cached_shards_are_checked_against_a_lower_limit(corpus: Path) -> None:

@@ -201,7 +201,7 @@ def test_shards_and_weights_are_checked_before_a_job(
 def test_facts_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from trainer.job.check import main
 
-    (tmp_path / "demo.jsonl").touch()
+    write_manifest(tmp_path, clip_rows(tmp_path, 2, split="test") + clip_rows(tmp_path, 2, prefix="a"), "demo.jsonl")
     keys = [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"]
     assert main(["debug", *keys]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -307,7 +307,8 @@ def test_the_check_before_a_job_takes_the_memory_from_the_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_manifest(tmp_path, clip_rows(tmp_path, 2), "demo.jsonl")
-    facts = check("debug", [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"])
+    keys = [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs", "data.eval_splits=[train]"]
+    facts = check("debug", [*keys, "eval.final_split=train"])
     assert 1 < facts.host_gib < 5 and 0 < facts.disk_gib < 0.1 and json.loads(facts.plan_json)["recipe"] == "debug"
     text = capsys.readouterr().out
     assert "Host memory of a node with 2 ranks: " in text and "{" not in text

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +19,7 @@ from model.errors import UserError
 from model.json_text import parse_json
 from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
+from trainer.data.config_files import check_files
 from trainer.data.dataset_reader import DatasetReader
 from trainer.data.manifest import Row, read_manifest
 from trainer.data.metadata import earlier_texts, has_earlier_answers
@@ -187,22 +188,22 @@ def _first_metadata(config: DataConfig, part: DatasetConfig) -> list[dict[str, A
 
 
 def check_stored(config: DataConfig) -> None:
-    """Check that manifests exist and that shards contain the samples that the recipe reads. Nothing is built.
+    """Check that manifests and shards contain the samples that the recipe reads. Nothing is built.
 
     Raises:
-        UserError: If a manifest or an index is missing or cannot be read, shards contain no samples to train on, or an
-            evaluation split has no samples in any dataset.
+        UserError: If a manifest or an index is missing or cannot be read, a dataset contains no samples to train on, or
+            an evaluation split has no samples in any dataset.
     """
     _check_datasets(config)
-    given = []
+    check_files(config)
+    given, in_manifests = [], set()
     for part in config.datasets:
         if part.shards is not None:
             given.append(_given_shards(config, part, (part.split, *config.eval_splits)))
             _open_training(given[-1], config)
-        elif part.manifest is not None and not (path := Path(config.root) / part.manifest).is_file():
-            raise UserError(f"data.datasets '{part.name}': {path}: no such file; check data.root = {config.root}")
-    if len(given) == len(config.datasets):
-        _check_eval_splits(config, given)
+        elif part.manifest is not None:
+            in_manifests |= set(_rows_by_split(part, Path(config.root) / part.manifest))
+    _check_eval_splits(config, given, in_manifests)
 
 
 def _check_datasets(config: DataConfig) -> None:
@@ -210,12 +211,14 @@ def _check_datasets(config: DataConfig) -> None:
         raise UserError("data.datasets is empty: give at least one dataset with a manifest or shards")
 
 
-def _check_eval_splits(config: DataConfig, datasets: Sequence[PreparedDataset]) -> None:
+def _check_eval_splits(
+    config: DataConfig, datasets: Sequence[PreparedDataset], in_manifests: Set[str] = frozenset()
+) -> None:
     for split in config.eval_splits:
-        if not any(s.open(split, config) for s in datasets):
+        if split not in in_manifests and not any(s.open(split, config) for s in datasets):
             if (part := next((s for s in datasets if split in s.splits), None)) is not None:
                 raise _nothing_selected(part, split)
-            known = sorted({k for s in datasets for k in s.splits})
+            known = sorted({k for s in datasets for k in s.splits} | in_manifests)
             raise UserError(
                 f"data.eval_splits: no dataset has samples of split '{split}'; existing splits: {known}; name some of "
                 "them here, in eval.split and in eval.final_split, or make splits with `earshot import --divide`"
@@ -238,10 +241,8 @@ def _prepare_dataset(
             "give shards instead of a manifest"
         )
     manifest = Path(config.root) / part.manifest
-    rows = _rows_by_split(manifest)
+    rows = _rows_by_split(part, manifest)
     present = sorted(rows)
-    if part.split not in present:
-        raise UserError(f"data.datasets '{part.name}': {manifest} has no split '{part.split}'; it has {present}")
     shards = {}
     for split in wanted:
         if split in present:
@@ -291,7 +292,12 @@ def _build(
         on_built(report)
 
 
-def _rows_by_split(manifest: Path) -> dict[str, list[Row]]:
+def _rows_by_split(part: DatasetConfig, manifest: Path) -> dict[str, list[Row]]:
+    """Return the rows of a dataset's manifest by split.
+
+    Raises:
+        UserError: If the manifest cannot be read, or has no rows to train on.
+    """
     rows: dict[str, list[Row]] = {}
     found = read_manifest(manifest)
     for row in found:
@@ -302,6 +308,8 @@ def _rows_by_split(manifest: Path) -> dict[str, list[Row]]:
         raise UserError(
             f"{manifest}, line {first.line}: {first.error}; no line of the manifest can be used, correct it"
         )
+    if part.split not in rows:
+        raise UserError(f"data.datasets '{part.name}': {manifest} has no split '{part.split}'; it has {sorted(rows)}")
     return rows
 
 

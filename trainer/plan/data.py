@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from model.errors import UserError
 from trainer.config.schema import Recipe
 from trainer.data.config import DataConfig, DatasetConfig
+from trainer.data.config_files import place_of
 from trainer.data.lanes import DatasetMixture
 from trainer.data.manifest import Row, read_manifest
 from trainer.data.shards import INDEX_NAME, Selection, ShardSet, read_index
 from trainer.scoring.fields import is_amount
-from trainer.storage.open import join_url, open_store, scheme_of
+from trainer.storage.open import open_store, scheme_of
 from trainer.storage.store import MissingError
 
 _MOST_TABLES = 32
@@ -145,11 +146,6 @@ def summarize(recipe: Recipe) -> DataSummary:
         for part, one, share in zip(data.datasets, lengths, shares, strict=True)
     ]
     return DataSummary(tuple(found), data.max_skipped_fraction)
-
-
-def place_of(data: DataConfig, part: DatasetConfig) -> str:
-    """Return the path or URL of a dataset's manifest or shards."""
-    return join_url(data.root, str(part.shards if part.shards is not None else part.manifest))
 
 
 def _lengths(data: DataConfig, part: DatasetConfig) -> Lengths:
