@@ -50,7 +50,8 @@ def register(folder: str) -> None:
 
 def write_package(folder: Path) -> None:
     """Write the two files of the page."""
-    for name, language in (("pyproject.toml", "toml"), ("toy_encoder.py", "python")):
+    (folder / "src").mkdir(parents=True)
+    for name, language in (("pyproject.toml", "toml"), ("src/toy_encoder.py", "python")):
         (text,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -64,9 +65,8 @@ def model_with_toys() -> ModelConfig:
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = tmp_path / "plugin"
-    folder.mkdir()
-    write_package(folder)
+    folder = tmp_path / "plugin" / "src"
+    write_package(folder.parent)
     monkeypatch.setattr(sys, "path", list(sys.path))
     register(str(folder))
     yield folder
@@ -191,7 +191,6 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
     commands = [shlex.split(line) for line in re.findall(r"^\$ (.*)", PAGE.replace("\\\n", ""), flags=re.MULTILINE)]
     commands = [words[: words.index("#")] if "#" in words else words for words in commands]
     install, corpus, *others = commands
-    (tmp_path / "toy_encoder").mkdir()
     write_package(tmp_path / "toy_encoder")
     write_corpus(tmp_path / corpus[-1], scale=0.05)  # a smaller one than that of the command
     assert install[:4] == ["python", "-m", "pip", "install"] and install[-2:] == ["-e", "toy_encoder"]
