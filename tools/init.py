@@ -7,6 +7,7 @@ cd my_project && sbatch slurm/train_8b.sh recipe.yaml data.root=/data
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -66,10 +67,23 @@ def write(folder: Path, recipe: str) -> list[str]:
             shutil.copytree(shipped(name), folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
         for script in (folder / "slurm").glob("*.sh"):
             script.chmod(0o755)
-        shutil.copyfile(RECIPES / f"{recipe}.yaml", folder / RECIPE)
+        text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
+        (folder / RECIPE).write_text(_own_commands(text, recipe), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
     return [f"{name}/" for name in FOLDERS] + [RECIPE]
+
+
+def _own_commands(text: str, recipe: str) -> str:
+    """Return a recipe in which the commands of the comment at its start name `RECIPE`, so that its changes apply."""
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        if not line.startswith("#"):
+            break
+        if line.startswith("#   "):
+            line = re.sub(rf"(?<= ){recipe}(?= )", RECIPE, line)
+            lines[number] = re.sub(r"(slurm/\w+\.sh )(?=\w+(\.\w+)*=)", rf"\1{RECIPE} ", line)
+    return "".join(lines)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,14 @@ def test_init_writes_the_files_to_edit_and_overwrites_nothing(
     assert {p.name for p in folder.iterdir()} == {"slurm", "ds_configs", "recipe.yaml"}
     assert {p.name for p in (folder / "slurm").iterdir()} == {p.name for p in (ROOT / "slurm").iterdir()}
     assert all(p.stat().st_mode & 0o111 for p in (folder / "slurm").glob("*.sh"))
-    assert (folder / "recipe.yaml").read_text() == (ROOT / "trainer" / "recipes" / "mowe_70b.yaml").read_text()
+    written = (folder / "recipe.yaml").read_text().splitlines()
+    original = (ROOT / "trainer" / "recipes" / "mowe_70b.yaml").read_text().splitlines()
+    # Commands in the comment use the file that was written, not the recipe from which it was copied.
+    changed = [" ".join(new.split()[:5]) for new, old in zip(written, original, strict=True) if new != old]
+    assert changed == [
+        "# earshot train recipe.yaml --dry-run",
+        "# sbatch slurm/train_70b.sh recipe.yaml data.root=/data",
+    ]
     assert init.main([str(folder)]) == 2
     assert "slurm: exists already; move it away, or give another folder" in capsys.readouterr().err
     assert init.main([str(tmp_path / "other"), "--recipe", "none"]) == 2
