@@ -75,6 +75,7 @@ def _run(options: argparse.Namespace) -> int:
 
     check_recipe(recipe)
     given = recipe
+    _announce(recipe.name, options)
     planner, workload = _planner(options, recipe)
     from trainer.plan.advice import advise
     from trainer.plan.fit import batch_within, changes_between, fit
@@ -107,6 +108,16 @@ def _run(options: argparse.Namespace) -> int:
         store(plan, folder)
         print(f"stored in {folder}: the run will be compared with this plan", file=sys.stderr)
     return 0
+
+
+def _announce(name: str, options: argparse.Namespace) -> None:
+    """Say on a terminal what the command does, because it may take a minute on a slow machine."""
+    if sys.stderr.isatty():
+        search = (
+            "" if not options.advice or options.fit else ", then looking for a faster layout (--no-advice skips this)"
+        )
+        what = "looking for the fastest layout" if options.fit else f"computing memory and time{search}"
+        print(f"{name}: {what}", file=sys.stderr, flush=True)
 
 
 def _accelerator(options: argparse.Namespace) -> Accelerator:

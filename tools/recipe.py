@@ -8,10 +8,17 @@ earshot recipe --show kit_cpu         print a recipe with all its values, includ
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from model.errors import UserError
+
+_MAX_WIDTH = 120
+"""The largest width of the list of recipes, in columns."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,9 +54,21 @@ def _text(options: argparse.Namespace) -> str:
             raise UserError(f"--keys {options.keys}: no such section; choose one of {', '.join(known)}")
         return as_text(found) + "\n"
     names = recipe_names()
-    width = max(map(len, names))
-    heads = (RECIPES.joinpath(f"{n}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for n in names)
-    return "".join(f"{name:{width}}  {head}\n" for name, head in zip(names, heads, strict=True))
+    indent = max(map(len, names)) + 2
+    width = min(shutil.get_terminal_size().columns, _MAX_WIDTH)
+    lines = []
+    for name in names:
+        head = _first_sentences(RECIPES.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+        lines += textwrap.wrap(head, width, initial_indent=f"{name:{indent}}", subsequent_indent=" " * indent)
+    return "\n".join(lines) + "\n"
+
+
+def _first_sentences(recipe: str) -> str:
+    """Return the first two sentences of the comment at the start of a recipe."""
+    comment = itertools.takewhile(
+        lambda line: line.startswith("# ") and not line.startswith("#   "), recipe.splitlines()
+    )
+    return " ".join(re.split(r"(?<=\.) ", " ".join(line.removeprefix("# ") for line in comment))[:2])
 
 
 def _parser() -> argparse.ArgumentParser:
