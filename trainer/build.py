@@ -32,6 +32,7 @@ from trainer.config.load import dump
 from trainer.config.provenance import KEY as ORIGINS
 from trainer.config.schema import Recipe
 from trainer.data.config import TokenizerConfig
+from trainer.data.config_files import place_of
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.shard_build import BuildReport
 from trainer.donors import Donors, find_donors, provenance
@@ -197,8 +198,10 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
         finished = loop.run(hooks, start, extra.get("data"))
         if rank == 0:
             if finished and loop.last_evaluation is not None:
+                scored = next(d.config for d in prepared.datasets if recipe.eval.final_split in d.splits)
+                data = place_of(recipe.data, scored)
                 print(final_table(loop.last_evaluation, prepared, evaluator.meteor), flush=True)
-                print(closing(loop.last_evaluation, run_dir, recipe.run_url), flush=True)
+                print(closing(loop.last_evaluation, run_dir, recipe.run_url, data), flush=True)
             if not finished:
                 print(f"stopped; rerun the same command to resume from the checkpoint in {recipe.run_url}", flush=True)
         dist.barrier(groups.world)

@@ -114,14 +114,14 @@ def staged_optim(optim: OptimConfig, stages: Sequence[StageConfig]) -> OptimConf
     if not stages:
         return optim
     found, start = [], 0
-    for stage in stages:
+    for number, stage in enumerate(stages):
         own = {key: getattr(stage, key) for key in ("lr", "schedule", "warmup_steps", "min_lr_ratio")}
         given = {key: value for key, value in own.items() if value is not None}
         settings = replace(optim, **given, parts=(*optim.parts, *stage.parts))
         if settings.warmup_steps > stage.steps:
             raise UserError(
                 f"stages '{stage.name}'.warmup_steps = {settings.warmup_steps}: legal values are 0..{stage.steps} "
-                "(its steps)"
+                f"(its steps); set stages.{number}.warmup_steps"
             )
         found.append(Stage(stage.name, start, stage.steps, settings, stage.patterns))
         start += stage.steps

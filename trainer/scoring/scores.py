@@ -16,6 +16,9 @@ from trainer.scoring.metric import Metric, interval, resampled_sums
 from trainer.scoring.questions import answer_class
 from trainer.scoring.tasks import Answers, find_task
 
+NO_SUBSET = "default"
+"""The subset of samples that name neither a subset nor a source."""
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -86,7 +89,7 @@ def by_subset(metas: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
 
 def subset_of(meta: Mapping[str, Any]) -> str:
     """Return the sample's subset, or its source if it has no subset."""
-    return meta.get("subset") or meta.get("source") or "default"
+    return meta.get("subset") or meta.get("source") or NO_SUBSET
 
 
 def confusions(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from trainer.data.prepare import PreparedData
 from trainer.scoring.baseline import majority_baseline
 from trainer.scoring.fields import ALL
 from trainer.scoring.meteor import Meteor
+from trainer.scoring.scores import NO_SUBSET
 from trainer.scoring.table import format_table, score_table
 from trainer.scoring.tasks import find_task, is_headline
 from trainer.training.evaluate import Evaluation
@@ -22,7 +24,7 @@ _MAX_CHARACTERS = 55
 
 
 def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None) -> str:
-    """Return the table of scores per task and, for the headline metrics, per subset.
+    """Return the table of scores per task and, for the headline metrics, per subset if the samples have subsets.
 
     Args:
         found: The evaluation.
@@ -34,20 +36,26 @@ def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None
     baseline = None
     if num_training <= MAX_BASELINE_SAMPLES:
         baseline = majority_baseline(list(_training_metas(prepared)), [p.meta for p in found.predictions], meteor)
-    scores = [s for s in found.scores if s.subset == ALL or is_headline(s.task, s.metric)]
+    named = {s.task for s in found.scores if s.subset not in (ALL, NO_SUBSET)}
+    scores = [
+        s
+        for s in found.scores
+        if s.subset == ALL or (is_headline(s.task, s.metric) and (s.subset != NO_SUBSET or s.task in named))
+    ]
     unfinished = sum(not p.finished for p in found.predictions)
     head = f"{found.report.split} split after step {found.report.step}: {len(found.predictions)} samples"
     note = f"\n{unfinished} answers reached eval.max_new_tokens and were cut off" if unfinished else ""
     return f"\n{head}\n{format_table(score_table(scores, baseline))}{note}"
 
 
-def closing(found: Evaluation, run_dir: Path, run_url: str) -> str:
+def closing(found: Evaluation, run_dir: Path, run_url: str, data: str) -> str:
     """Return the last lines that a run prints: some of its answers, the location of its files, and the next commands.
 
     Args:
         found: The last evaluation.
         run_dir: The run's folder.
         run_url: The location of the run's checkpoints.
+        data: The location of data with the evaluated split.
     """
     spoken = [p for p in found.predictions if find_task(p.meta["task"]).is_transcription]
     answers, words = (spoken, "spoken") if spoken else (found.predictions, "wanted")
@@ -57,7 +65,7 @@ def closing(found: Evaluation, run_dir: Path, run_url: str) -> str:
     lines = [
         f"run       {run_dir}" + ("" if run_url == str(run_dir) else f", checkpoints in {run_url}"),
         f"status    earshot status {run_dir}",
-        f"scores    earshot evaluate {run_url} --data DATA --split {found.report.split}",
+        f"scores    earshot evaluate {run_url} --data {shlex.quote(data)} --split {found.report.split}",
         f"export    earshot export {run_url} OUT",
     ]
     return f"\n{format_table(rows)}\n\n" + "\n".join(lines)
