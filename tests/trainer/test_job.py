@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,15 @@ import pytest
 from model.errors import UserError
 from tests.trainer.data_corpus import clip_rows, write_manifest
 from tools.make_shards import main as make_shards
+from trainer.config.load import load_recipe
 from trainer.job import gpu_check
-from trainer.job.__main__ import Job, RefusedError, Signals, check
-from trainer.job.check import Facts
+from trainer.job.__main__ import Job, Signals
+from trainer.job.check import Facts, fewer_ranks
 from trainer.job.gpu_check import Report, judge_amd, judge_nvidia
 from trainer.job.node_check import Wanted, look
 from trainer.job.preflight import BadNodesError, choose, preflight
 from trainer.job.slurm import Allocation, Layout, lay_out, srun
+from trainer.job.submission import RefusedError, check, keep_plan
 from trainer.telemetry.events import EventLog, read_events
 
 H100 = "{}, NVIDIA H100 80GB HBM3, {}, 81559, {}\n"
@@ -209,6 +212,7 @@ def test_facts_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (facts.pop("host_gib"), facts.pop("disk_gib"), facts.pop("plan"), facts.pop("plan_json")) == (0, 0, "", "")
     assert facts.pop("checkpoints") == f"{tmp_path}/runs/debug"
     wanted = {"num_ranks": 2, "tensor": 1, "min_nodes": None, "stores": [], "trackers": []}
+    wanted |= {"fewer_ranks": [], "ranks_per_node": 0}
     assert facts == {"run_dir": f"{tmp_path}/runs/debug", **wanted}
 
 
@@ -222,11 +226,12 @@ def test_a_restarted_job_takes_the_largest_number_of_nodes_that_is_possible(
         asked.append(int(overrides[-1].removeprefix("parallel.num_ranks=")))
         if asked[-1] % 16:
             raise RefusedError("no whole pipelines", None)
-        return replace(facts, num_ranks=asked[-1])
+        return replace(facts, num_ranks=asked[-1], plan="a plan", plan_json=f'{{"ranks": {asked[-1]}}}')
 
     monkeypatch.setattr("trainer.job.__main__.check", check)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its handlers
-    facts = Facts("runs/x", 128, 8, 12, (), ())
+    facts = Facts(str(tmp_path), 128, 8, 12, (), ())
+    keep_plan(replace(facts, plan="the plan", plan_json='{"ranks": 128}'))
 
     def job(num_nodes: int, restarts: int, min_nodes: int | None) -> Job:
         nodes = replace(allocation(num_nodes), restarts=restarts)
@@ -237,11 +242,57 @@ def test_a_restarted_job_takes_the_largest_number_of_nodes_that_is_possible(
     assert fewer.arguments == ("x", "optim.lr=1", "parallel.num_ranks=112")
     (event,) = read_events(tmp_path)
     assert (event["event"], event["nodes"], event["num_ranks"]) == ("fewer_nodes", 14, 112)
+    stored = {path.name: path.read_text().strip() for path in tmp_path.glob("plan*")}
+    wanted = {"plan.txt": "the plan", "plan.json": '{"ranks": 128}', "plan-112-ranks.json": '{"ranks": 112}'}
+    assert stored == wanted  # A later attempt may have all nodes again.
     asked.clear()
     for unchanged in (job(15, 0, 12), job(15, 1, None), job(16, 1, 12), job(11, 1, 12)):
         assert unchanged._fit() is unchanged
     assert asked == []
     assert job(13, 1, 13)._fit().facts.num_ranks == 128 and asked == [104]
+
+
+def test_smaller_layouts_are_those_for_which_the_recipe_is_valid() -> None:
+    recipe = load_recipe("mowe_70b", ["restart.min_nodes=12"])  # 4 pipeline stages of 4 tensor-parallel ranks
+    assert fewer_ranks(recipe, 8) == (112, 96)
+    assert fewer_ranks(recipe, 128) == ()  # There is only one node.
+    with pytest.raises(
+        UserError, match=r"restart.min_nodes = 15: the recipe is valid on none of 15 to 15 nodes of 8 r"
+    ):
+        fewer_ranks(load_recipe("mowe_70b", ["restart.min_nodes=15"]), 8)
+
+
+@pytest.mark.parametrize(
+    ("least_possible", "message"),
+    [
+        (96, None),
+        (112, r"^restart.min_nodes = 12: 96 ranks cannot run: too large; set restart.min_nodes=14$"),
+        (
+            128,
+            r"^restart.min_nodes = 12: 96 ranks cannot run: too large; no smaller number of nodes is possible, so rem",
+        ),
+    ],
+)
+def test_smaller_layouts_are_planned_before_a_job_starts(
+    least_possible: int, message: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = Facts("runs/x", 128, 4, 12, (), (), fewer_ranks=(112, 96), ranks_per_node=8)
+    numbers = json.dumps({"host_bytes_per_node": {"total": 2**30}, "disk_bytes_per_run": 2**31})
+
+    def start(module: str, *arguments: str) -> Any:
+        if module == "trainer.job.check":
+            assert "--per-node=8" in arguments
+            return SimpleNamespace(communicate=lambda: (json.dumps(asdict(facts)), ""), returncode=0)
+        ranks = next((int(word.partition("=")[2]) for word in arguments if "num_ranks" in word), 128)
+        code = 2 * (ranks < least_possible)
+        return SimpleNamespace(communicate=lambda: (f"the plan\n{numbers}", "error: too large\n"), returncode=code)
+
+    monkeypatch.setattr("trainer.job.submission._start", start)
+    monkeypatch.delenv("PLAN_ACCELERATOR", raising=False)
+    with nullcontext() if message is None else pytest.raises(RefusedError, match=message):
+        found = check("mowe_70b", ["restart.min_nodes=12"], smaller=True)
+        assert (found.plan, found.host_gib, found.disk_gib) == ("the plan", 1, 2)
+        assert "a restart may continue with 112, 96 ranks" in capsys.readouterr().out
 
 
 def test_node_needs_memory_for_the_planned_snapshot_in_addition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +346,7 @@ def test_the_plan_of_a_job_is_for_as_many_ranks_as_a_node_has(
         asked.extend(word for word in command if word.startswith(("--accelerator=", "--per-node=")))
         return SimpleNamespace(communicate=lambda: ("", "error: no"), returncode=2)
 
-    monkeypatch.setattr("trainer.job.__main__.subprocess.Popen", start)
+    monkeypatch.setattr("trainer.job.submission.subprocess.Popen", start)
     monkeypatch.setenv("PLAN_ACCELERATOR", given)
     with pytest.raises(RefusedError, match="no"):
         check("debug", [], per_node=4)

@@ -30,6 +30,7 @@ from trainer.plan.plan import Planner, as_json
 from trainer.plan.ranks import rank_states
 from trainer.plan.workload import typical_workload
 from trainer.telemetry.metrics import PhaseTimer, StepReport, flatten
+from trainer.telemetry.origin import plan_json_name
 from trainer.telemetry.straggler import RankWork, work_metrics
 from trainer.training.plan_check import WARM_UP_STEPS, WINDOW_STEPS, PlanCheck, compare, plan_check_of
 
@@ -215,3 +216,7 @@ def test_a_toy_and_the_plan_of_another_layout_raise_no_alarm(
     (tmp_path / "plan.json").write_text(json.dumps({**planned, "too_small": False, "digest": "other"}))
     assert plan_check_of(recipe, tmp_path, timer, torch.device("cpu"), lambda *event: None) is None
     assert "NOT COMPARED WITH ITS PLAN: " in caplog.text
+    caplog.clear()  # A job that continues on fewer nodes has stored their plan as well.
+    (tmp_path / plan_json_name(recipe.parallel.num_ranks)).write_text(json.dumps({**planned, "too_small": False}))
+    assert plan_check_of(recipe, tmp_path, timer, torch.device("cpu"), lambda *event: None) is not None
+    assert not caplog.records

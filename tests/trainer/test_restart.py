@@ -42,6 +42,16 @@ def test_finished_runs_and_user_errors_are_not_restarted() -> None:
     assert not hidden.again and "data.root" in hidden.why
 
 
+def test_a_user_error_on_fewer_nodes_says_so() -> None:
+    events = [event("submitted"), event("fewer_nodes", nodes=14, num_ranks=112), event("started")]
+    mistake = event("failed", user=True, error="data.num_lanes = 64")
+    why = decide([*events, mistake], ExitCode.USER_ERROR, CONFIG, NOW).why
+    assert why.startswith("it would fail again: data.num_lanes = 64; this attempt had only 14 nodes with 112 ranks")
+    assert why.endswith("submit the job again with restart.min_nodes=15")
+    later = [*events, event("submitted"), event("started"), mistake]  # It has all nodes again.
+    assert "nodes" not in decide(later, ExitCode.USER_ERROR, CONFIG, NOW).why
+
+
 def test_the_killed_rank_does_not_hide_that_the_others_hung() -> None:
     events = [event("started"), event("hang", **{"in": "step 7", "folder": "hang-1"})]
     decision = decide(events, 128 + 9, CONFIG, NOW)

@@ -10,7 +10,6 @@ signals soon after its start.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
 import signal
@@ -19,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from subprocess import PIPE
 from types import FrameType
 from typing import Any
 
@@ -27,21 +25,17 @@ from model.errors import UserError
 from trainer.job import slurm
 from trainer.job.cancel import CancelledError, cancelled_by
 from trainer.job.check import Facts
-from trainer.job.node_check import GIB
 from trainer.job.preflight import BadNodesError, preflight
+from trainer.job.submission import STORE_SEC, RefusedError, check, keep_plan
 from trainer.job.sweep import choose
 from trainer.run.exit_codes import ExitCode
 from trainer.run.hardware import events_of_job, suspect_nodes
 from trainer.telemetry.alerts import Alerts
 from trainer.telemetry.announce import print_timed
 from trainer.telemetry.events import Event, EventLog, read_events
-from trainer.telemetry.jsonl import write_atomically
-from trainer.telemetry.origin import PLAN_JSON_NAME, PLAN_NAME
 
-_STORE_SEC = 10.0
 _STORE_AGAIN_SEC = 120.0
-"""The times in seconds for which an unreachable bucket is retried, in the first attempt and in later ones, which run
-unattended."""
+"""The time in seconds for which an unreachable bucket is retried in later attempts, which run unattended."""
 
 
 class Signals:
@@ -73,77 +67,6 @@ class Signals:
         if self.step is not None and self.step.poll() is None:
             # The ranks are asked to stop with SIGUSR1 in any case, because srun would kill them after a SIGTERM.
             self.step.send_signal(signal.SIGUSR1)
-
-
-class RefusedError(UserError):
-    """Raised when a job cannot run.
-
-    Args:
-        message: The reason, as one line.
-        facts: The properties of the recipe; None if the check failed before it had found them.
-    """
-
-    def __init__(self, message: str, facts: Facts | None) -> None:
-        super().__init__(message)
-        self.facts = facts
-
-
-def check(
-    recipe: str,
-    overrides: Sequence[str],
-    retry_sec: float = _STORE_SEC,
-    plan: bool = True,
-    per_node: int | None = None,
-) -> Facts:
-    """Check the recipe and its data and, concurrently, print its plan.
-
-    Args:
-        recipe: The name or file of the recipe.
-        overrides: The `key=value` arguments.
-        retry_sec: The time for which an unreachable bucket is retried, in seconds.
-        plan: Whether to make and print the plan.
-        per_node: The number of ranks per node that the plan assumes, unless PLAN_ACCELERATOR contains `per_node`; None
-            for the plan's default.
-
-    Returns:
-        The properties of the recipe that the job needs.
-
-    Raises:
-        RefusedError: If the data cannot be read or the plan is impossible.
-    """
-    commands = [["trainer.job.check", recipe, *overrides, f"--retry-sec={retry_sec}"]]
-    if plan:
-        accelerator = os.environ.get("PLAN_ACCELERATOR", "h100")
-        options = [f"--accelerator={accelerator}", "--json", "--no-advice"]
-        if per_node is not None and "per_node=" not in accelerator:
-            options.append(f"--per-node={per_node}")  # Preflight requires the memory of that many ranks.
-        commands.append(["tools.plan", recipe, *overrides, *options])
-    running = [
-        subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) for command in commands
-    ]
-    outputs = [process.communicate() for process in running]
-    host_gib, disk_gib, shown, numbers = 0.0, 0.0, "", ""
-    if plan:
-        lines = outputs[-1][0].splitlines()
-        text, planned = [x for x in lines if not x.startswith("{")], [x for x in lines if x.startswith("{")]
-        shown = "\n".join(text).rstrip()
-        print(shown, flush=True)
-        numbers = planned[-1] if planned else ""
-        if planned:
-            tree = json.loads(numbers)
-            host_gib, disk_gib = tree["host_bytes_per_node"]["total"] / GIB, tree["disk_bytes_per_run"] / GIB
-    line = next((line for line in outputs[0][0].splitlines() if line.startswith("{")), None)
-    facts = None
-    if line is not None:
-        tree = json.loads(line)
-        lists = {name: tuple(tree[name]) for name in ("stores", "trackers")}
-        needed = {"host_gib": host_gib, "disk_gib": disk_gib}
-        facts = Facts(**{**tree, **lists, **needed, "plan": shown, "plan_json": numbers})
-    for process, (_, errors) in reversed(list(zip(running, outputs, strict=True))):
-        if process.returncode:
-            raise RefusedError(errors.strip().removeprefix("error: "), facts)
-    assert facts is not None, outputs[0]
-    return facts
 
 
 @dataclass(frozen=True)
@@ -211,6 +134,7 @@ class Job:
                 print_timed(f"job: not possible: {error}")
                 continue
             why = f"{facts.num_ranks} ranks do not fit on {', '.join(nodes)}"
+            keep_plan(fewer, is_whole=False)
             self._emit("fewer_nodes", why=why, nodes=num_nodes, num_ranks=num_ranks)
             return replace(self, facts=fewer, arguments=arguments)
         return self
@@ -334,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if "SLURM_JOB_ID" not in os.environ:
-            check(options.recipe, options.overrides)
+            check(options.recipe, options.overrides, smaller=True)
             return 0
         return _in_job(options.recipe, choose(options.recipe, options.overrides, os.environ))
     except UserError as error:
@@ -350,8 +274,10 @@ def _in_job(recipe: str, overrides: Sequence[str]) -> int:
     again = allocation.restarts > 0
     print_timed("job: checking the recipe and its data" + ("" if again else ", and planning"))
     try:
-        retry_sec = _STORE_AGAIN_SEC if again else _STORE_SEC
-        facts = check(recipe, overrides, retry_sec, plan=not again, per_node=allocation.tasks_per_node)
+        retry_sec = _STORE_AGAIN_SEC if again else STORE_SEC
+        facts = check(
+            recipe, overrides, retry_sec, plan=not again, per_node=allocation.tasks_per_node, smaller=not again
+        )
     except RefusedError as error:
         if signals.ending:
             return ExitCode.STOPPED
@@ -359,10 +285,7 @@ def _in_job(recipe: str, overrides: Sequence[str]) -> int:
             run_dir = Path(error.facts.run_dir)
             EventLog(run_dir, notify=Alerts(run_dir)).add("refused", why=str(error), job=allocation.job_id)
         raise
-    if facts.plan:  # Trackers show the plan, and the run is compared with it.
-        Path(facts.run_dir).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(facts.run_dir) / PLAN_NAME, facts.plan + "\n")
-        write_atomically(Path(facts.run_dir) / PLAN_JSON_NAME, facts.plan_json + "\n")
+    keep_plan(facts)
     log = EventLog(Path(facts.run_dir), notify=Alerts(Path(facts.run_dir)))
     return Job(allocation, facts, signals, log, (recipe, *overrides)).run()
 

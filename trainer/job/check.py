@@ -49,6 +49,16 @@ class Facts:
     """The text of the plan; empty if there is none."""
     plan_json: str = ""
     """The numbers of the plan as one JSON object; empty if there is none."""
+    fewer_ranks: tuple[int, ...] = ()
+    """The smaller numbers of ranks with which a restarted job may continue, the largest first."""
+    ranks_per_node: int = 0
+    """The number of ranks on a node; 0 if it is not needed."""
+
+    @staticmethod
+    def from_json(line: str) -> Facts:
+        """Return the facts that a line of JSON contains."""
+        tree = json.loads(line)
+        return Facts(**{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,16 +76,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--retry-sec", type=float, default=10.0, help="how long an unreachable bucket is retried (default 10)"
     )
+    parser.add_argument(
+        "--per-node",
+        type=int,
+        metavar="N",
+        help="check also the smaller layouts of restart.min_nodes, with N ranks a node",
+    )
     options = parser.parse_args(arguments)
     try:
-        _check(options.recipe, options.overrides, options.retry_sec)
+        _check(options.recipe, options.overrides, options.retry_sec, options.per_node)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
 
-def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
+def _check(name: str, overrides: Sequence[str], retry_sec: float, per_node: int | None) -> None:
     from trainer.config.load import load_recipe
 
     recipe = load_recipe(name, overrides)  # before modules that import torch
@@ -96,9 +112,46 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
         tuple(_address(url) for url in servers if url is not None),
         checkpoints="" if scheme_of(recipe.run_url) else recipe.run_url,
     )
+    if per_node is not None and recipe.restart.min_nodes is not None:
+        facts = replace(facts, ranks_per_node=min(per_node, recipe.parallel.num_ranks))
+        facts = replace(facts, fewer_ranks=fewer_ranks(recipe, facts.ranks_per_node))
     print(json.dumps(asdict(facts)), flush=True)  # The caller records a failure of the checks in the run's folder.
     check_weights(recipe, os.environ)
     check_stored(replace(recipe.data, retry_sec=retry_sec))
+
+
+def fewer_ranks(recipe: Recipe, per_node: int) -> tuple[int, ...]:
+    """Return the smaller numbers of ranks that `restart.min_nodes` allows and for which the recipe is valid.
+
+    Args:
+        recipe: The recipe.
+        per_node: The number of ranks on a node.
+
+    Returns:
+        The numbers, the largest first.
+
+    Raises:
+        UserError: If `restart.min_nodes` allows fewer nodes, but the recipe is valid on none of these numbers of nodes.
+    """
+    from trainer.config.checks import check_recipe
+
+    most, least = recipe.parallel.num_ranks // per_node - 1, recipe.restart.min_nodes
+    assert least is not None
+    found, why = [], ""
+    for num_nodes in range(most, least - 1, -1):
+        parallel = replace(recipe.parallel, num_ranks=num_nodes * per_node)
+        try:
+            check_recipe(replace(recipe, parallel=parallel))
+        except UserError as error:
+            why = why or str(error)
+        else:
+            found.append(parallel.num_ranks)
+    if why and not found:
+        raise UserError(
+            f"restart.min_nodes = {least}: the recipe is valid on none of {least} to {most} nodes of {per_node} ranks; "
+            f"set it to null. With {most} nodes: {why}"
+        )
+    return tuple(found)
 
 
 def _address(url: str) -> str:

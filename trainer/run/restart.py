@@ -88,7 +88,8 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
     failures = [e for e in own if e["event"] == "failed"]
     mistake = next((e for e in failures if e.get("user")), None)
     if exit_code == ExitCode.USER_ERROR or mistake is not None:
-        return Decision(False, f"it would fail again: {mistake['error'] if mistake else 'a user error, see the log'}")
+        why = f"it would fail again: {mistake['error'] if mistake else 'a user error, see the log'}"
+        return Decision(False, why + _on_fewer_nodes(events))
     known = {_cause(e) for e in before if e["event"] == "failed"}
     # A fault of the machine, such as a killed data worker, has no fingerprint, because it may not occur again.
     repeated = next((e for e in failures if e.get("fingerprint") and _cause(e) in known), None)
@@ -108,6 +109,18 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
         limit = f"{recent} restarts within {config.window_sec:g} s, restart.max_restarts = {config.max_restarts}"
         return Decision(False, f"{limit}: {reason}")
     return Decision(True, f"{reason}; restart {recent + 1} of {config.max_restarts}")
+
+
+def _on_fewer_nodes(events: Sequence[Event]) -> str:
+    """Return a remedy if the newest attempt had fewer nodes than the recipe, and otherwise an empty text."""
+    begin = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
+    fewer = next((e for e in events[begin:] if e["event"] == "fewer_nodes"), None)
+    if fewer is None:
+        return ""
+    return (
+        f"; this attempt had only {fewer['nodes']} nodes with {fewer['num_ranks']} ranks (restart.min_nodes): correct "
+        f"the recipe, or submit the job again with restart.min_nodes={int(fewer['nodes']) + 1}"
+    )
 
 
 def current_attempt(events: Sequence[Event]) -> Sequence[Event]:

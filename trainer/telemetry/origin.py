@@ -17,9 +17,19 @@ plan."""
 PLAN_JSON_NAME = "plan.json"
 """The name of the file in a run's folder that contains the numbers of its plan. Measurements of the run are compared
 with them."""
+
 _PACKAGES = ("earshot", "torch", "deepspeed", "megatron-core", "transformers")
 _PROJECT = Path(__file__).parents[2]
 _GIT_SEC = 5.0
+
+
+def plan_json_name(num_ranks: int | None = None) -> str:
+    """Return the name of the file with the numbers of a plan.
+
+    Args:
+        num_ranks: The number of ranks of a job that continues on fewer nodes; None for the plan of the run's recipe.
+    """
+    return PLAN_JSON_NAME if num_ranks is None else f"plan-{num_ranks}-ranks.json"
 
 
 def origin_of(recipe: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

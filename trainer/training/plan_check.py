@@ -18,7 +18,7 @@ from trainer.plan.forecast import ENCODERS, LLM, UPDATE, Forecast, read_forecast
 from trainer.plan.report import duration_text, range_text
 from trainer.telemetry.events import Emit
 from trainer.telemetry.metrics import PhaseTimer, StepReport
-from trainer.telemetry.origin import PLAN_JSON_NAME
+from trainer.telemetry.origin import PLAN_JSON_NAME, plan_json_name
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +114,22 @@ def plan_check_of(
         emit: The function that is called for the event `plan_checked`.
     """
     try:
-        forecast = read_forecast(run_dir / PLAN_JSON_NAME, recipe)
+        forecast = _stored(run_dir, recipe)
     except UserError as error:
         log.warning("THE RUN IS NOT COMPARED WITH ITS PLAN: %s", error)
         return None
     return None if forecast is None else PlanCheck(forecast, timer, DeviceClock(device), emit, recipe.train.steps)
+
+
+def _stored(run_dir: Path, recipe: Recipe) -> Forecast | None:
+    """Return the forecast of the plan of the whole run, or of the plan for the number of ranks after a restart."""
+    try:
+        return read_forecast(run_dir / PLAN_JSON_NAME, recipe)
+    except UserError:
+        fewer = run_dir / plan_json_name(recipe.parallel.num_ranks)
+        if not fewer.exists():
+            raise
+        return read_forecast(fewer, recipe)
 
 
 def medians(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
