@@ -11,18 +11,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_earshot(words: Sequence[str], folder: Path, *packages: Path) -> str:
+def run_earshot(words: Sequence[str], folder: Path, python: str = sys.executable) -> str:
     """Return what `earshot WORDS` prints in a folder, and require that it succeeds.
 
     Args:
         words: the arguments after `earshot`.
         folder: the current folder of the command.
-        packages: folders of further installed packages.
+        python: the interpreter.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "tools", *words],
+        [python, "-m", "tools", *words],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *packages)))},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -185,6 +185,14 @@ def test_a_family_of_several_files_is_not_exported(plugin: Path, spoil: Callable
         remote_code({"toy"})
 
 
+def environment(folder: Path) -> str:
+    """Return the Python of a new environment that has all packages of this one, and into which pip can install."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=100)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    return str(folder / "bin" / "python")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_commands_of_the_page(tmp_path: Path) -> None:
@@ -194,9 +202,10 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
     write_package(tmp_path / "toy_encoder")
     write_corpus(tmp_path / corpus[-1], scale=0.05)  # a smaller one than that of the command
     assert install[:4] == ["python", "-m", "pip", "install"] and install[-2:] == ["-e", "toy_encoder"]
-    installed = tmp_path / "installed"
-    install = [*install[1:-2], "--quiet", "--no-index", f"--target={installed}", "./toy_encoder"]
-    subprocess.run([sys.executable, *install], cwd=tmp_path, check=True, timeout=100)
+    # The folder of the package is in the current folder, where it must not hide the module.
+    python = environment(tmp_path / "venv")
+    done = subprocess.run([python, *install[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "BuildBackendWarning" not in done.stderr, done.stderr
     fewer = [
         "parallel.num_ranks=1",
         "train.steps=2",
@@ -207,7 +216,7 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
     printed = {}
     for program, name, *words in others:
         assert program == "earshot"
-        printed[name] = run_earshot([name, *words, *(fewer if name == "train" else [])], tmp_path, installed)
+        printed[name] = run_earshot([name, *words, *(fewer if name == "train" else [])], tmp_path, python)
     assert list(printed) == ["train", "profile", "export"]
     assert re.search(r"^toy +1\.000 ", printed["profile"], flags=re.MULTILINE), printed
     assert (tmp_path / "toy_model" / "plugin_toy_encoder.py").exists()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import logging
 
 from model.audio_tower import AudioTower
 from model.batch import Ragged
@@ -43,6 +44,17 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
         if config.text_config.tie_word_embeddings:
             self._tied_weights_keys = {"llm.lm_head.weight": "llm.model.embed_tokens.weight"}
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Load a model as transformers does, but without its progress bar."""
+        was_enabled = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            return super().from_pretrained(*arguments, **options)
+        finally:
+            if was_enabled:
+                logging.enable_progress_bar()
 
     def get_input_embeddings(self) -> Any:
         """Return the LLM's token embeddings."""

@@ -45,14 +45,16 @@ from trainer.parity_cases import tiny_model
 # EXPORT_PYTHON (`make export-test`) is the interpreter of an environment without this project. The default is this one:
 # -I ignores the current folder and PYTHONPATH, and -S ignores .pth files, and so editable installations.
 FRESH = """
-import importlib.util, json, sys
+import contextlib, importlib.util, io, json, sys
 sys.path += filter(None, sys.argv[1:2])
 assert not any(importlib.util.find_spec(name) for name in ("model", "trainer", "tools")), "this project is importable"
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 found = {}
 for folder, manifest in json.loads(sys.argv[2]):
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert not shown.getvalue(), shown.getvalue()  # neither warnings nor a progress bar
     rows = [json.loads(line) for line in open(manifest)]
     root = manifest.rpartition("/")[0]
     tokens = []

@@ -147,9 +147,10 @@ def fewer_ranks(recipe: Recipe, per_node: int) -> tuple[int, ...]:
         else:
             found.append(parallel.num_ranks)
     if why and not found:
+        nodes = f"{most} nodes" if least == most else f"any of {least} to {most} nodes"
         raise UserError(
-            f"restart.min_nodes = {least}: the recipe is valid on none of {least} to {most} nodes of {per_node} ranks; "
-            f"set it to null. With {most} nodes: {why}"
+            f"restart.min_nodes = {least}: the recipe is not valid on {nodes} of {per_node} ranks ({why}); change it, "
+            "or set restart.min_nodes=null"
         )
     return tuple(found)
 
