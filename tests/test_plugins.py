@@ -43,6 +43,16 @@ def test_every_group_has_its_table() -> None:
         assert isinstance(getattr(importlib.import_module(place), class_name), type), name
 
 
+def test_a_folder_that_hides_the_module_is_named(tmp_path: Path) -> None:
+    write_plugin(tmp_path, "plug_hidden", GOOD, {"earshot.tasks": {"x": "EXTRA"}})
+    (tmp_path / "plug_hidden.py").unlink()
+    (tmp_path / "plug_hidden").mkdir()  # as if the current folder contained the folder of an editable installation
+    with pytest.raises(
+        UserError, match=rf"AttributeError.*; the folder {tmp_path}/plug_hidden hides the module; start"
+    ):
+        load_plugins(["plug_hidden"])
+
+
 def test_a_plugin_is_loaded_by_package_or_entry_point_and_inherited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -91,13 +92,23 @@ def _load_once(name: str) -> None:
         _add(name, point)
 
 
+def _hidden_by(module: str) -> str:
+    """Return a remedy if a folder without code was imported in place of a module, and otherwise an empty text."""
+    found = sys.modules.get(module)
+    if found is None or getattr(found, "__file__", None) is not None:
+        return ""
+    folder = next(iter(found.__path__), "")
+    return f"; the folder {folder} hides the module; start the command in another folder, or use a src folder"
+
+
 def _add(name: str, point: EntryPoint) -> None:
     where = f"plugins: {name}: the entry point {point.name} = {point.value} of the package {_package(point)}"
     table, expected = _target(GROUPS[point.group])
     try:
         value = point.load()
     except Exception as error:  # noqa: BLE001 - code of others may raise anything
-        raise UserError(f"{where} cannot be imported ({type(error).__name__}: {_one_line(error)})") from error
+        why = f"{type(error).__name__}: {_one_line(error)}{_hidden_by(point.module)}"
+        raise UserError(f"{where} cannot be imported ({why})") from error
     if not (issubclass(value, expected) if isinstance(value, type) else isinstance(value, expected)):
         found = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
         raise UserError(
