@@ -314,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--scale", type=float, default=1.0, help="factor by which the number of items is multiplied (default: 1)"
     )
     options = parser.parse_args(arguments)
+    print(f"{options.out}: synthesizing speech and sounds", file=sys.stderr, flush=True)
     try:
         manifest = write_corpus(options.out, options.seed, options.scale)
     except UserError as error:
