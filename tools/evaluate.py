@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError, printable_lines
-from tools.options import add_plugins, check_at_least, check_output, plain_faults
+from tools.options import add_plugins, check_at_least, check_model, check_output, plain_faults
 from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     be_calm()
     try:
         _check(options)
+        check_model(options.model)
         with plain_faults(options.out or "the evaluation"):
             return _run(options)
     except UserError as error:

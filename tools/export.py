@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError
-from tools.options import check_at_least, check_output, plain_faults
+from tools.options import check_at_least, check_model, check_output, plain_faults
 from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     be_calm()
     try:
         _check(options)
+        check_model(options.checkpoint)
         with plain_faults(options.out):
             return _run(options)
     except UserError as error:

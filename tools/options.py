@@ -13,6 +13,7 @@ from typing import Any
 
 from model.errors import UserError
 from trainer.plugins import load_plugins
+from trainer.storage.open import scheme_of
 
 _REMEDIES = {
     errno.ENOSPC: "free space, then rerun the same command",
@@ -90,6 +91,18 @@ def check_at_least(least: int, **options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def check_model(place: str | Path) -> None:
+    """Check that the folder of a run, a checkpoint or an export exists. A place in a bucket is not checked.
+
+    Commands call this function before they import modules, which takes seconds.
+
+    Raises:
+        UserError: If there is no such folder.
+    """
+    if not scheme_of(str(place)) and not Path(place).is_dir():
+        raise UserError(f"{place}: no such folder; give the folder of a run, of a checkpoint or of an export")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.errors import UserError
-from tools.options import check_output
+from tools.options import check_model, check_output
 from trainer.__main__ import be_calm
 
 
@@ -106,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_model(options.run)
     from trainer.expert_usage.files import write_files
     from trainer.expert_usage.history import find_run, profile_history, profile_tokens
     from trainer.expert_usage.text import describe

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from model.errors import UserError
-from tools.options import check_at_least
+from tools.options import check_at_least, check_model
 from trainer.__main__ import be_calm
 
 KEY_VARIABLE = "EARSHOT_API_KEY"
@@ -81,6 +81,7 @@ def _run(options: argparse.Namespace) -> int:
     for name in options.allow_host:
         if "*" in name.removeprefix("*."):
             raise UserError(f"--allow-host {name}: give a name, or *. and a domain")
+    check_model(options.model)
     import uvicorn
 
     class Server(uvicorn.Server):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError, printable_lines
-from tools.options import check_at_least
+from tools.options import check_at_least, check_model
 from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
@@ -71,14 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_at_least(1, max_new_tokens=options.max_new_tokens)
+    check_model(options.model)
+    if missing := [path for path in options.audio if not path.is_file()]:
+        raise UserError(f"{missing[0]}: no such file; check the path")
     import torch
 
     from trainer.evaluation.offline.answer import Answerer, Decoding, Windows
     from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, load_model
 
-    check_at_least(1, max_new_tokens=options.max_new_tokens)
-    if missing := [path for path in options.audio if not path.is_file()]:
-        raise UserError(f"{missing[0]}: no such file; check the path")
     origin = find_model(options.model)
     windows = Windows.of(origin, options.window, options.overlap)
     in_windows = options.prompt == PROMPT or options.window is not None

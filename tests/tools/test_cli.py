@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tools import cli, init, recipe
+from tools import cli, evaluate, export, init, profile_experts, recipe, serve, transcribe
 from trainer.config.load import load_recipe, recipe_names
 from trainer.config.reference import as_markdown, sections
 
@@ -107,6 +108,23 @@ def test_init_writes_the_files_to_edit_and_overwrites_nothing(
     assert "slurm: exists already; move it away, or give another folder" in capsys.readouterr().err
     assert init.main([str(tmp_path / "other"), "--recipe", "none"]) == 2
     assert "--recipe none: choose one of debug" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "more"),
+    [(evaluate, ["--data", "x"]), (export, ["out"]), (profile_experts, []), (serve, []), (transcribe, [])],
+)
+def test_a_wrong_path_of_a_model_is_said_before_anything_is_imported(
+    module: ModuleType,
+    more: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert module.main(["runs/nowhere", *more]) == 2
+    wanted = "error: runs/nowhere: no such folder; give the folder of a run, of a checkpoint or of an export\n"
+    assert capsys.readouterr().err == wanted
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
