@@ -85,7 +85,10 @@ def run_one(bench: Bench, name: str) -> Row:
         return disturb(bench, name, faults.disk_full, run)
     if name == FEWER:
         run = bench.submit("fewer", "restart.min_nodes=1", options=("--nodes=1-3",))
-        return disturb(bench, name, faults.gpus_failed_on_all_nodes_but_one, run, FEWER_TOLERANCE)
+        row = disturb(bench, name, faults.gpus_failed_on_all_nodes_but_one, run, FEWER_TOLERANCE)
+        if "NOT COMPARED WITH ITS PLAN" in run.log or not (run.run_dir / "plan-1-ranks.json").exists():
+            row.differences.append("the run was not compared with the plan of one rank")
+        return row
     if name == TRACKER:
         return _tracker_unreachable(bench)
     options: tuple[str, ...] = ("--time=300", "--signal=B:USR1@150")
