@@ -325,7 +325,7 @@ def test_a_slow_upload_is_refused_and_frees_its_place(monkeypatch: pytest.Monkey
                 head = (
                     f"POST /v1/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: 9\r\n\r\n"
                 )
-                slow.sendall(head.encode() + b"{")
+                slow.sendall(head.encode() + b"-")
                 answer = b"".join(iter(lambda: slow.recv(4096), b""))  # until the server closes the connection
             assert answer.startswith(b"HTTP/1.1 408") and b"more than 0.5 s to arrive" in answer, path
         assert status_of(address, "/v1/chat/completions", b"[") == 400  # not 503
