@@ -196,7 +196,8 @@ def check_stored(config: DataConfig) -> None:
     """
     _check_datasets(config)
     check_files(config)
-    given, in_manifests = [], set()
+    given: list[PreparedDataset] = []
+    in_manifests: set[str] = set()
     for part in config.datasets:
         if part.shards is not None:
             given.append(_given_shards(config, part, (part.split, *config.eval_splits)))
