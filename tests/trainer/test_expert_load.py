@@ -239,7 +239,7 @@ def test_a_foreign_history_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="empty"):
         read_history(path)
     path.write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=r"expert_load\.jsonl line 1: not a routing record"):
+    with pytest.raises(UserError, match=r"expert_load\.jsonl line 1: is not a routing record"):
         read_history(path)
     other = interval().to_json() | {"gates": ["other", "names"]}
     path.write_text(json.dumps(interval().to_json()) + "\n" + json.dumps(other) + "\n")

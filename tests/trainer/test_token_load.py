@@ -67,7 +67,7 @@ def test_loads_are_added_and_survive_a_file(tmp_path: Path) -> None:
     assert both.cells[TokenGroup("asr", "audio", "en")].chosen.tolist() == [[8, 8, 0]] * 2
     assert read_history(tmp_path / "none.jsonl") == []
     (tmp_path / HISTORY_NAME).write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=r"line 1: not a record of experts .*restore the file"):
+    with pytest.raises(UserError, match=r"line 1: is not a record of the load of experts .*restore the file"):
         read_history(tmp_path / HISTORY_NAME)
 
 

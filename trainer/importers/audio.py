@@ -115,7 +115,7 @@ class Recordings:
         original = self._open(clip)  # This call raises RowError if the file is truncated.
         seconds, wanted = check_audio(opus), original.frames / original.samplerate
         if seconds < MIN_SHARE * wanted:
-            raise RowError("broken", f"{seconds:.2f} of {wanted:.2f} s could be copied")
+            raise RowError("broken", f"only {seconds:.2f} of {wanted:.2f} s could be copied")
         return Made("opus", seconds, opus)
 
     def _encode(self, clip: Clip) -> Made:
@@ -123,16 +123,21 @@ class Recordings:
         file = self._open(clip)
         rate, first = file.samplerate, round(clip.start * file.samplerate)
         if not MIN_RATE <= rate <= MAX_RATE:
-            raise RowError("broken", f"sampling rate {rate} Hz, but must be {MIN_RATE} to {MAX_RATE} Hz")
+            raise RowError("broken", f"the sampling rate is {rate} Hz, but must be {MIN_RATE} to {MAX_RATE} Hz")
         if clip.channel is not None and clip.channel >= file.channels:
-            raise RowError("wrong_type", f"channel {clip.channel} of a file with {file.channels} channel(s)")
+            raise RowError(
+                "wrong_type", f"there is no channel {clip.channel}; the file has {file.channels}, counted from 0"
+            )
         wanted = max(0, file.frames - first) if clip.seconds is None else round(clip.seconds * rate)
         here = min(wanted, file.frames - first)
         if here <= 0 or here < MIN_SHARE * wanted:
-            end = "its end" if clip.seconds is None else f"{clip.start + clip.seconds:g} s"
-            raise RowError("broken", f"part from {clip.start:g} s to {end} of {file.frames / rate:g} s of audio")
+            end = "the end" if clip.seconds is None else f"{clip.start + clip.seconds:g} s"
+            raise RowError(
+                "broken",
+                f"the part from {clip.start:g} s to {end} is empty or not within the {file.frames / rate:g} s of audio",
+            )
         if here > MAX_SEC * rate:
-            raise RowError("too_long", f"{here / rate:.2f} s, the limit is {MAX_SEC:g} s")
+            raise RowError("too_long", f"the audio is {here / rate:.2f} s long, but the limit is {MAX_SEC:g} s")
         try:
             return _written(file, clip.channel, first, here, "flac")
         except _AboveFullScale:
@@ -151,7 +156,9 @@ class Recordings:
             self._file = self._spooled(*av_audio(_stream(clip), form, clip.path), _size(clip))
         else:
             if clip.seconds is None and _kind(head, clip) is not None and len(whole_files(_content(clip))) > 1:
-                raise RowError("unsupported", "a part or a channel of several concatenated files")
+                raise RowError(
+                    "unsupported", "the file consists of concatenated files, so no part or channel can be taken from it"
+                )
             is_file = clip.data is None and clip.span is None
             file = soundfile.SoundFile(clip.path if is_file else _stream(clip))
             if file.format in _EXACT_FORMATS and file.subtype.startswith(_EXACT_SUBTYPES) and file.seekable():
@@ -178,9 +185,9 @@ class Recordings:
                 for values in blocks:
                     num += values.size
                     if num > most:
-                        raise RowError("broken", f"{num_bytes} bytes that decode to more than {most} values")
+                        raise RowError("broken", f"{num_bytes} bytes decode to more than {most} values")
                     if num > _MAX_RECORDING_SEC * rate * channels:
-                        detail = f"a recording of more than {_MAX_RECORDING_SEC / 3600:g} h; divide it"
+                        detail = f"the recording is longer than {_MAX_RECORDING_SEC / 3600:g} h; divide it"
                         raise RowError("too_long", detail)
                     out.write(values)
         except soundfile.LibsndfileError as error:
@@ -217,7 +224,7 @@ def _written(file: soundfile.SoundFile, channel: int | None, first: int, num_fra
     """
     channels = 1 if channel is not None or file.channels > _FLAC_CHANNELS else file.channels
     if kind == "wav" and (size := 4 * num_frames * channels) > MAX_FILE_BYTES:
-        raise RowError("too_long", f"{size} bytes of floating-point audio, the limit of a file is {MAX_FILE_BYTES}")
+        raise RowError("too_long", f"floating-point audio would need {size} bytes, but the limit is {MAX_FILE_BYTES}")
     file.seek(first)
     buffer, num = io.BytesIO(), 0
     form, subtype = ("FLAC", "PCM_16") if kind == "flac" else ("WAV", "FLOAT")
@@ -232,7 +239,7 @@ def _written(file: soundfile.SoundFile, channel: int | None, first: int, num_fra
                 raise _AboveFullScale
             out.write(values)
     if num < MIN_SHARE * num_frames:
-        raise RowError("broken", f"{num} of {num_frames} audio frames could be decoded")
+        raise RowError("broken", f"only {num} of {num_frames} audio frames could be decoded")
     return Made(kind, num / file.samplerate, buffer.getvalue())
 
 
@@ -277,7 +284,7 @@ def _read(file: soundfile.SoundFile, frames: int) -> Values:
         if not np.isfinite(level):
             raise RowError("nan", f"{int((~np.isfinite(values)).sum())} of {values.size} values are not finite")
         if level > MAX_LEVEL:
-            raise RowError("out_of_range", f"a value of {level:g}, but full scale is 1; scale the file")
+            raise RowError("out_of_range", f"the audio has a value of {level:g}, but full scale is 1; scale the file")
     return values
 
 
@@ -319,7 +326,7 @@ def _size(clip: Clip) -> int:
 
 def _content(clip: Clip) -> bytes:
     if (size := _size(clip)) > MAX_FILE_BYTES:
-        raise RowError("too_long", f"{size} bytes, the limit of a file is {MAX_FILE_BYTES}")
+        raise RowError("too_long", f"the file has {size} bytes, but the limit is {MAX_FILE_BYTES}")
     if clip.data is not None:
         return clip.data
     with _stream(clip) as file:

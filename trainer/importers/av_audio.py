@@ -130,9 +130,9 @@ def _blocks(container: Any, stream: Any, name: str) -> Iterator[NDArray[np.int16
     except (av.error.FFmpegError, ValueError) as error:
         raise RowError("broken", f"{name}: {_reason(error)}") from None
     if num == 0:
-        raise RowError("empty", f"{name}: no audio")
+        raise RowError("empty", f"{name}: has no audio")
     if num < MIN_SHARE * declared * context.sample_rate:
-        raise RowError("broken", f"{name}: {num / context.sample_rate:.2f} of {declared:.2f} s could be decoded")
+        raise RowError("broken", f"{name}: only {num / context.sample_rate:.2f} of {declared:.2f} s could be decoded")
 
 
 def _with_end(frames: Iterator[Any]) -> Iterator[Any]:

@@ -71,7 +71,7 @@ def records(
         except StopIteration:
             return
         except csv.Error as error:
-            yield Record(source.taken[0][0], problem=f"not a row: {error}{_joined(len(source.taken))}")
+            yield Record(source.taken[0][0], problem=f"the line is not a row: {error}{_joined(len(source.taken))}")
             source.retry()
             continue
         if num_columns and _is_joined(cells, [text for _, text in source.taken], num_columns, delimiter):
@@ -90,7 +90,7 @@ def records(
 
 
 def _joined(num_lines: int) -> str:
-    return f"; it would join {num_lines} lines, of which the others are read by themselves" if num_lines > 1 else ""
+    return f"; it would join {num_lines} lines, so the other lines are read separately" if num_lines > 1 else ""
 
 
 def _is_joined(cells: Sequence[str], lines: Sequence[str], num_columns: int, delimiter: str) -> bool:

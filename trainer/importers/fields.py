@@ -136,7 +136,7 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
         remedy = f"; give its column with --map audio=NAME ({_names(row)})" if error.reason == "no_audio" else ""
         raise RowError(error.reason, error.detail + remedy) from None
     except RecursionError:
-        raise RowError("wrong_type", "nested too deeply") from None
+        raise RowError("wrong_type", "the fields are nested too deeply") from None
     if original is None:
         return Sample(row.where, ids.take(_default_id(clips, number), number), clips, fields, recording)
     original = str(original)
@@ -193,12 +193,14 @@ def _clips(fields: dict[str, Any], source: Source) -> tuple[Clip, ...]:
     if start is None and end is None and channel is None:
         cut = None
     elif len(items) > 1:
-        raise RowError("wrong_type", f"{len(items)} audio files with one start, end or channel")
+        raise RowError(
+            "wrong_type", f"the row has {len(items)} audio files, but start, end and channel need a single one"
+        )
     else:
         start = start or 0.0
         length = _number(fields.get("duration"), "duration") if end is None else end - start
         if length is not None and length <= 0:
-            raise RowError("empty", f"a part from {start:g} s that is {length:g} s long")
+            raise RowError("empty", f"the part from {start:g} s is {length:g} s long, but must be longer")
         if channel is not None and channel != int(channel):
             raise RowError("wrong_type", f"channel = {channel}, but must be a whole number")
         seconds = length if start or end is not None or channel is None else None
@@ -254,7 +256,9 @@ def _set_defaults(fields: dict[str, Any], naming: Naming, is_transcript: bool, r
         fields.setdefault("task", "asr")
     if not has_messages and "answer" not in fields:
         given = "" if "task" in fields else ", for transcripts with --set task=asr"
-        raise RowError("empty_answer", f"no answer; give its column with --map answer=NAME{given} ({_names(row)})")
+        raise RowError(
+            "empty_answer", f"answer is missing; give its column with --map answer=NAME{given} ({_names(row)})"
+        )
     if "task" not in fields:
         raise RowError("wrong_type", "task is missing; give it with --set task=asr or another task, or --map task=NAME")
     if has_messages:

@@ -76,7 +76,7 @@ def run_import(
         on_progress(totals.num_rows)
     if not totals.num_samples:
         sink.discard()
-        raise UserError(f"{source.path}: no row can be imported ({totals.reasons() or 'it has none'})")
+        raise UserError(f"{source.path}: no row can be imported ({totals.reasons() or 'the source has none'})")
     sink.finish()
     return ImportReport(totals, num_resumed, ids.num_changed)
 

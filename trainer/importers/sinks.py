@@ -29,7 +29,7 @@ _LOCK_NAME = ".importing.lock"
 
 @dataclass
 class Totals:
-    """The counts of an import so far."""
+    """The counts of the rows that an import has handled."""
 
     num_rows: int = 0
     num_samples: int = 0
@@ -39,7 +39,7 @@ class Totals:
     examples: dict[str, str] = field(default_factory=dict)
     """The first row that was skipped for each reason."""
     digest: str = ""
-    """A hash of all rows so far."""
+    """A hash of all rows that were counted."""
     splits: dict[str, int] = field(default_factory=dict)
     """The number of samples by split."""
 

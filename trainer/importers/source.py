@@ -1,4 +1,8 @@
-"""Access to imported files. Files outside the given folders are read only with `--follow`. Commands are never run."""
+"""Access to imported files.
+
+Files outside the given folders are read only with `--follow`. A command in place of a path, as in Kaldi's `wav.scp`, is
+never run.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """The error numbers that mean that there is no file with a given name."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+COMMAND = "is a command, and commands are never run; run it yourself, and give the path of a file with its output"
+"""The end of messages about a command in place of a path."""
+URL = "is a URL, and URLs are never fetched; download the file, and give its path"
+"""The end of messages about a URL in place of a path."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Source:
             if path != self.path:
                 self._inside(path, str(path))
             elif not path.is_file():
-                raise RowError("no_file", "not a file")
+                raise RowError("no_file", "it is not a file")
             return cast(IO[bytes], gzip.open(path)) if decompress and path.suffix == ".gz" else open(path, "rb")
         except RowError as error:
             raise UserError(f"{path}: cannot be read ({error.detail}); check SRC and --from") from None
@@ -132,7 +140,9 @@ class Source:
                 while line := file.readline(MAX_LINE_BYTES):
                     number += 1
                     if len(line) == MAX_LINE_BYTES:
-                        raise UserError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; check --from")
+                        raise UserError(
+                            f"{path}, line {number}: the line is longer than {MAX_LINE_BYTES} bytes; check --from"
+                        )
                     if number == 1:
                         line = line.removeprefix(codecs.BOM_UTF8)
                     if keep_empty or line.strip():
@@ -179,7 +189,10 @@ class Source:
             elif record.cells and not header:
                 header = _header(path, record.cells)
             elif len(record.cells) > len(header):
-                detail = f"{len(record.cells)} cells, but {len(header)} columns; quote cells that contain {delimiter!r}"
+                detail = (
+                    f"the row has {len(record.cells)} cells, but the table has {len(header)} columns; "
+                    f"quote cells that contain {delimiter!r}"
+                )
                 yield Row(where, error=RowError("wrong_type", detail))
             elif record.cells:
                 cells = zip(header, record.cells, strict=False)
@@ -195,23 +208,23 @@ class Source:
             try:
                 items = parse_json(file.read())
             except (ValueError, OSError, EOFError, zlib.error) as error:
-                raise UserError(f"{path}: not JSON ({error}); check SRC and --from") from None
+                raise UserError(f"{path}: is not JSON ({error}); check SRC and --from") from None
         for number, item in enumerate(items):
             where = f"{path.name}[{number}]"
             if isinstance(item, dict):
                 yield Row(where, item)
             else:
-                yield Row(where, error=RowError("wrong_type", "not a JSON object"))
+                yield Row(where, error=RowError("wrong_type", "the element is not a JSON object"))
 
     def _inside(self, path: Path, text: str) -> Path:
         try:
             real = path.resolve()
         except (ValueError, RuntimeError):  # a name that is not allowed, or a loop of links
-            raise RowError("no_file", f"no file {short(text)}") from None
+            raise RowError("no_file", f"there is no file {short(text)}") from None
         if not self.follow and not any(real.is_relative_to(root) for root in self.roots):
-            raise RowError("outside", f"{short(text)} is outside of {self.roots[0]}; --follow allows that")
+            raise RowError("outside", f"{short(text)} is outside of {self.roots[0]}; allow it with --follow")
         if not _is_plain_file(real):
-            raise RowError("no_file", f"no file {short(text)}")
+            raise RowError("no_file", f"there is no file {short(text)}")
         return real
 
 
@@ -219,8 +232,8 @@ def _is_plain_file(path: Path) -> bool:
     """Return whether `path` is an existing regular file.
 
     Raises:
-        UserError: If this cannot be checked because of a disk error or missing permissions. The row must then not be
-            skipped.
+        UserError: If this cannot be checked because of a disk error or missing permissions. It is not a RowError,
+            because such a failure must stop the import instead of skipping the row.
     """
     try:
         return stat.S_ISREG(path.stat().st_mode)
@@ -243,9 +256,9 @@ def check_path_text(text: Any) -> None:
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise RowError("wrong_type", f"audio = {short(text)}, but must be a path")
     if text.rstrip().endswith("|") or text.lstrip().startswith(("|", "pipe:")):
-        raise RowError("pipe", f"{short(text)} is a command, which is never run; store the files that it makes")
+        raise RowError("pipe", f"{short(text)} {COMMAND}")
     if _URL.match(text):
-        raise RowError("url", f"{short(text)} is a URL, which is never fetched; download the file")
+        raise RowError("url", f"{short(text)} {URL}")
 
 
 def json_row(where: str, line: bytes) -> Row:
@@ -253,9 +266,9 @@ def json_row(where: str, line: bytes) -> Row:
     try:
         value = parse_json(line)
     except ValueError as error:
-        return Row(where, error=RowError("wrong_type", f"not JSON: {error}"))
+        return Row(where, error=RowError("wrong_type", f"the line is not JSON: {error}"))
     if not isinstance(value, dict):
-        return Row(where, error=RowError("wrong_type", "not a JSON object"))
+        return Row(where, error=RowError("wrong_type", "the line is not a JSON object"))
     return Row(where, value)
 
 

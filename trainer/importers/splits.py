@@ -34,8 +34,8 @@ def split_of(recording: str, shares: Mapping[str, float]) -> str:
 def draw_for_empty_splits(recordings: Iterable[str], shares: Mapping[str, float]) -> dict[str, str]:
     """Return one recording for each split that would otherwise get none, with this split.
 
-    In a small source, `split_of` may choose no recording for a split. The recording whose hash is closest to those of
-    the split is then drawn, from a split that has others.
+    In a small source, `split_of` may choose no recording for a split. Of the recordings in splits that have others, the
+    one whose hash is closest to the middle of the split's range of hashes is then drawn.
 
     Args:
         recordings: All recordings of the source that have no split.

@@ -121,7 +121,7 @@ def _content(file: _Forward, info: tarfile.TarInfo) -> bytes | RowError:
     if not info.isreg() or info.issparse():
         return RowError("wrong_type", f"{short(info.name)} is not a plain file")
     if info.size > MAX_FILE_BYTES:
-        return RowError("too_long", f"{short(info.name)} has {info.size} bytes, the limit is {MAX_FILE_BYTES}")
+        return RowError("too_long", f"{short(info.name)} has {info.size} bytes, but the limit is {MAX_FILE_BYTES}")
     file.seek(info.offset_data)
     data = file.read(info.size)
     if len(data) < info.size:

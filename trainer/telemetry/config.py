@@ -26,14 +26,14 @@ class TelemetryConfig:
     """The length of the periods over which the work times of ranks are compared, in seconds. A period consists of at
     least one logging interval."""
     trackers: tuple[str, ...] = ("mlflow",)
-    """The trackers that receive metrics in addition to `metrics.jsonl`: mlflow, tensorboard, wandb, or those of
+    """The trackers that receive metrics in addition to `metrics.jsonl`: mlflow, tensorboard, wandb, or trackers of
     plug-ins.
 
     `mlflow` logs to `MLFLOW_TRACKING_URI` if it is set, and to `<train.run_dir>/mlflow.db` (SQLite) otherwise.
-    `tensorboard` writes to the folder `tensorboard` of the run. `wandb` needs an API key, or `WANDB_MODE=offline`.
+    `tensorboard` writes to the `tensorboard` folder of the run. `wandb` needs an API key, or `WANDB_MODE=offline`.
     """
     experiment: str = "earshot"
-    """The name under which trackers group runs, which is MLflow's experiment and W&B's project."""
+    """The name under which trackers group runs. MLflow uses it as the experiment, and W&B as the project."""
 
     alerts: AlertConfig = AlertConfig()
     """Which events are posted to a webhook (docs/operations.md)."""

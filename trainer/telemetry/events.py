@@ -94,7 +94,7 @@ class EventLog:
         self.append(self.record(event, step, **fields))
 
     def record(self, event: str, step: int | None = None, **fields: Any) -> Event:
-        """Return an event that happens now without writing it; the arguments are those of `add`."""
+        """Return an event that happens now without writing it. It has the same arguments as `add`."""
         assert event in EVENTS and not set(fields) & set(_OWN), (event, fields)
         attempt = num_attempts(read_events(self.run_dir)) if self.attempt is None else self.attempt
         record: dict[str, Any] = {"time": round(time.time(), 3), "event": event, "attempt": attempt}
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.event not in EVENTS:
-            raise UserError(f"event {options.event}: not one of {', '.join(EVENTS)}")
+            raise UserError(f"event {options.event} is not one of {', '.join(EVENTS)}")
         EventLog(options.run_dir).add(options.event, **_fields(options.fields))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -155,7 +155,11 @@ def _undamaged(path: Path, last_step: int) -> Iterator[str]:
         aside = path.with_name(f"{path.name}.damaged")
         shutil.copyfile(path, aside)
         log.warning(
-            "%s: %d damaged lines are dropped, the first is line %d; %s has them", path, len(damaged), damaged[0], aside
+            "%s: %d damaged lines are dropped (the first is line %d), and %s keeps the original file",
+            path,
+            len(damaged),
+            damaged[0],
+            aside,
         )
 
 
@@ -178,9 +182,9 @@ def _numbered(path: Path) -> Iterator[tuple[int, str, Any]]:
         try:
             record = parse_json(line)
             if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
-                record = ValueError("not a JSON object with a step")
+                record = ValueError("is not a JSON object with a step")
         except ValueError as error:
-            record = ValueError(f"not a JSON object with a step ({error})")
+            record = ValueError(f"is not a JSON object with a step ({error})")
         yield number, line.decode("utf-8", "replace") + "\n", record
 
 

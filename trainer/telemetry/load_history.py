@@ -65,7 +65,7 @@ class EncoderCosts:
         )
 
     def per_step(self, num_steps: int) -> EncoderCosts:
-        """Return the mean costs per step if these are the costs of `num_steps` steps."""
+        """Return these costs divided by `num_steps`, the number of steps over which they were summed."""
         return EncoderCosts(
             self.encoders,
             self.compute_sec / num_steps,
@@ -186,7 +186,7 @@ class RankLoad:
 
 
 RANK_LOAD_KINDS = (RankLoad, ExpertLoad, Load, ClipGroup)
-"""The classes of which a `RankLoad` contains instances."""
+"""The class `RankLoad`, and the classes of the objects that it contains."""
 
 
 class LoadMeter:
@@ -275,9 +275,9 @@ class LoadMeter:
 
 
 def interval_metrics(interval: LoadInterval) -> dict[str, float]:
-    """Return an interval's metrics by name, which are those of `load_metrics` and `encoders/...` per step.
+    """Return an interval's metrics by name: the metrics of `load_metrics`, and the costs as `encoders/...`.
 
-    Seconds are means over ranks, and bytes are sums over ranks.
+    Seconds and bytes are per step. Seconds are means over ranks, and bytes are sums over ranks.
     """
     costs, num = interval.costs, interval.num_steps
     metrics = load_metrics(interval.load)
@@ -300,17 +300,20 @@ def read_history(path: Path) -> list[LoadInterval]:
         UserError: If the file does not exist, is empty, or contains lines that are not such intervals.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no routing history; train the run with this version, or profile data with --data")
+        raise UserError(
+            f"{path}: does not exist, so the run has no routing history; check the path, train the run further to "
+            "record one, or profile a dataset with earshot profile --data"
+        )
     intervals: list[LoadInterval] = []
     for number, (_, record) in enumerate(read_lines(path), start=1):
         try:
             interval = LoadInterval.from_json(record)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} line {number}: not a routing record ({error!r}); restore the file") from None
+            raise UserError(f"{path} line {number}: is not a routing record ({error!r}); restore the file") from None
         if intervals and interval.load.cells and interval.load.gates != (known := _gates(intervals, interval)):
             raise UserError(
-                f"{path} line {number}: the gates are {interval.load.gates} after {known}; "
-                "the file mixes two models, restore it"
+                f"{path} line {number}: the gates are {interval.load.gates}, but {known} in earlier lines, so "
+                "the file mixes two models; restore the file"
             )
         intervals.append(interval)
     if not intervals:
@@ -319,5 +322,5 @@ def read_history(path: Path) -> list[LoadInterval]:
 
 
 def _gates(before: Sequence[LoadInterval], interval: LoadInterval) -> tuple[str, ...]:
-    """Return the gates of the last interval that has clips, or those of `interval` if no interval has clips."""
+    """Return the gates of the last interval that has clips, or the gates of `interval` if no interval has clips."""
     return next((i.load.gates for i in reversed(before) if i.load.cells), interval.load.gates)

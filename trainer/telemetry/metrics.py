@@ -91,7 +91,7 @@ class EvalReport:
     num_samples: int = 0
     seconds: float = 0.0
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """The bounds of the 95 % confidence intervals, for those of `values` that have one."""
+    """The bounds of the 95 % confidence intervals, for each of `values` that has one."""
 
 
 def is_logged(step: int, every_steps: int) -> bool:
@@ -104,7 +104,7 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
 
     Losses, the gradient norm and times are means over the steps. The loss of a task is the mean over its tokens in all
     steps, and routing metrics are means over all clips. Rates are totals divided by the total time. The learning rate
-    and the numbers of skipped samples and updates are those of the last step. Steps whose update was skipped count in
+    and the numbers of skipped samples and updates are taken from the last step. Steps whose update was skipped count in
     the losses and the norm only if the updates of all steps were skipped.
 
     Args:

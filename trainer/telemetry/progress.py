@@ -71,7 +71,7 @@ class Progress:
             print(printable(text), file=self._stream, flush=True)
 
     def skip_time(self) -> None:
-        """Exclude the time since the last step, for example that of an evaluation, from the rates."""
+        """Exclude the time since the last step, for example the time of an evaluation, from the rates."""
         self._mark_sec = time.perf_counter()
 
     def close(self) -> None:

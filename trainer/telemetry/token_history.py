@@ -18,7 +18,7 @@ MAX_BYTES = 64 << 20
 MIN_LINES = 32
 """The smallest number of lines that are merged, however long they are."""
 _KEPT = 8
-"""The newest lines, one of so many, are not merged."""
+"""The reciprocal of the fraction of lines that are not merged. These lines are the newest."""
 
 
 class TokenHistory:
@@ -71,13 +71,13 @@ class TokenHistory:
 
 
 def read_history(path: Path) -> list[TokenLoad]:
-    """Return the loads of a run in order; none if the file does not exist.
+    """Return the loads of a run in order. The list is empty if the file does not exist.
 
     Args:
         path: The file `token_load.jsonl` of the run.
 
     Raises:
-        UserError: If the file contains lines that are not such loads.
+        UserError: If a line is not such a load, or has other experts or layers than the first line.
     """
     if not path.is_file():
         return []
@@ -86,7 +86,12 @@ def read_history(path: Path) -> list[TokenLoad]:
         try:
             loads.append(TokenLoad.from_json(record))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} line {number}: not a record of experts ({error!r}); restore the file") from None
+            raise UserError(
+                f"{path} line {number}: is not a record of the load of experts ({error!r}); restore the file"
+            ) from None
         if (loads[0].experts, loads[0].layers) != (loads[-1].experts, loads[-1].layers):
-            raise UserError(f"{path} line {number}: other experts than before; the file mixes two models, restore it")
+            raise UserError(
+                f"{path} line {number}: has other experts or layers than line 1, so the file mixes two models; "
+                "restore the file"
+            )
     return loads

@@ -28,7 +28,7 @@ OTHER = "other"
 MAX_KINDS = 64
 """The largest number of pairs of a task and a language that are counted separately."""
 MAX_METRIC_EXPERTS = 16
-"""The largest number of experts for which trackers get metrics for every expert."""
+"""The largest number of experts for which trackers get separate metrics of each expert."""
 
 
 class TokenGroup(NamedTuple):
@@ -235,7 +235,11 @@ class TokenLoad:
 
 
 def add_up(loads: Iterable[TokenLoad]) -> TokenLoad:
-    """Return the sum of at least one load, given in the order of steps."""
+    """Return the sum of loads.
+
+    Args:
+        loads: The loads in the order of steps, at least one.
+    """
     first, *others = loads
     return sum(others, first)
 

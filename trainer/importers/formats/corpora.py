@@ -57,10 +57,10 @@ def fleurs_rows(source: Source) -> Iterator[Row]:
             try:
                 cells = line.decode().split("\t")
             except UnicodeDecodeError:
-                yield Row(where, error=RowError("wrong_type", "not UTF-8"))
+                yield Row(where, error=RowError("wrong_type", "the line is not UTF-8"))
                 continue
             if len(cells) != len(_FLEURS_COLUMNS):
-                detail = f"{len(cells)} columns, but FLEURS has {len(_FLEURS_COLUMNS)}"
+                detail = f"the row has {len(cells)} columns, but FLEURS has {len(_FLEURS_COLUMNS)}"
                 yield Row(where, error=RowError("wrong_type", detail))
                 continue
             fields: dict[str, Any] = dict(zip(_FLEURS_COLUMNS, cells, strict=True))
@@ -77,7 +77,7 @@ def gigaspeech_rows(source: Source) -> Iterator[Row]:
             where = f"{path.name}[{number}]"
             segments = audio.get("segments")
             if not isinstance(segments, list):
-                yield Row(where, error=RowError("wrong_type", "a recording without a list of segments"))
+                yield Row(where, error=RowError("wrong_type", "the recording has no list of segments"))
                 continue
             for segment in segments:
                 yield _segment(where, audio, segment)
@@ -85,11 +85,11 @@ def gigaspeech_rows(source: Source) -> Iterator[Row]:
 
 def _segment(where: str, audio: Mapping[str, Any], segment: Any) -> Row:
     if not isinstance(segment, dict) or not isinstance(segment.get("text_tn"), str):
-        return Row(where, error=RowError("wrong_type", f"segment {short(segment)}, but must have a text_tn"))
+        return Row(where, error=RowError("wrong_type", f"the segment {short(segment)} must have a text_tn"))
     where = f"{where} {short(str(segment.get('sid')))}"
     text = segment["text_tn"]
     if any(tag in text for tag in _NO_SPEECH):
-        return Row(where, error=RowError("no_speech", f"its text is {short(text)}"))
+        return Row(where, error=RowError("no_speech", f"the text of the segment is {short(text)}"))
     for tag, mark in _MARKS.items():
         text = re.sub(rf"\s*{tag}", mark, text)
     subsets = segment.get("subsets")
@@ -131,7 +131,7 @@ def _items(source: Source, path: Path, name: str) -> Iterator[dict[str, Any]]:
                     yield value
             text = text[at:]
             if not block or len(text) > _MOST_CHARS:
-                raise UserError(f"{path}: no complete array {name} of recordings; check SRC and --from")
+                raise UserError(f"{path}: contains no complete array {name} of recordings; check SRC and --from")
 
 
 def _is_audio(source: Source, text: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.errors import UserError
 from trainer.importers.row import Clip, Row, RowError
-from trainer.importers.source import Source
+from trainer.importers.source import COMMAND, Source
 
 _TABLES = {"utt2spk": "speaker", "utt2lang": "language", "text": "text", "utt2gender": "gender"}
 """The field that each table of utterances provides."""
@@ -19,12 +19,12 @@ _OPTIONS_WITHOUT_VALUE = {
     "cat": set(),
 }
 _OPTIONS_WITH_VALUE = {"sph2pipe": {"-f": ("wav", "rif"), "-c": ("1", "2")}, "flac": {}, "cat": {}}
-"""The options with a value of programs that only decode a file, and the allowed values."""
+"""Program that only decodes a file → its options that take a value → the allowed values."""
 _BYTE_HEADER = 64
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield one row per segment, or per recording if there is no file `segments`.
+    """Yield one row per segment, or per recording if the folder has no `segments` file.
 
     The tables are kept in memory, and need about 500 bytes per utterance.
 
@@ -50,9 +50,11 @@ def rows(source: Source) -> Iterator[Row]:
             if recording not in recordings:
                 raise RowError("no_file", f"recording {recording} is not in wav.scp")
             clip = recording_clip(recordings[recording], source)
-            if clip.channel is not None and cut.pop("channel", 0) != 0:
+            if clip.channel is not None and (channel := cut.pop("channel", 0)) != 0:
                 raise RowError(
-                    "wrong_type", f"a channel other than 0 of {recording}, of which wav.scp takes one channel"
+                    "wrong_type",
+                    f"the segment uses channel {channel} of {recording}, but the entry "
+                    "in wav.scp selects one channel; use channel 0",
                 )
             yield Row(where, {**fields, "audio": clip, **cut})
         except RowError as problem:
@@ -64,7 +66,7 @@ def _lines(source: Source, path: Path) -> Iterator[tuple[str, str]]:
         try:
             key, _, rest = line.decode().strip().partition(" ") if b"\t" not in line else _by_tab(line.decode())
         except UnicodeDecodeError:
-            raise UserError(f"{path}, line {number}: not UTF-8; convert the file") from None
+            raise UserError(f"{path}, line {number}: the line is not UTF-8; convert the file") from None
         yield key, rest.strip()
 
 
@@ -86,7 +88,9 @@ def _segments(source: Source, path: Path) -> Iterator[tuple[str, str, dict[str, 
                 key,
                 "",
                 {},
-                RowError("wrong_type", f"segment {rest!r:.80}, but must be RECORDING START END [CHANNEL]"),
+                RowError(
+                    "wrong_type", f"the segment is given as {rest!r:.80}, but must be RECORDING START END [CHANNEL]"
+                ),
             )
             continue
         yield key, recording, {"start": start, **({} if end == -1 else {"end": end}), **channel}, None
@@ -107,7 +111,7 @@ def recording_clip(entry: str, source: Source) -> Clip:
 
 
 def _decoded_file(entry: str) -> Clip:
-    """Return the file that a command decodes. Only the file and the channel are read, and the command is not run."""
+    """Return the file and the channel that a command decodes. The command is only parsed, and not run."""
     try:
         program, *words = shlex.split(entry.rstrip()[:-1])
     except ValueError:
@@ -125,14 +129,14 @@ def _decoded_file(entry: str) -> Clip:
         at += 1
     wrong = program not in _OPTIONS_WITHOUT_VALUE or len(files) != 1 or files[0].startswith("-")
     if wrong or any(c in entry[:-1] for c in "|;&<>$`\n(){}*?"):
-        raise RowError("pipe", f"{entry[:120]!r} is a command, which is never run; store the files that it makes")
+        raise RowError("pipe", f"{entry[:120]!r} {COMMAND}")
     return Clip(files[0], channel=channel)
 
 
 def _ark_clip(source: Source, path: str, first: int) -> Clip:
     """Return the audio at a position in an ark file.
 
-    kaldiio writes a WAV file there, or `AUDIO`, a length and an audio file.
+    At this position, kaldiio writes either a WAV file, or the marker `AUDIO`, the size of an audio file, and this file.
     """
     real = source.audio_file(path)
     try:

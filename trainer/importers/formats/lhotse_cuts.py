@@ -11,7 +11,7 @@ from typing import Any
 from model.errors import UserError
 from model.json_text import parse_json
 from trainer.importers.row import Clip, Row, RowError
-from trainer.importers.source import Source, short
+from trainer.importers.source import COMMAND, URL, Source, short
 from trainer.importers.tar_stream import tar_members
 from trainer.scoring.fields import is_amount
 
@@ -48,9 +48,8 @@ def shar_rows(source: Source) -> Iterator[Row]:
                 yield Row(tar.name, error=error)
                 break
             if row.error is None and (found is None or found[0] != str(row.fields.get("id"))):
-                yield Row(
-                    row.where, error=RowError("no_audio", f"{tar.name} has {found and short(found[0])} at its place")
-                )
+                here = "no recording" if found is None else f"the recording {short(found[0])}"
+                yield Row(row.where, error=RowError("no_audio", f"{tar.name} has {here} in the place of this cut"))
                 continue
             yield from _rows_of_cut(row, found)
 
@@ -83,7 +82,7 @@ def _rows_of_cut(row: Row, stored: _Stored | None) -> Iterator[Row]:
 def _audio(cut: Mapping[str, Any], stored: _Stored | None) -> tuple[Clip, float, float, bool]:
     """Return a cut's recording, its start and length in seconds, and whether the cut is the whole recording."""
     if cut.get("type", "MonoCut") != "MonoCut":
-        raise RowError("unsupported", f"a cut of the type {short(cut['type'])}; only MonoCut is supported")
+        raise RowError("unsupported", f"the cut has the type {short(cut['type'])}; only MonoCut is supported")
     start, seconds = _number(cut, "start"), _number(cut, "duration")
     recording = cut.get("recording")
     if stored is not None:
@@ -97,10 +96,10 @@ def _audio(cut: Mapping[str, Any], stored: _Stored | None) -> tuple[Clip, float,
     if not isinstance(recording, dict):
         raise RowError("no_audio", "the cut has no recording")
     if recording.get("transforms"):
-        raise RowError("unsupported", f"a recording with transforms {short(recording['transforms'])}; store its audio")
+        raise RowError("unsupported", f"the recording has transforms {short(recording['transforms'])}; store its audio")
     channel, sources = cut.get("channel", 0), recording.get("sources")
     if not isinstance(sources, list):
-        raise RowError("wrong_type", "recording without a list of sources")
+        raise RowError("wrong_type", "the recording has no list of sources")
     for item in sources:
         of_source = (item.get("channels") or [channel]) if isinstance(item, dict) else None
         if isinstance(of_source, list) and channel in of_source:
@@ -116,16 +115,16 @@ def _audio(cut: Mapping[str, Any], stored: _Stored | None) -> tuple[Clip, float,
 def _of_source(source: Mapping[str, Any], channel: int | None) -> Clip:
     kind, value = source.get("type"), source.get("source")
     if kind == "command":
-        raise RowError("pipe", f"{short(value)} is a command, which is never run; store the files that it makes")
+        raise RowError("pipe", f"{short(value)} {COMMAND}")
     if kind == "url":
-        raise RowError("url", f"{short(value)} is a URL, which is never fetched; download the file")
+        raise RowError("url", f"{short(value)} {URL}")
     if kind == "memory" and isinstance(value, str):
         try:
             return Clip("", data=base64.b64decode(value, validate=True), channel=channel)
         except (binascii.Error, ValueError):
-            raise RowError("broken", "audio that is not base64") from None
+            raise RowError("broken", "the audio is not base64") from None
     if kind != "file" or not isinstance(value, str):
-        raise RowError("unsupported", f"audio of the type {short(kind)}; only file and memory are supported")
+        raise RowError("unsupported", f"the audio has the type {short(kind)}; only file and memory are supported")
     return Clip(value, channel=channel)
 
 

@@ -43,7 +43,7 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
             turns.append(turn)
             inner += clips
         if inner and audio:
-            raise RowError("wrong_type", "audio in the messages and in the field audios")
+            raise RowError("wrong_type", "audio is given in the messages and also in the field audios")
         audio = inner or audio
     else:
         raise RowError("wrong_type", f"messages = {short(messages)}, but must be a list")
@@ -65,7 +65,9 @@ def alpaca_turns(fields: dict[str, Any]) -> list[Message]:
     answer = fields.pop("output", None) if answer is None else answer
     if not isinstance(question, str) or not isinstance(answer, str):
         raise RowError(
-            "wrong_type", f"no messages, query and response, or instruction and output ({short(list(fields))})"
+            "wrong_type",
+            "there are no messages, no query with response, and no instruction with output "
+            f"(the other fields are {short(list(fields))})",
         )
     turns = [Message("system", str(system))] if system else []
     if not isinstance(history, list) or not all(isinstance(h, list) and len(h) == 2 for h in history):
@@ -78,7 +80,7 @@ def alpaca_turns(fields: dict[str, Any]) -> list[Message]:
 def _turn(message: Any) -> tuple[Message, list[Any]]:
     """Return a message and its clips."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise RowError("wrong_type", f"message {short(message)}, but must have a role and a content")
+        raise RowError("wrong_type", f"the message {short(message)} must have a role and a content")
     content, loss = message.get("content"), message.get("loss")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     text, clips = "", []
@@ -90,5 +92,5 @@ def _turn(message: Any) -> tuple[Message, list[Any]]:
             clips.append(audio_of({k: v for k, v in part.items() if k != "type"}))
             text += AUDIO_TAG
         else:
-            raise RowError("bad_messages", f"a part {short(part)} of a message, which is neither text nor audio")
+            raise RowError("bad_messages", f"the part {short(part)} of a message is neither text nor audio")
     return Message(message["role"], text, None if loss is None else bool(loss)), clips

@@ -45,7 +45,7 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
             audio.append(_clip(message))
             text = AUDIO_TAG
         if not isinstance(text, str):
-            raise RowError("wrong_type", f"turn {short(message)}, but must have a text")
+            raise RowError("wrong_type", f"the turn {short(message)} must have a text")
         for tag in _SOUND_TAGS:
             text = text.replace(tag, AUDIO_TAG)
         if turns and turns[-1].role == role:
@@ -53,7 +53,7 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
         else:
             turns.append(Message(role, text))
     if sounds and audio:
-        raise RowError("wrong_type", "turns of audio and the field sound")
+        raise RowError("wrong_type", "audio is given in the turns and also in the field sound")
     if sounds:
         num_tags = sum(turn.text.count(AUDIO_TAG) for turn in turns)
         audio = [audio_of(s) for s in (sounds * num_tags if len(sounds) == 1 and num_tags else sounds)]

@@ -46,7 +46,7 @@ def fields_of_messages(messages: Sequence[Message], audio: Sequence[Any]) -> dic
     """
     num_tags = sum(m.text.count(AUDIO_TAG) for m in messages)
     if num_tags not in (0, len(audio)):
-        raise RowError("wrong_type", f"{num_tags} tags {AUDIO_TAG}, but {len(audio)} audio files")
+        raise RowError("wrong_type", f"the conversation has {num_tags} tags {AUDIO_TAG}, but {len(audio)} audio files")
     first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
     before = "" if num_tags or first is None else AUDIO_TAG * len(audio)
     listed = [
@@ -86,4 +86,4 @@ def _decoded(text: str, kind: str) -> Clip:
     try:
         return Clip(f".{kind.removeprefix('x-')}", data=base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError):
-        raise RowError("broken", "audio that is not base64") from None
+        raise RowError("broken", "the audio is not base64") from None

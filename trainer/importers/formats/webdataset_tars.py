@@ -62,7 +62,7 @@ def _members(members: Iterable[tuple[int, str, bytes | RowError]]) -> Iterator[d
             names.add(extension.lower())
             yield {"fname": f"{key}.{extension}", "data": content, "__url__": ""}
     except RowError as error:
-        lost = f"; its last sample {short(key)} may lack files and is skipped as well" if key else ""
+        lost = f"; the last sample {short(key)} may lack files, so it is skipped as well" if key else ""
         raise RowError(error.reason, error.detail + lost) from None
 
 
@@ -80,13 +80,15 @@ def _row(where: str, sample: Mapping[str, Any]) -> Row:
 def _fields(sample: Mapping[str, Any]) -> dict[str, Any]:
     files = {name: data for name, data in sample.items() if not name.startswith("__")}
     if twice := next((name for name in files if name.endswith(_TWICE)), None):
-        raise RowError("ambiguous", f"two files {sample['__key__']}.{twice.removesuffix(_TWICE)}")
+        raise RowError("ambiguous", f"there are two files {sample['__key__']}.{twice.removesuffix(_TWICE)}")
     if problem := next((data for data in files.values() if isinstance(data, RowError)), None):
         raise problem
     fields: dict[str, Any] = {"id": sample["__key__"]}
     texts = [name for name in files if _kind(name) in ("json", "cls", *_TEXT_TYPES)]
     if deep := next((name for name in texts if "." in name), None):
-        raise RowError("ambiguous", f"a file {deep}, so that the names do not show where the sample's name ends")
+        raise RowError(
+            "ambiguous", f"the name of a file ends in .{deep}, so it is not clear where the sample's name ends"
+        )
     for name in texts:
         try:
             text = files[name].decode("utf-8-sig")
@@ -98,7 +100,7 @@ def _fields(sample: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict):
             fields |= {k: v for k, v in value.items() if k != "audio"}
         else:
-            raise RowError("wrong_type", "the .json is not an object")
+            raise RowError("wrong_type", "the .json file is not a JSON object")
     clips = [Clip(f"{sample['__key__']}.{name}", data=files[name]) for name in _ordered(files)]
     return {**fields, "audio": clips} if clips else fields
 
@@ -110,10 +112,10 @@ def _ordered(files: Mapping[str, bytes]) -> list[str]:
     if len(names) == 1 and not stems[0]:
         return names
     if names and not all(s.isascii() and s.isdigit() and len(s) < 7 for s in stems):
-        raise RowError("ambiguous", f"its audio files are {', '.join(names[:8])}; name clips as in KEY.0.flac")
+        raise RowError("ambiguous", f"the audio files are {', '.join(names[:8])}; name clips as in KEY.0.flac")
     numbers = [int(s) for s in stems]
     if sorted(numbers) not in (list(range(len(names))), list(range(1, len(names) + 1))):
-        raise RowError("ambiguous", f"its audio files are {', '.join(names[:8])}; number clips from 0")
+        raise RowError("ambiguous", f"the audio files are {', '.join(names[:8])}; number clips from 0")
     return [name for _, name in sorted(zip(numbers, names, strict=True))]
 
 

@@ -1,4 +1,4 @@
-"""The tracker that every run has, which writes a file of JSON lines."""
+"""The tracker that writes a file of JSON lines. Every run has this tracker."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from trainer.telemetry.trackers.base import TrackedRun, flatten_params
 
 
 class TensorboardTracker(BackgroundTracker):
-    """A tracker that writes to the folder `tensorboard` in the run's folder.
+    """A tracker that writes to the `tensorboard` folder in the run's folder.
 
     A resumed run adds a file to this folder, which tells TensorBoard to discard earlier values after the checkpoint.
 
