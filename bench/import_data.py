@@ -48,7 +48,7 @@ class Taken:
 
     seconds: float = 0.0
     cpu_sec: float = 0.0
-    """The CPU seconds of all processes, on which other load on the machine has less effect than on the wall time."""
+    """The CPU seconds of all processes. Other load on the machine affects them less than the wall time."""
 
 
 @contextmanager

@@ -111,5 +111,5 @@ def test_added_encoders_cannot_be_exported_in_the_original_layout(
     root, _ = imported
     command = [str(root / "runs/more"), str(tmp_path / "out"), "--original", str(root / "original")]
     assert export.main(command) == 2
-    assert "the run added encoders, which that layout cannot hold" in capsys.readouterr().err
+    assert "the run added encoders, but that layout cannot contain them" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

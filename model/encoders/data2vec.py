@@ -43,7 +43,7 @@ class RaggedPositions(MaskedPositions, Data2VecAudioPositionalConvEmbedding):
 
 
 class RaggedData2VecAudio(ConvStackNetwork, Data2VecAudioPreTrainedModel):
-    """The modules of transformers' `Data2VecAudioModel` under the same names, without its masking for pre-training."""
+    """The modules of transformers' `Data2VecAudioModel` under the same names, without its SpecAugment masking."""
 
     def __init__(self, config: Data2VecAudioConfig) -> None:
         super().__init__(config)

@@ -15,7 +15,7 @@ from model.encoders.conv_stack import ConvStackNetwork, conv_stack_family
 
 
 class RaggedHubert(ConvStackNetwork, HubertPreTrainedModel):
-    """The modules of transformers' `HubertModel` under the same names, without its masking for pre-training."""
+    """The modules of transformers' `HubertModel` under the same names, without its SpecAugment masking."""
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__(config)

@@ -15,7 +15,7 @@ from model.encoders.conv_stack import ConvStackNetwork, conv_stack_family
 
 
 class RaggedWav2Vec2(ConvStackNetwork, Wav2Vec2PreTrainedModel):
-    """The modules of transformers' `Wav2Vec2Model` under the same names, without its masking for pre-training."""
+    """The modules of transformers' `Wav2Vec2Model` under the same names, without its SpecAugment masking."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__(config)

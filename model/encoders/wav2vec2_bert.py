@@ -74,7 +74,7 @@ class ShawAttention(Wav2Vec2BertSelfAttention):
 
 
 class RaggedWav2Vec2Bert(DrawnAsTransformers, Wav2Vec2BertPreTrainedModel):
-    """The modules of transformers' `Wav2Vec2BertModel` under the same names, without its masking for pre-training."""
+    """The modules of transformers' `Wav2Vec2BertModel` under the same names, without its SpecAugment masking."""
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__(config)

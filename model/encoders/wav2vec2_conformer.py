@@ -32,7 +32,10 @@ from model.encoders.conv_stack import (
 
 
 class MaskedConvolutions(Wav2Vec2ConformerConvolutionModule):
-    """transformers' convolutions, with padding set to zero before the convolution over time, and fixed statistics."""
+    """transformers' convolution module, with two changes.
+
+    Padding is set to zero before the depthwise convolution, and the batch norm uses fixed statistics.
+    """
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
@@ -48,7 +51,7 @@ class MaskedConvolutions(Wav2Vec2ConformerConvolutionModule):
 
 
 class MaskedConformerLayer(Wav2Vec2ConformerEncoderLayer):
-    """transformers' Conformer layer, which in addition passes the mask to the convolutions."""
+    """transformers' Conformer layer, which in addition passes the mask to the convolution module."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
@@ -76,7 +79,7 @@ class MaskedConformerLayer(Wav2Vec2ConformerEncoderLayer):
 
 
 class RaggedWav2Vec2Conformer(DrawnAsTransformers, Wav2Vec2ConformerPreTrainedModel):
-    """The modules of transformers' `Wav2Vec2ConformerModel` under the same names, without its masking."""
+    """The modules of transformers' `Wav2Vec2ConformerModel` under the same names, without its SpecAugment masking."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)

@@ -82,7 +82,7 @@ class GatedBiasAttention(WavLMAttention):
 
 
 class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
-    """The modules of transformers' `WavLMModel` under the same names, without its masking for pre-training."""
+    """The modules of transformers' `WavLMModel` under the same names, without its SpecAugment masking."""
 
     def __init__(self, config: WavLMConfig) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Megatron-core layers with experts, which use Megatron's all-to-all dispatcher and experts and this project's router.
+"""Megatron-core MoE layers that combine Megatron's all-to-all dispatcher and expert MLPs with this project's router.
 
 The router chooses experts by the same function as the single-process model (`model.llm.experts.choose`), in fp32.
 Megatron's own auxiliary losses are not used, because their gradients depend on the topology. The losses of the router
@@ -30,7 +30,7 @@ from model.llm.packing import PackedSequences
 
 
 def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, expert_tp_size: int) -> dict[str, Any]:
-    """Return the fields of Megatron's config that describe the experts, which are none for an LLM without experts.
+    """Return the fields of Megatron's config that describe the experts; empty for an LLM without experts.
 
     Args:
         mixture: The experts.

@@ -105,7 +105,7 @@ def test_a_folder_that_no_export_made_is_not_deleted(tmp_path: Path, capsys: pyt
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
     assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 2
-    assert "is not of an interrupted export" in capsys.readouterr().err
+    assert "was not written by an interrupted export" in capsys.readouterr().err
     assert (mine / "thesis.tex").read_text() == "years of work" and not (tmp_path / "out").exists()
     mine.rename(tmp_path / "elsewhere")
     mine.symlink_to(tmp_path / "elsewhere")

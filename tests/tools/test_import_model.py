@@ -126,14 +126,17 @@ def test_what_does_not_fit_is_refused_and_named(tmp_path: Path, capsys: pytest.C
         save_file(kept, folder / "model.safetensors")
 
     for changed, expected in (
-        ({"model_type": "granite_speech"}, "unknown architecture; known are qwen2_audio, ultravox, voxtral"),
-        ({"projector_ln_mid": False}, "multi_modal_projector.ln_mid.weight: not a tensor of Ultravox"),
+        (
+            {"model_type": "granite_speech"},
+            "is an unknown architecture; the known ones are qwen2_audio, ultravox, voxtral",
+        ),
+        ({"projector_ln_mid": False}, "multi_modal_projector.ln_mid.weight is not a tensor of Ultravox"),
         ({"audio_latency_block_size": 100}, "audio_latency_block_size = 100; only None is supported"),
         ({"text_config": {**config["text_config"], "model_type": "bloom"}}, "supported families are"),
         ({"text_config": 3}, "does not describe the LLM"),
         (
             {"stack_factor": 4},
-            "multi_modal_projector.linear_1.weight has shape (24, 128), by config.json it is (24, 64)",
+            "multi_modal_projector.linear_1.weight has shape (24, 128), but (24, 64) by config.json",
         ),
     ):
         write(changed)
@@ -142,13 +145,13 @@ def test_what_does_not_fit_is_refused_and_named(tmp_path: Path, capsys: pytest.C
     write({}, **{norm: torch.zeros(0)})
     assert f"lacks {norm}; download it again" in refusal(capsys, folder)
     write({}, **{"audio_tower.extra": torch.zeros(3)})
-    assert "audio_tower.extra: not a tensor of Ultravox" in refusal(capsys, folder)
+    assert "audio_tower.extra is not a tensor of Ultravox" in refusal(capsys, folder)
     write({})
     assert "none of <|x|> is a token" in refusal(capsys, folder, "--placeholder", "<|x|>")
     (folder / "model.safetensors").unlink()
     assert "holds no model.safetensors" in refusal(capsys, folder)
     (folder / "config.json").write_text("[1]")
-    assert "config.json: not a JSON object" in refusal(capsys, folder)
+    assert "config.json: is not a JSON object" in refusal(capsys, folder)
     (folder / "config.json").unlink()
     assert "config.json: no such file" in refusal(capsys, folder)
 

@@ -56,7 +56,9 @@ def _place(title: str, table: Mapping[str, object], key: str) -> tuple[str, str]
     """Return the module and the name to which an entry of a table refers."""
     entry = table[key]
     if not isinstance(entry, str):
-        raise UserError(f"{title}[{key!r}]: an export needs to know its file; make the entry a text 'module:NAME'")
+        raise UserError(
+            f"{title}[{key!r}]: an export needs the file that defines it; make the entry a text 'module:NAME'"
+        )
     module, _, name = entry.partition(":")
     return module, name
 
@@ -101,8 +103,9 @@ def _check_plugin_import(module: str, node: ast.AST) -> None:
     for name in names:
         if name == "." or name.split(".")[0] in (module.split(".")[0], "trainer"):
             raise UserError(
-                f"{_path(module)}: an export carries this one file, which may import only `model` and installed "
-                f"packages, not {'a relative module' if name == '.' else name}; move what it needs into the file"
+                f"{_path(module)}: an export contains only this file of the plug-in, so it may import only `model` "
+                f"and installed packages, not {'a relative module' if name == '.' else name}; move what "
+                "it needs into the file"
             )
 
 

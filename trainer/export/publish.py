@@ -36,8 +36,8 @@ from trainer.run_tokenizer import DIGEST
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _REQUEST = "export.json"
-"""The file in the temporary folder that describes the export. An export resumes in the folder only if it is
-identical."""
+"""The file in the temporary folder that describes the export. An export resumes in the folder only if its own
+description is identical."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,10 @@ def export(
     if out.exists():
         raise UserError(f"{out}: already exists; remove it or choose another name")
     if (options.llm_only or options.adapter) and FIELD in source.model.text_config:
+        option = "--llm-only" if options.llm_only else "--adapter"
         raise UserError(
-            f"{source.folder.url}: --llm-only: its LLM got experts from the recipe, which no family of transformers "
-            "describes; export the whole model, without --llm-only"
+            f"{source.folder.url}: {option}: the recipe added experts to the LLM, and no family of transformers "
+            f"describes such an LLM; export the whole model, without {option}"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -160,7 +161,7 @@ def _summary(source: Source) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it, or restore it") from None
+        raise UserError(f"{path}: cannot be read ({error}); delete or restore the file") from None
     return found if isinstance(found, dict) else {}
 
 
@@ -187,7 +188,9 @@ def _temporary_folder(source: Source, out: Path, options: Options, selection: Se
     note = temporary / _REQUEST
     if os.path.lexists(temporary):
         if temporary.is_symlink() or not (note.is_file() or not any(temporary.iterdir())):
-            raise UserError(f"{temporary}: is not of an interrupted export; move it away, or choose another name")
+            raise UserError(
+                f"{temporary}: was not written by an interrupted export; move it away, or choose another name"
+            )
         if _read_note(note) != wanted:
             shutil.rmtree(temporary)
     temporary.mkdir(exist_ok=True)

@@ -41,7 +41,7 @@ LAST_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Selection:
-    """The encoder experts that an export keeps, and the routed clips that it loses."""
+    """The encoder experts that an export keeps, and the fraction of routed clips that went to the others."""
 
     kept: tuple[int, ...]
     """The indices of kept encoder experts in the checkpoint's model, in ascending order."""
@@ -55,13 +55,13 @@ class Source:
     """A checkpoint to be exported. Its weights are verified in the background (see `wait_verified`).
 
     Args:
-        url: A checkpoint, or a run, whose newest checkpoint is used; a folder or `s3://…`.
+        url: The path or `s3://…` URL of a checkpoint or of a run. The newest checkpoint of a run is used.
         tokenizer_path: The path of the tokenizer; None selects the tokenizer of the run.
         run_dir: The run's folder, with its scores and routing history. None selects the folder that contains the
             checkpoints, or the folder in the recipe if the checkpoints are stored in another place.
 
     Raises:
-        UserError: If there is no such checkpoint, or the checkpoint does not describe its model.
+        UserError: If there is no such checkpoint, or it contains no description of the model.
         DamagedError: If the manifest or the state of the checkpoint is damaged.
     """
 
@@ -78,7 +78,10 @@ class Source:
         self.extra = read_extra(self.folder)
         state = f"{self.folder.url}/{STATE}"
         if "model" not in self.extra or self.extra.get("recipe") is None:
-            raise UserError(f"{state}: does not describe its model; resume the run for one step to add it")
+            raise UserError(
+                f"{state}: contains no description of the model or no recipe; resume the run for one step to save a "
+                "checkpoint with both"
+            )
         self.recipe: Recipe = parse_stored_recipe(self.extra["recipe"], state)
         self.model: Description = read_description(self.extra["model"], state)
         self._check_shapes(state)
@@ -137,7 +140,9 @@ class Source:
         return [e.name for e in self.model.audio.experts]
 
     def select(self, least_share: float) -> Selection:
-        """Select the encoder experts that received at least a given fraction of all routed clips, but at least one.
+        """Select the encoder experts that received at least `least_share` of all routed clips.
+
+        The expert that received the most clips is always selected.
 
         Raises:
             UserError: If the run has no routing history.

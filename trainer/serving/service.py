@@ -163,7 +163,7 @@ class _Text:
         self._emit, self._emitted = emit, ""
 
     def extend(self, text: str) -> None:
-        """Emit the new part of the text so far.
+        """Emit the new part of `text` that later tokens cannot change.
 
         A character whose bytes are incomplete is not emitted yet. Neither is the last word before it has
         `_SETTLED_CHARS` characters, because some tokenizers remove the space before punctuation and contractions.

@@ -1,4 +1,4 @@
-"""The description of a published architecture, which converts its config, tensor names and prompt to earshot's."""
+"""The description of a published architecture: the conversion of its config, tensor names and prompt to earshot's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Audio = tuple[EncoderConfig, AdapterConfig]
 class Architecture:
     """The properties that distinguish one published architecture from another.
 
-    An architecture consists of one value of this class in a separate file, and one line in `PUBLISHED`.
+    To add an architecture, create one value of this class in a separate file, and add one line to `PUBLISHED`.
     """
 
     title: str
     """The name of the architecture in messages."""
     audio: Callable[[Any, Mapping[str, Any]], Audio]
-    """A function of the audio tower's transformers config and the content of config.json, which returns the encoder and
-    the adapter. It raises `unsupported` if the model computes something that earshot does not."""
+    """A function that returns the encoder and the adapter, given the audio tower's transformers config and the content
+    of config.json. It raises `unsupported` if the model computes something that earshot does not."""
     prefixes: tuple[tuple[str, str], ...]
     """Pairs of a prefix of published tensor names and the prefix of earshot's names; the first match applies."""
     placeholders: tuple[str, ...]
@@ -42,7 +42,7 @@ class Architecture:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     """The special tokens, such as `eos_token`, for a tokenizer whose files do not specify them."""
     audio_model_type: str = "whisper"
-    """The `model_type` of `audio_config` in config.json, if it has none."""
+    """The `model_type` of the audio tower's config, which is used if `audio_config` in config.json has none."""
     pads_clips: bool = False
     """True if shorter clips are padded with silence to a whole window of the encoder."""
     max_windows: int = 1

@@ -31,7 +31,9 @@ def read_original(source: Source, folder: Path) -> Published:
     """
     where = f"{source.folder.url}: --original {folder}"
     if source.expert_names():
-        raise UserError(f"{where}: the run added encoders, which that layout cannot hold; export without --original")
+        raise UserError(
+            f"{where}: the run added encoders, but that layout cannot contain them; export without --original"
+        )
     if FIELD in source.model.text_config:
         raise UserError(f"{where}: the run added experts to the LLM; export without --original")
     published = read_published(folder, ())
@@ -42,20 +44,20 @@ def read_original(source: Source, folder: Path) -> Published:
             what = "lacks" if name not in names else "also has"
             raise UserError(f"{where}: the run {what} {name}; give the folder that the run was imported from")
         if (shape := tensors[name].shape) != wanted[name]:
-            raise UserError(f"{where}: {name} has shape {shape} in the run, by {CONFIG} it is {wanted[name]}")
+            raise UserError(f"{where}: {name} has shape {shape} in the run, but {wanted[name]} by {CONFIG}")
     described = published.description(1)
     fields, own = (AutoConfig.for_model(**model.text_config).to_dict() for model in (described, source.model))
     changed = sorted(k for k in fields.keys() | own.keys() if k not in _WRITTEN and fields.get(k) != own.get(k))
     if changed:
         raise UserError(
-            f"{where}: the run changed {', '.join(changed)} of the LLM's config, which {CONFIG} contradicts; give the "
-            "folder that the run was imported from, or export without --original"
+            f"{where}: the run changed {', '.join(changed)} of the LLM's config, so it does not match {CONFIG}; give "
+            "the folder that the run was imported from, or export without --original"
         )
     for part in ("primary", "adapter"):
         if getattr(source.model.audio, part) != getattr(described.audio, part):
             raise UserError(
-                f"{where}: model.{part} of the run computes something else; give the folder that the run was imported "
-                "from, or export without --original"
+                f"{where}: model.{part} of the run computes something else than the published model; give the folder "
+                "that the run was imported from, or export without --original"
             )
     return published
 

@@ -68,7 +68,8 @@ def read_published(folder: Path, parts: Sequence[Path] = ()) -> Published:
     kind = config.get("model_type")
     if kind not in PUBLISHED:
         raise UserError(
-            f"{folder / CONFIG}: model_type = {kind!r}: unknown architecture; known are {', '.join(PUBLISHED)}"
+            f"{folder / CONFIG}: model_type = {kind!r} is an unknown architecture; the known ones are "
+            f"{', '.join(PUBLISHED)}"
         )
     architecture = load_entry(PUBLISHED[kind])
     assert isinstance(architecture, Architecture), architecture
@@ -83,7 +84,7 @@ def read_published(folder: Path, parts: Sequence[Path] = ()) -> Published:
     except Exception as error:  # noqa: BLE001 - a file from another source may cause any error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"{folder / CONFIG}: not a usable {architecture.title} config ({reason}); download it again"
+            f"{folder / CONFIG}: is not a usable {architecture.title} config ({reason}); download it again"
         ) from error
     return Published(folder, config, architecture, ModelConfig(primary, adapter=adapter, llm=llm), hf_config)
 
@@ -159,9 +160,9 @@ def find_tensors(published: Published, parts: Sequence[Path] = ()) -> list[Store
             if own not in wanted:
                 if is_part:  # Whisper's decoder, for example
                     continue
-                raise UserError(f"{file}: {name}: not a tensor of {published.architecture.title}; {_REMEDY}")
+                raise UserError(f"{file}: {name} is not a tensor of {published.architecture.title}; {_REMEDY}")
             if shape != wanted[own]:
-                raise UserError(f"{file}: {name} has shape {shape}, by config.json it is {wanted[own]}; {_REMEDY}")
+                raise UserError(f"{file}: {name} has shape {shape}, but {wanted[own]} by config.json; {_REMEDY}")
             found[own] = StoredTensor(file, name, own)
     missing = sorted(wanted.keys() - found.keys())
     if missing:
@@ -196,7 +197,7 @@ def _stored(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
         weight_map = read_json(index).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         if not names or any(Path(str(name)).name != name for name in names):
-            raise UserError(f"{index}: not an index of files in its folder; download it again")
+            raise UserError(f"{index}: is not an index of files in its folder; download it again")
     for name in sorted(names):
         file = folder / name
         if not file.is_file():
@@ -222,7 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); download it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; download it again")
+        raise UserError(f"{path}: is not a JSON object; download it again")
     return content
 
 

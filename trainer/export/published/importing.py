@@ -125,7 +125,7 @@ def _write_text_side(published: Published, prompt: Prompt, folder: Path) -> None
         tokenizer = load_tokenizer(scratch, settings)
         if tokenizer.vocab_size > published.hf_config.vocab_size:
             raise UserError(
-                f"{published.folder}: its tokenizer has {tokenizer.vocab_size} tokens, but the LLM only "
+                f"{published.folder}: its tokenizer has {tokenizer.vocab_size} tokens, but the LLM has only "
                 f"{published.hf_config.vocab_size} rows; download the folder again"
             )
         write_tokenizer(tokenizer, folder)
@@ -138,7 +138,7 @@ def _write_text_side(published: Published, prompt: Prompt, folder: Path) -> None
 def _write_generation_config(published: Published, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the settings of greedy generation, as in evaluations.
 
-    The tokens that end an answer are those of the original model and those that end answers in training.
+    An answer ends with an end token of the original model, or with a token that ends answers in training.
     """
     stored = published.folder / "generation_config.json"
     given: dict[str, Any] = read_json(stored) if stored.is_file() else {}
@@ -194,8 +194,8 @@ def _settings(published: Published, prompt: Prompt, inner: Any) -> TokenizerConf
     known = [token for token in candidates if inner.convert_tokens_to_ids(token) not in (None, inner.unk_token_id)]
     if not known:
         raise UserError(
-            f"{published.folder}: none of {', '.join(candidates)} is a token of its tokenizer; name one that no text "
-            "contains with --placeholder TOKEN"
+            f"{published.folder}: none of {', '.join(candidates)} is a token of its tokenizer; with --placeholder "
+            "TOKEN, give one that no text contains"
         )
     return TokenizerConfig(
         placeholder=known[0],
@@ -240,5 +240,5 @@ def _write_recipe(published: Published, out: Path, folder: Path) -> None:
 _HEADER = """\
 # {title}, as imported by `earshot import-model`. Train it further:
 #   earshot train {out}/recipe.yaml data.root=DIR        DIR/train.jsonl is a manifest (docs/data.md)
-# The tokenizer, the placeholder and the prompt are those of the imported folder.
+# The tokenizer, the placeholder and the prompt come from the imported folder.
 """

@@ -1,4 +1,4 @@
-"""The folder `vllm` of an export, with a package that registers the model with vLLM and a chat template."""
+"""The `vllm` folder of an export, with a package that registers the model with vLLM and a chat template."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ _PLAIN = """\
 
 
 def write_vllm_folder(folder: Path) -> None:
-    """Write the folder `vllm` of an export whose tokenizer and processor are already written.
+    """Write the `vllm` folder of an export whose tokenizer and processor are already written.
 
     Args:
         folder: The folder of the export.

@@ -179,8 +179,8 @@ def _instruction(processor: Any, prompt: list[int], num_clips: int) -> str:
         fits = False
     if not fits:
         raise ValueError(
-            "the router reads the instruction, and the prompt is not the one of training; pass the instruction of each "
-            f"clip as mm_processor_kwargs.{KEY}"
+            "the router reads the instruction, and the prompt differs from the prompts of training; pass the "
+            f"instruction of each clip as mm_processor_kwargs.{KEY}"
         )
     return str(text)
 
@@ -199,7 +199,7 @@ class EarshotForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):  # type: ig
         prefix: The prefix of the names of modules.
 
     Raises:
-        ValueError: If the LLM has experts that a recipe added, which vLLM's LLMs do not have.
+        ValueError: If a recipe added experts to the LLM, which vLLM does not support.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
