@@ -167,6 +167,7 @@ class AudioTower(nn.Module):
         """
         encode = encode or self.encode_here
         frames = tuple(lengths.num_frames(n) for n in clips.lengths)
+        kept = tuple(map(self.adapter.rate.frames_of_samples, clips.lengths))
         primary = None
         if self.primary is not None:
             assert self.config.primary is not None
@@ -177,12 +178,20 @@ class AudioTower(nn.Module):
             routing = self.router(clips, primary, prompts, noise)
             experts = list(encode(self.expert_names, clips, routing.active))
         join = self._join_recomputed if self.recompute_joined and torch.is_grad_enabled() else self._join
-        return join(primary, experts, routing, frames)
+        return join(primary, experts, routing, frames, kept)
 
     def _join(
-        self, primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, frames: tuple[int, ...]
+        self,
+        primary: Ragged | None,
+        experts: Sequence[Ragged],
+        routing: Routing | None,
+        frames: tuple[int, ...],
+        kept: tuple[int, ...],
     ) -> AudioOutput:
-        """Compute the output from the features of all encoders. For the arguments, see `mix`."""
+        """Compute the output from the features of all encoders. For the arguments, see `mix`.
+
+        The adapter reads only the first `kept` frames of each clip.
+        """
         joined = mix(primary, experts, routing, frames)
         if self.stream_projection is not None:
             assert primary is not None
@@ -190,6 +199,8 @@ class AudioTower(nn.Module):
             joined = Ragged(primary.values + self.stream_projection(streams), joined.lengths)
         if self.feature_norm is not None:
             joined = Ragged(self.feature_norm(joined.values), joined.lengths)
+        if kept != frames:
+            joined = Ragged.of([clip[:n] for clip, n in zip(joined.split(), kept, strict=True)])
         features = self.adapter(joined)
         heads = {name: Ragged(self.head_of(name)(features.values), features.lengths) for name in self.loss_heads}
         embeddings = self.projector(features.values)
@@ -198,7 +209,12 @@ class AudioTower(nn.Module):
         return AudioOutput(Ragged(embeddings, features.lengths), routing, features, heads)
 
     def _join_recomputed(
-        self, primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, frames: tuple[int, ...]
+        self,
+        primary: Ragged | None,
+        experts: Sequence[Ragged],
+        routing: Routing | None,
+        frames: tuple[int, ...],
+        kept: tuple[int, ...],
     ) -> AudioOutput:
         """Compute the result of `_join`, keeping only its arguments and its result for the backward pass."""
         given = [] if primary is None else [primary]
@@ -209,7 +225,7 @@ class AudioTower(nn.Module):
             parts = [Ragged(v, part.lengths) for v, part in zip(values, given, strict=True)]
             first = parts.pop(0) if primary is not None else None
             decided = None if routing is None or probs is None else routing.with_probs(probs)
-            output = self._join(first, parts, decided, frames)
+            output = self._join(first, parts, decided, frames, kept)
             found = (output.embeddings, output.features, *output.heads.values())
             lengths[:] = [part.lengths for part in found]
             return tuple(part.values for part in found)

@@ -138,12 +138,23 @@ class AdapterConfig:
     """The treatment of the last frames of a clip if they are too few for an audio token. `pad` pads them to one more
     audio token. `drop` drops them, except in a clip that would otherwise have no audio token. `convolutions` and
     `queries` accept only `pad`."""
+    block_frames: int = 0
+    """The number of frames of 20 ms after which groups of frames begin anew, as in Qwen3-ASR, whose encoder makes 12
+    frames of 80 ms and one of 40 ms from a second of audio. 0 forms groups over the whole clip. With blocks, a frame at
+    the end of a clip counts only if it contains at least 10 ms of audio. `convolutions` and `last_group: drop` accept
+    only 0."""
     normalize: bool = False
     """Whether to normalize the features of every frame, and to scale the audio embeddings to the size of the LLM's
     token embeddings. Use it with a pre-trained LLM."""
 
     def __post_init__(self) -> None:
         check_least("model.adapter", self, hidden_size=1, num_queries=1, num_layers=1, num_heads=1)
+        check_least("model.adapter", self, block_frames=0)
+        if self.block_frames and (self.kind == "convolutions" or self.last_group == "drop"):
+            raise UserError(
+                f"model.adapter.block_frames = {self.block_frames}: not with kind convolutions or last_group: drop; "
+                "remove the key"
+            )
         if self.kind != "queries" and self.num_queries != 1:
             raise UserError(
                 f"model.adapter.num_queries = {self.num_queries}: only kind queries has queries; remove the key"
@@ -152,7 +163,7 @@ class AdapterConfig:
     @property
     def rate(self) -> TokenRate:
         """The number of audio tokens as a function of the length of a clip."""
-        return TokenRate(self.strides, self.num_queries, self.last_group == "drop")
+        return TokenRate(self.strides, self.num_queries, self.last_group == "drop", self.block_frames)
 
 
 @dataclass(frozen=True)

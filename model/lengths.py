@@ -43,16 +43,28 @@ class TokenRate:
     drops_rest: bool = False
     """True if layers round down, so that frames at the end that do not fill a stride are dropped. A clip has at least
     one group."""
+    block_frames: int = 0
+    """The number of frames after which groups begin anew, so that the last group of a block may be shorter; 0 for no
+    blocks. With blocks, a frame at the end of a clip counts only if it contains at least 10 ms of audio."""
+
+    def frames_of_samples(self, samples: int) -> int:
+        """Return the number of encoder frames of a clip of `samples` audio samples that count."""
+        if not self.block_frames:
+            return num_frames(samples)
+        return max(1, -(-(samples // (FRAME_SAMPLES // 2)) // 2))
 
     def tokens_of_frames(self, frames: int) -> int:
         """Return the number of audio tokens of `frames` encoder frames."""
+        if self.block_frames and frames > self.block_frames:
+            blocks, rest = divmod(frames, self.block_frames)
+            return blocks * self.tokens_of_frames(self.block_frames) + (self.tokens_of_frames(rest) if rest else 0)
         for stride in self.strides:
             frames = max(1, frames // stride) if self.drops_rest else -(-frames // stride)
         return frames * self.tokens_per_group
 
     def tokens_of_samples(self, samples: int) -> int:
         """Return the number of audio tokens of a clip of `samples` audio samples."""
-        return self.tokens_of_frames(num_frames(samples))
+        return self.tokens_of_frames(self.frames_of_samples(samples))
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,12 @@ QWEN: dict[str, Any] = {
     "encoder_attention_heads": 2,
     "encoder_ffn_dim": 32,
 }
+QWEN3: dict[str, Any] = {
+    **{key: QWEN[key] for key in QWEN if key != "max_source_positions"},
+    "downsample_hidden_size": 8,
+    "output_dim": 16,
+    "n_window_infer": 200,
+}
 LLM: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "vocab_size": 32, "pad_token_id": 0}
 
 
@@ -181,12 +187,33 @@ def of_chunks(published: Any, extractor: Any, wave: Tensor) -> Tensor:
     inputs = extractor([wave.numpy()], sampling_rate=16_000, **options)
     mask = inputs["attention_mask"]
     frames = published.model.audio_tower(inputs["input_features"], mask).last_hidden_state.detach().numpy()
-    own, mel_frames = 2 * published.config.audio_config.n_window, int(mask.sum())
-    starts = [first + j for first in range(0, mel_frames, own) for j in range(0, min(own, mel_frames - first), 8)]
-    ends = [min(start + 8, start // own * own + own, mel_frames + mel_frames % 2) for start in starts]
+    starts, ends = chunk_bounds(2 * published.config.audio_config.n_window, int(mask.sum()))
     centres = np.array([(a + b) / 4 - 0.5 for a, b in zip(starts, ends, strict=True)])
     wanted = np.arange(num_frames(len(wave)))
     return torch.from_numpy(np.stack([np.interp(wanted, centres, column) for column in frames.T], axis=1)).float()
+
+
+def chunk_bounds(own: int, mel_frames: int) -> tuple[list[int], list[int]]:
+    """Return the first mel frame of each frame of Qwen3-ASR's encoder, and the mel frame after its last.
+
+    Args:
+        own: The number of mel frames of a chunk.
+        mel_frames: The number of mel frames of a clip.
+    """
+    starts = [first + j for first in range(0, mel_frames, own) for j in range(0, min(own, mel_frames - first), 8)]
+    return starts, [min(start + 8, start // own * own + own, mel_frames + mel_frames % 2) for start in starts]
+
+
+def of_repeated_chunks(published: Any, extractor: Any, wave: Tensor) -> Tensor:
+    """Return the frames of Qwen3-ASR's encoder before its last norm, each for every 20 ms that it covers."""
+    inputs = extractor([wave.numpy()], sampling_rate=16_000, padding=True, return_attention_mask=True)
+    tower, mask = published.model.audio_tower, inputs["attention_mask"]
+    norm, tower.ln_post = tower.ln_post, torch.nn.Identity()
+    frames = tower(inputs["input_features"], mask).last_hidden_state.detach()
+    tower.ln_post = norm
+    starts, ends = chunk_bounds(2 * published.config.audio_config.n_window, int(mask.sum()))
+    units = torch.tensor([(end - start) // 2 for start, end in zip(starts, ends, strict=True)])
+    return frames.repeat_interleave(units, dim=0)[: num_frames(len(wave))]
 
 
 def fast_conformer(fields: dict[str, Any]) -> Any:
@@ -283,15 +310,17 @@ CASES: dict[str, Case] = {
     ),
     "qwen3_asr": Case(
         "qwen3_asr",
-        {
-            **{key: QWEN[key] for key in QWEN if key != "max_source_positions"},
-            "downsample_hidden_size": 8,
-            "output_dim": 16,
-            "n_window_infer": 200,
-        },
+        QWEN3,
         tower(Qwen3ASRForConditionalGeneration, Qwen3ASRConfig),
         partial(Qwen3ASRFeatureExtractor, feature_size=80),
         of_chunks,
+    ),
+    "qwen3_asr_no_norm": Case(
+        "qwen3_asr_no_norm",
+        QWEN3,
+        tower(Qwen3ASRForConditionalGeneration, Qwen3ASRConfig),
+        partial(Qwen3ASRFeatureExtractor, feature_size=80),
+        of_repeated_chunks,
     ),
     "wav2vec2_base": Case("wav2vec2", STACK, WAV2VEC2, normalizing(False), of_waveform("wav2vec2")),
     "wav2vec2_large": Case("wav2vec2", LARGE, WAV2VEC2, normalizing(True), of_waveform("wav2vec2")),

@@ -14,6 +14,7 @@ ENCODER_FAMILIES: dict[str, object] = {
     "qwen2_audio": "model.encoders.whisper_offspring:QWEN2_AUDIO",
     "audioflamingo3": "model.encoders.whisper_offspring:AUDIO_FLAMINGO_3",
     "qwen3_asr": "model.encoders.qwen3_asr:QWEN3_ASR",
+    "qwen3_asr_no_norm": "model.encoders.qwen3_asr_no_norm:QWEN3_ASR_NO_NORM",
     "wav2vec2": "model.encoders.wav2vec2:WAV2VEC2",
     "wav2vec2-bert": "model.encoders.wav2vec2_bert:WAV2VEC2_BERT",
     "wav2vec2-conformer": "model.encoders.wav2vec2_conformer:WAV2VEC2_CONFORMER",

@@ -28,7 +28,7 @@ from model.transfer import to_device
 
 LEAST_SAMPLES = 8000
 """The length to which shorter clips are padded with silence, as in transformers' extractor."""
-_STRIDE = 4
+STRIDE = 4
 """The number of frames of 20 ms that a frame of the encoder covers."""
 
 
@@ -106,10 +106,20 @@ class Qwen3ASR(AudioEncoder):
         mel, lengths = clip_log_mel(windows, self.num_mels)
         mel = F.pad(mel, (0, -mel.shape[2] % self.chunk))
         hidden = self.encoder(mel.to(self.dtype), lengths, recompute=self.recompute)
+        return self.at_mixture_rate(hidden, windows.lengths, lengths)
+
+    def at_mixture_rate(self, hidden: Tensor, samples: Sequence[int], mel_lengths: Sequence[int]) -> Tensor:
+        """Return the frames of all windows interpolated to 50 Hz, [ΣF, D].
+
+        Args:
+            hidden: The encoder's frames [ΣE, D].
+            samples: The T of each window.
+            mel_lengths: The M of each window.
+        """
         before, weights, first = [], [], 0
-        for samples, mel_frames in zip(windows.lengths, lengths, strict=True):
+        for length, mel_frames in zip(samples, mel_lengths, strict=True):
             centres = frame_centres(mel_frames, self.chunk)
-            wanted = np.arange(num_frames(samples)).clip(centres[0], centres[-1])
+            wanted = np.arange(num_frames(length)).clip(centres[0], centres[-1])
             left = np.searchsorted(centres, wanted, side="right").clip(1, len(centres) - 1) - 1
             right = np.minimum(left + 1, len(centres) - 1)
             before.append(first + np.stack((left, right)))
@@ -132,8 +142,8 @@ def frame_centres(mel_frames: int, chunk: int) -> np.ndarray:
     centres = []
     for start in range(0, mel_frames, chunk):
         units = -(-min(chunk, mel_frames - start) // 2)
-        for begin in range(0, units, _STRIDE):
-            centres.append(start / 2 + (begin + min(begin + _STRIDE, units) - 1) / 2)
+        for begin in range(0, units, STRIDE):
+            centres.append(start / 2 + (begin + min(begin + STRIDE, units) - 1) / 2)
     return np.array(centres)
 
 

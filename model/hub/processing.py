@@ -35,6 +35,7 @@ class EarshotProcessor(ProcessorMixin):
         tokens_per_group: The number of audio tokens for each group of frames. The product of the strides is the size of
             a group.
         drops_rest: True if frames at the end of a clip that do not fill a group are dropped.
+        block_frames: The number of frames after which groups begin anew; 0 for no blocks.
         min_audio_sec: The length to which shorter clips are padded with silence at the end.
         max_audio_sec: The length of the longest clips in training; None if it is unknown. Longer clips are also
             accepted.
@@ -52,13 +53,14 @@ class EarshotProcessor(ProcessorMixin):
         max_audio_sec: float | None = None,
         tokens_per_group: int = 1,
         drops_rest: bool = False,
+        block_frames: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, chat_template=kwargs.get("chat_template"))
         self.placeholder = placeholder
         self.prompt_with_audio, self.prompt_without_audio = prompt_with_audio, prompt_without_audio
         self.as_chat, self.strides, self.tokens_per_group = as_chat, tuple(strides), tokens_per_group
-        self.drops_rest = drops_rest
+        self.drops_rest, self.block_frames = drops_rest, block_frames
         self.min_audio_sec, self.max_audio_sec = min_audio_sec, max_audio_sec
         self.placeholder_id = tokenizer.convert_tokens_to_ids(placeholder)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -240,7 +242,7 @@ class EarshotProcessor(ProcessorMixin):
 
     def count_audio_tokens(self, clip_samples: int) -> int:
         """Return the number of audio tokens of a clip of `clip_samples` audio samples."""
-        rate = TokenRate(self.strides, self.tokens_per_group, self.drops_rest)
+        rate = TokenRate(self.strides, self.tokens_per_group, self.drops_rest, self.block_frames)
         return rate.tokens_of_samples(max(num_samples(self.min_audio_sec), clip_samples))
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:

@@ -124,6 +124,8 @@ ADAPTER_CASES = [
     AdapterConfig("queries", 4, strides=(30,), num_heads=2, num_queries=3, num_layers=1),
     AdapterConfig("pooling", 3, strides=(2,)),
     AdapterConfig("pooling_perceptron", 4, strides=(3,)),
+    AdapterConfig("pooling_perceptron", 4, strides=(4,), block_frames=10),
+    AdapterConfig("stacking", 4, strides=(2, 2), block_frames=16),
     AdapterConfig("swiglu", 64, strides=(8,), bias=False),
     AdapterConfig("swiglu_post_norm", 64, strides=(4,)),
 ]
@@ -171,6 +173,21 @@ def test_frames_of_an_incomplete_group_are_dropped(config: AdapterConfig) -> Non
         assert out.lengths == (groups,) == (config.rate.tokens_of_frames(frames),)
         (gradient,) = torch.autograd.grad(out.values.square().sum(), values)
         assert gradient[groups * size :].abs().sum() == 0
+
+
+def test_groups_begin_anew_in_every_block() -> None:
+    """Groups of 4 in blocks of 10 frames: 4, 4 and 2 frames. A clip's last frame needs 10 ms of audio."""
+    adapter = build_adapter(AdapterConfig("pooling", 1, strides=(4,), block_frames=10), 1)
+    adapter.norm = nn.Identity()
+    values = torch.arange(23.0)[:, None]
+    out = adapter(Ragged(values, (23,)))
+    assert out.values.flatten().tolist() == [1.5, 5.5, 8.5, 11.5, 15.5, 18.5, 21.0] and out.lengths == (7,)
+    rate = adapter.rate
+    assert [rate.frames_of_samples(n) for n in (1, 320, 479, 480, 640, 3_359, 3_360)] == [1, 1, 1, 2, 2, 10, 11]
+    assert [rate.tokens_of_samples(n) for n in (3_200, 3_359, 3_360, 6_400)] == [3, 3, 4, 6]
+    for wrong in ({"kind": "convolutions"}, {"kind": "pooling", "last_group": "drop"}):
+        with pytest.raises(UserError, match=r"block_frames = 10: not with kind convolutions or last_group: drop"):
+            AdapterConfig(block_frames=10, **wrong)  # type: ignore[arg-type]
 
 
 def test_pooling_equals_torchs() -> None:

@@ -1,7 +1,7 @@
 """Tiny random models of the published architectures, and their logits from independent implementations.
 
-Windows have 2 s instead of 30 s. Qwen2-Audio, Voxtral and Audio Flamingo 3 use transformers' classes. Ultravox is not
-in transformers, so the class `Ultravox` follows the description of the architecture.
+Windows have 2 s instead of 30 s. Qwen2-Audio, Qwen3-ASR, Voxtral and Audio Flamingo 3 use transformers' classes.
+Ultravox is not in transformers, so the class `Ultravox` follows the description of the architecture.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from transformers import (
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
+    Qwen3ASRConfig,
+    Qwen3ASRFeatureExtractor,
+    Qwen3ASRForConditionalGeneration,
     VoxtralConfig,
     VoxtralForConditionalGeneration,
     WhisperConfig,
@@ -70,6 +73,7 @@ TEXT = {
 SPECIAL = (
     *("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<sound>"),
     "<|audio|>",
+    *("<|audio_start|>", "<|audio_pad|>", "<|audio_end|>"),
 )
 WORDS = (
     *("system", "user", "assistant", "You", "are", "a", "helpful", ".", "Audio", "1", ":", "what", "is", "said", "it"),
@@ -156,6 +160,34 @@ def audioflamingo3(folder: Path) -> Reference:
         text = f"<|im_start|>user <sound>{INSTRUCTION}<|im_end|><|im_start|>assistant "
         inputs = processor(text=[text], audio=[wave])
         return inputs["input_ids"][0].tolist(), model(**inputs).logits[0]
+
+    return Reference(folder, logits, model)
+
+
+def qwen3_asr(folder: Path) -> Reference:
+    audio = {key: AUDIO[key] for key in AUDIO if key != "max_source_positions"}
+    audio |= {"downsample_hidden_size": 8, "output_dim": TEXT["hidden_size"], "n_window_infer": 200}
+    config = Qwen3ASRConfig(
+        audio_config=audio,
+        text_config={**TEXT, "model_type": "qwen3", "tie_word_embeddings": True},
+        audio_token_id=SPECIAL.index("<|audio_pad|>"),
+    )
+    model: Any = perturbed(Qwen3ASRForConditionalGeneration(config))
+    model.save_pretrained(folder)
+    template = "{% for m in messages %}<|im_start|>user {{ m['content'] }}<|im_end|>{% endfor %}<|im_start|>assistant "
+    tokenizer = write_tokenizer(template)
+    tokenizer.save_pretrained(folder)
+
+    @torch.no_grad()
+    def logits(wave: np.ndarray, model: Any = model) -> tuple[list[int], Tensor]:
+        extract = Qwen3ASRFeatureExtractor(feature_size=MELS)
+        features = extract([wave], sampling_rate=16_000, padding=True, return_attention_mask=True)
+        mel, mask = features["input_features"], features["attention_mask"]
+        frames = model.model.audio_tower(mel, mask).last_hidden_state
+        audio = f"<|audio_start|>{'<|audio_pad|>' * len(frames)}<|audio_end|>{INSTRUCTION}"
+        ids = tokenizer.encode(f"<|im_start|>user {audio}<|im_end|><|im_start|>assistant ", add_special_tokens=False)
+        given = {"input_ids": torch.tensor([ids]), "input_features": mel, "input_features_mask": mask}
+        return ids, model(**given).logits[0]
 
     return Reference(folder, logits, model)
 
@@ -282,6 +314,7 @@ def ultravox(folder: Path, llm_folder: Path | None = None, is_old: bool = False)
 MODELS: dict[str, Callable[[Path], Reference]] = {
     "qwen2_audio": qwen2_audio,
     "audioflamingo3": audioflamingo3,
+    "qwen3_asr": qwen3_asr,
     "voxtral": voxtral,
     "ultravox": ultravox,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.audio_tower import AudioTower
+from model.batch import Ragged
+from model.hub.configuration import audio_config
 from model.hub.modeling import EarshotForCausalLM
 from tests.tools.exportable import write_checkpoint
 from tests.tools.published_models import INSTRUCTION, MODELS, SPECIAL, TEXT, WINDOW_SAMPLES, Reference, ultravox
@@ -20,6 +24,7 @@ from tools import export, import_model, transcribe
 from trainer.config.load import dump, load_recipe
 from trainer.export.published.table import PUBLISHED
 from trainer.export.tokenizer import read_processor
+from trainer.parity import tiny_model
 from trainer.run_tokenizer import DIGEST, adopt, of_export
 
 NOTHING: Mapping[str, Any] = {}
@@ -63,6 +68,37 @@ def test_logits_equal_those_of_the_original(references: dict[str, Reference], na
     imported = references[name].folder.parent / "imported"
     for samples in LENGTHS:
         assert difference(references[name], imported, samples) < 1e-4, samples
+
+
+def test_qwen3_asr_has_thirteen_audio_tokens_per_second(references: dict[str, Reference]) -> None:
+    """The last group of a second is shorter, and a frame with less than 10 ms of audio has no token."""
+    reference = references["qwen3_asr"]
+    processor = read_processor(reference.folder.parent / "imported")
+    for samples in (1, 8_000, 8_160, 15_840, 15_999, 16_000, 16_159, 16_160, 17_280, 17_281, 17_440, 33_000, 160_001):
+        ids, _ = reference.logits(wave(max(8_000, samples)))
+        assert processor.count_audio_tokens(samples) == ids.count(SPECIAL.index("<|audio_pad|>")), samples
+    assert [processor.count_audio_tokens(16_000 * seconds) for seconds in (1, 2, 10)] == [13, 26, 130]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_added_experts_do_not_change_the_embeddings_at_first(references: dict[str, Reference], name: str) -> None:
+    """They do not change the loss either: their streams pass through a projection that begins with zeros."""
+    imported = references[name].folder.parent / "imported"
+    config = audio_config(json.loads((imported / "config.json").read_text())["audio"])
+    recipe = load_recipe(str(imported / "recipe.yaml"), ["data.tokenizer.train_vocab_size=64"])
+    tensors = {n.removeprefix("audio."): t for n, t in load_file(imported / "model.safetensors").items()}
+    width = recipe.model.llm.config["hidden_size"]
+    more = replace(tiny_model(), primary=config.primary, adapter=config.adapter, losses={}, ctc_weight=0.0)
+    more = replace(more, router=replace(more.router, join="add"))
+    alone, added = AudioTower(config, width, 80).eval(), AudioTower(more, width, 80).eval()
+    alone.load_state_dict({n: t for n, t in tensors.items() if n in alone.state_dict()})
+    missing, _ = added.load_state_dict({n: t for n, t in tensors.items() if n in alone.state_dict()}, strict=False)
+    assert any(n.startswith("experts.wavlm.") for n in missing) and "stream_projection.weight" in missing
+    audio = Ragged.of([torch.from_numpy(wave(n)) for n in (WINDOW_SAMPLES, 20_000)])
+    prompts = Ragged(torch.tensor([1, 2, 3]), (2, 1))
+    before, after = (tower(audio, prompts) for tower in (alone, added))
+    assert after.routing is not None and before.embeddings.values.equal(after.embeddings.values)
 
 
 def test_an_imported_model_transcribes(

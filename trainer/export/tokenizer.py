@@ -25,6 +25,7 @@ _SETTINGS = (
     "strides",
     "tokens_per_group",
     "drops_rest",
+    "block_frames",
     "min_audio_sec",
     "max_audio_sec",
 )
@@ -78,6 +79,7 @@ def processor_settings(tokenizer: Tokenizer, data: DataConfig, rate: TokenRate) 
         "strides": list(rate.strides),
         "tokens_per_group": rate.tokens_per_group,
         "drops_rest": rate.drops_rest,
+        "block_frames": rate.block_frames,
         "min_audio_sec": data.min_audio_sec,
         "max_audio_sec": data.max_audio_sec,
     }

@@ -45,12 +45,17 @@ class Architecture:
     """The `model_type` of the audio tower's config, which is used if `audio_config` in config.json has none."""
     pads_clips: bool = False
     """True if shorter clips are padded with silence to a whole window of the encoder."""
+    is_named_as_in_transformers: bool = False
+    """True if published tensors have the names of transformers 5's modules; False if they have the earlier names."""
+    min_audio_sec: float = 0.0
+    """The length in seconds to which shorter clips are padded with silence, unless `pads_clips`."""
     max_windows: int = 1
     """The number of windows of the longest clip that the original accepts."""
 
     def own_name(self, name: str) -> str | None:
         """Return earshot's name of a published tensor, or None if earshot does not have this tensor."""
-        name = _as_published(name)
+        if not self.is_named_as_in_transformers:
+            name = _as_published(name)
         for published, own in self.prefixes:
             if name.startswith(published):
                 return own + name.removeprefix(published)

@@ -209,7 +209,7 @@ def _data(published: Published) -> DataConfig:
     """Return settings of the data that allow clips of the lengths that the original model accepts."""
     architecture, primary = published.architecture, published.model.primary
     assert primary is not None
-    shortest = primary.window_sec if architecture.pads_clips else 0.0
+    shortest = primary.window_sec if architecture.pads_clips else architecture.min_audio_sec
     return DataConfig(min_audio_sec=shortest, max_audio_sec=architecture.max_windows * primary.window_sec)
 
 

@@ -6,6 +6,7 @@ PUBLISHED: dict[str, object] = {
     "qwen2_audio": "trainer.export.published.qwen2_audio:QWEN2_AUDIO",
     "ultravox": "trainer.export.published.ultravox:ULTRAVOX",
     "voxtral": "trainer.export.published.voxtral:VOXTRAL",
+    "qwen3_asr": "trainer.export.published.qwen3_asr:QWEN3_ASR",
     "audioflamingo3": "trainer.export.published.audioflamingo3:AUDIO_FLAMINGO_3",
 }
 """`model_type` in config.json → the architecture. An entry is an `Architecture` or a text `module:NAME`, which is
