@@ -13,13 +13,30 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "mlp_only_layers": [1],
     },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "swiglu_limit": 0.05,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "mixture": {
         "model_type": "llama",
         "ffn_experts": {"experts": ["d", "b", "c", "a"], "layers": [1, 3], "top_k": 2, "normalize": True},
     },
 }
-"""The config fields of families with FFN experts. One layer of the Qwen3-MoE has no experts. `mixture` is a Llama in
-which the recipe adds experts to every second layer."""
+"""The config fields of families with FFN experts. One layer of the Qwen3-MoE has no experts. The gates of GPT-OSS are
+bounded so tightly that some values are clamped. `mixture` is a Llama in which the recipe adds experts to every second
+layer."""
 
 
 _FEATURES: dict[str, dict[str, Any]] = {
@@ -41,6 +58,16 @@ _FEATURES: dict[str, dict[str, Any]] = {
             "long_factor": [2.0, 4.0],
         },
         "original_max_position_embeddings": 128,
+    },
+    "gemma2": {
+        "head_dim": 12,
+        "query_pre_attn_scalar": 10,
+        "attn_logit_softcapping": 0.5,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "tie_word_embeddings": True,
+        "pad_token_id": None,
     },
     "gemma3_text": {
         "head_dim": 12,

@@ -17,12 +17,13 @@ from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional
 
 from model.llm.context import ContinuedAttention
 from model.llm.features import AttentionLayer, Scales
+from model.llm.norms import parameter_device
 from model.llm.packing import PackedSequences
 from model.llm.rotary import Rotary
+from model.llm.scores import attend, widen_queries
 from model.transfer import to_device
 
 
@@ -51,7 +52,9 @@ class PackedAttention(nn.Module):
         layer_number: The number of the layer, counted from 1.
         rotary: The rotary embedding; None for a layer without rotary embedding.
         layer: The description of the layer's attention. Only its window is used.
-        scales: The factors for scores and queries.
+        scales: The factors for scores and queries, and the bound of scores.
+        has_sinks: True if every head has an attention sink (`model.llm.scores`). Attention is then computed by PyTorch,
+            as with a bound of scores.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class PackedAttention(nn.Module):
         rotary: Rotary | None,
         layer: AttentionLayer,
         scales: Scales,
+        has_sinks: bool = False,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -70,10 +74,16 @@ class PackedAttention(nn.Module):
         # This is not a buffer, since casting the model to bf16 would round the frequencies.
         self.rotary = rotary
         self.window, self.softmax_scale, self.long_queries = layer.window, scales.softmax, scales.long_queries
-        engine = transformer_engine()
+        self.cap = scales.scores_cap
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        self.sinks: nn.Parameter | None = None
+        if has_sinks:
+            self.softmax_scale = self.softmax_scale or config.kv_channels**-0.5
+            self.sinks = nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=parameter_device(config)))
+        engine = transformer_engine() if self.can_fuse else None
         self.fused = (
             engine.DotProductAttention(
-                config.num_attention_heads // config.tensor_model_parallel_size,
+                heads,
                 config.kv_channels,
                 num_gqa_groups=config.num_query_groups // config.tensor_model_parallel_size,
                 attention_dropout=0.0,
@@ -86,6 +96,11 @@ class PackedAttention(nn.Module):
             if engine is not None and config.params_dtype != torch.float32 and not config.use_cpu_initialization
             else None
         )
+
+    @property
+    def can_fuse(self) -> bool:
+        """True if TransformerEngine can compute this attention."""
+        return self.sinks is None and self.cap is None
 
     def forward(
         self,
@@ -129,6 +144,9 @@ class PackedAttention(nn.Module):
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if self.long_queries is not None:
             query = query * packed.query_factors(*self.long_queries, like=query)
+        if self.sinks is not None:
+            assert self.softmax_scale is not None
+            query = widen_queries(query, self.sinks, self.softmax_scale)
         if packed.cache is None and self.fused is not None and not packed.gathers_keys:
             return _attend_fused(self.fused, query, key, value, packed)
         if packed.cache is not None:
@@ -141,17 +159,15 @@ class PackedAttention(nn.Module):
         """Compute causal attention within each segment with PyTorch."""
         outputs = []
         if packed.gathers_keys:
-            settings = packed.continued, self.window, self.softmax_scale, get_context_parallel_group()
+            settings = packed.continued, self.window, self.softmax_scale, self.cap, get_context_parallel_group()
             outputs.append(ContinuedAttention.apply(query, key, value, *settings))
         for bucket in packed.buckets(query.device):
             padded = bucket.pad(query), bucket.pad(key), bucket.pad(value)
             if self.window is not None and self.window < bucket.max_length:
                 mask = packed.window_mask(bucket.max_length, self.window, query.device)
-                attended = _attend_masked(*padded, mask, self.softmax_scale)
+                attended = _attend_masked(*padded, mask, self.softmax_scale, self.cap)
             else:
-                attended = functional.scaled_dot_product_attention(
-                    *padded, is_causal=True, scale=self.softmax_scale, enable_gqa=True
-                )
+                attended = attend(*padded, None, self.softmax_scale, self.cap)
             outputs.append(bucket.unpad(attended))
         return torch.cat(outputs).index_select(0, packed.unbucket(query.device))
 
@@ -174,8 +190,10 @@ class PackedAttention(nn.Module):
             values[segments.sequences, : segments.num_keys].transpose(1, 2),
             mask,
             self.softmax_scale,
+            self.cap,
         )
-        return torch.zeros_like(query).index_copy(0, bucket.rows, bucket.unpad(attended))
+        padding = query.new_zeros(*query.shape[:-1], attended.shape[-1])
+        return padding.index_copy(0, bucket.rows, bucket.unpad(attended))
 
 
 def transformer_engine() -> ModuleType | None:
@@ -187,25 +205,28 @@ def transformer_engine() -> ModuleType | None:
     return engine
 
 
-def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+def _attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, cap: float | None
+) -> Tensor:
     """Compute attention under a mask with PyTorch.
 
     Keys and values are repeated for all query heads, because with a mask and `enable_gqa`, PyTorch only has a CUDA
     kernel that stores the scores of all heads.
 
     Args:
-        query: [B, H, L, D].
+        query: [B, H, L, D], or wider with a sink.
         key: [B, G, K, D].
         value: [B, G, K, D].
         mask: True where a query attends to a key; can be broadcast to [B, H, L, K].
         scale: The factor on scores; None for 1/√D.
+        cap: The bound of scores; None for no bound.
 
     Returns:
         [B, H, L, D].
     """
     copies = query.shape[1] // key.shape[1]
     key, value = (x[:, :, None].expand(-1, -1, copies, -1, -1).flatten(1, 2) for x in (key, value))
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return attend(query, key, value, mask, scale, cap)
 
 
 def _attend_fused(fused: nn.Module, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:

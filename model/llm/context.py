@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
+
+from model.llm.scores import attend
 
 BLOCK_ROWS = 256
 """The number of queries in a block. The scores of only one block are in memory at the same time."""
@@ -108,33 +109,35 @@ class ContinuedAttention(torch.autograd.Function):
         continued: tuple[Continued, ...],
         window: int | None,
         scale: float | None,
+        cap: float | None,
         group: dist.ProcessGroup,
     ) -> Tensor:
         """Return the result [n, H, D] for the n rows of `continued`, in order.
 
         Args:
             ctx: See `torch.autograd.Function`.
-            query: [t, H, D], rotated.
+            query: [t, H, D], rotated; wider if every head has a sink (`model.llm.scores`).
             key: [t, G, D], rotated.
             value: [t, G, D].
             continued: The pieces.
             window: The number of keys to which a query attends, including its own; None for all.
             scale: The factor on scores; None for 1/√D.
+            cap: The bound of scores; None for no bound.
             group: The context-parallel group.
         """
         ctx.save_for_backward(query, key, value)
-        ctx.rest = continued, window, scale, group
+        ctx.rest = continued, window, scale, cap, group
         keys, values = _gather(key, value, group)
-        found = [query[:0]]
+        found = [query[:0, :, : value.shape[-1]]]  # without the channel of a sink
         for rows, span, mask in _blocks(continued, window, query.device):
-            found.append(_attend(query[rows], keys[span], values[span], mask, scale))
+            found.append(_attend(query[rows], keys[span], values[span], mask, scale, cap))
         return torch.cat(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Return the gradients of `query`, `key` and `value`."""
         query, key, value = ctx.saved_tensors
-        continued, window, scale, group = ctx.rest
+        continued, window, scale, cap, group = ctx.rest
         keys, values = _gather(key, value, group)
         grad_query = torch.zeros_like(query)
         grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
@@ -142,14 +145,14 @@ class ContinuedAttention(torch.autograd.Function):
         for rows, span, mask in _blocks(continued, window, query.device):
             q, k, v = (x.detach().requires_grad_() for x in (query[rows], keys[span], values[span]))
             with torch.enable_grad():
-                attended = _attend(q, k, v, mask, scale)
+                attended = _attend(q, k, v, mask, scale, cap)
             found = torch.autograd.grad(attended, (q, k, v), grads[0][done : done + len(q)])
             done += len(q)
             grad_query[rows] = found[0]
             grad_keys[span] += found[1]
             grad_values[span] += found[2]
         own = _scatter(grad_keys, grad_values, group)
-        return grad_query, own[0].to(key.dtype), own[1].to(value.dtype), None, None, None, None
+        return grad_query, own[0].to(key.dtype), own[1].to(value.dtype), None, None, None, None, None
 
 
 def _blocks(
@@ -170,7 +173,7 @@ def _blocks(
             yield slice(row + first, row + first + count), span, mask
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, cap: float | None) -> Tensor:
     """Return the attention [L, H, D] of queries [L, H, D] to keys and values [K, G, D] under a mask [L, K].
 
     The query heads that share a key head form a batch, so that keys are not copied for each query head.
@@ -178,7 +181,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
     copies = query.shape[1] // key.shape[1]
     by_group = query.unflatten(1, (-1, copies)).permute(2, 1, 0, 3)
     key, value = (x.transpose(0, 1)[None].expand(copies, -1, -1, -1) for x in (key, value))
-    found = functional.scaled_dot_product_attention(by_group, key, value, attn_mask=mask, scale=scale)
+    found = attend(by_group, key, value, mask, scale, cap)
     return found.permute(2, 1, 0, 3).flatten(1, 2)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.llm.mixture import Mixture
+from model.llm.mixture import Clamp, Mixture
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,14 @@ def choose(logits: Tensor, mixture: Mixture) -> Choice:
     return Choice(logits, experts, weights)
 
 
+def gate_experts(gate: Tensor, up: Tensor, clamp: Clamp | None) -> Tensor:
+    """Return the input of an expert's down projection, given the outputs of its gate and up projections."""
+    if clamp is None:
+        return functional.silu(gate) * up
+    gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    return (up + 1) * (gate * torch.sigmoid(clamp.alpha * gate))
+
+
 class MixtureLayer(nn.Module):
     """The feed-forward network of a layer with FFN experts, in a single process.
 
@@ -69,26 +77,31 @@ class MixtureLayer(nn.Module):
 
     def __init__(self, mixture: Mixture, hidden_size: int, router: str, projections: tuple[str, str, str]) -> None:
         super().__init__()
-        self.mixture, self.router, self.projections = mixture, router, projections
+        self.mixture, self.router_name, self.projections = mixture, router, projections
         self.observe: Callable[[Choice], None] | None = None
         """A function that is called in every forward pass with the choices for its tokens, row by row."""
         self.has_rows = "{e}" in router
         if not self.has_rows:
-            _add(self, router, nn.Linear(hidden_size, len(mixture.experts), bias=False))
+            _add(self, router, nn.Linear(hidden_size, len(mixture.experts), bias=mixture.biases))
         for expert in mixture.experts:
             gate, up, down = (name.format(e=expert) for name in projections)
             for name in (gate, up):
-                _add(self, name, nn.Linear(hidden_size, mixture.width, bias=False))
-            _add(self, down, nn.Linear(mixture.width, hidden_size, bias=False))
+                _add(self, name, nn.Linear(hidden_size, mixture.width, bias=mixture.biases))
+            _add(self, down, nn.Linear(mixture.width, hidden_size, bias=mixture.biases))
             if self.has_rows:
                 _add(self, router.format(e=expert), nn.Linear(hidden_size, 1, bias=False))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the weighted sum of the chosen experts' outputs, in the shape [..., H] of `hidden`."""
+    def forward(self, hidden: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the weighted sum of the chosen experts' outputs, in the shape [..., H] of `hidden`.
+
+        With `Mixture.returns_scores`, the weights [n, k] of the chosen experts are returned as well.
+        """
         rows = hidden.reshape(-1, hidden.shape[-1])
-        names = [self.router.format(e=expert) for expert in self.mixture.experts] if self.has_rows else [self.router]
+        # All names are equal, unless they are those of rows.
+        names = dict.fromkeys(self.router_name.format(e=expert) for expert in self.mixture.experts)
         scores = torch.cat([self.get_parameter(f"{name}.weight") for name in names])
-        choice = choose(functional.linear(rows.float(), scores.float()), self.mixture)
+        bias = self.get_parameter(f"{self.router_name}.bias").float() if self.mixture.biases else None
+        choice = choose(functional.linear(rows.float(), scores.float(), bias), self.mixture)
         if self.observe is not None:
             self.observe(choice)
         output = torch.zeros_like(rows)
@@ -96,9 +109,12 @@ class MixtureLayer(nn.Module):
             row, rank = (choice.experts == index).nonzero(as_tuple=True)
             gate, up, down = (self.get_submodule(name.format(e=expert)) for name in self.projections)
             own = rows[row]
-            found = functional.silu(gate(own)) * up(own) * choice.weights[row, rank, None].to(own.dtype)
-            output = output.index_add(0, row, down(found))
-        return output.view_as(hidden)
+            weight = choice.weights[row, rank, None].to(own.dtype)
+            found = gate_experts(gate(own), up(own), self.mixture.clamp)
+            found = down(found) * weight if self.mixture.biases else down(found * weight)
+            output = output.index_add(0, row, found)
+        output = output.view_as(hidden)
+        return (output, choice.weights) if self.mixture.returns_scores else output
 
 
 def place_experts(model: Any, mixture: Mixture, modules: Mapping[str, str]) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
-from model.llm.features import Activation, Norms, Scales, gemma3, granite, ministral3, plain
-from model.llm.mixture import Mixture, described, mixtral, qwen3_moe
+from model.llm.features import Activation, Norms, Scales, gemma2, gemma3, granite, ministral3, plain
+from model.llm.mixture import Mixture, described, gpt_oss, mixtral, qwen3_moe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,7 +37,8 @@ LLAMA_MODULES: dict[str, str] = {
 }
 """Role of a module of an LLM → its name in transformers' Llama. Names within a layer are relative to `layer`, in which
 `{n}` stands for the layer's number. Roles with the same module share one tensor, in this order. Families with norms
-after attention and after the feed-forward network have the roles `attention_output_norm` and `mlp_output_norm`."""
+after attention and after the feed-forward network have the roles `attention_output_norm` and `mlp_output_norm`.
+Families with attention sinks have the role `sinks`, the module of the parameter of that name."""
 
 REQUIRED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
 """Field of the Hugging Face config → the only value that the Megatron model supports."""
@@ -52,6 +53,10 @@ class LLMFamily:
 
     qkv_bias: bool = False
     """True if the projections of queries, keys and values have biases."""
+    output_bias: bool = False
+    """True if the projection of attention's output has a bias."""
+    sinks: bool = False
+    """True if every head has an attention sink: a learned score that takes part in the softmax, without a value."""
     qk_norm: bool = False
     """True if every query and key head is normalized by an RMSNorm with learned weights."""
     all_heads_norm: bool = False
@@ -76,6 +81,8 @@ class LLMFamily:
     """A function that returns the experts that a config describes; None if the family has no experts. For a family with
     experts, `modules` also has the roles `router`, `expert_gate`, `expert_up` and `expert_down`, whose names begin with
     the same module. `{e}` stands for the name of the expert."""
+    stacks_experts: bool = False
+    """True if published checkpoints store the experts of a layer in the tensors that `model.llm.stacked` describes."""
 
 
 MIXTRAL_MODULES: dict[str, str] = {
@@ -88,6 +95,14 @@ MIXTRAL_MODULES: dict[str, str] = {
 QWEN3_MOE_MODULES: dict[str, str] = {
     **LLAMA_MODULES,
     "router": "mlp.gate",
+    "expert_gate": "mlp.experts.{e}.gate_proj",
+    "expert_up": "mlp.experts.{e}.up_proj",
+    "expert_down": "mlp.experts.{e}.down_proj",
+}
+GPT_OSS_MODULES: dict[str, str] = {
+    **LLAMA_MODULES,
+    "sinks": "self_attn",
+    "router": "mlp.router",
     "expert_gate": "mlp.experts.{e}.gate_proj",
     "expert_up": "mlp.experts.{e}.up_proj",
     "expert_down": "mlp.experts.{e}.down_proj",
@@ -108,13 +123,13 @@ OLMO2_MODULES: dict[str, str] = {
     "attention_output_norm": "post_attention_layernorm",
     "mlp_output_norm": "post_feedforward_layernorm",
 }
-_GEMMA3_REQUIRED = {
+_GEMMA2_REQUIRED = {
     "hidden_activation": "gelu_pytorch_tanh",
     "attention_bias": False,
     "attention_dropout": 0,
-    "attn_logit_softcapping": None,  # transformers ignores it
     "use_bidirectional_attention": False,
 }
+_GEMMA3_REQUIRED = {**_GEMMA2_REQUIRED, "attn_logit_softcapping": None}  # transformers ignores it
 _EXPERTS_REQUIRED = {**REQUIRED, "output_router_logits": False, "router_jitter_noise": 0.0}
 
 LLM_FAMILIES: dict[str, LLMFamily] = {
@@ -126,6 +141,14 @@ LLM_FAMILIES: dict[str, LLMFamily] = {
     "smollm3": LLMFamily(),
     "phi3": LLMFamily(
         required={**REQUIRED, "resid_pdrop": 0, "embd_pdrop": 0}, modules=PHI3_MODULES, partial_rotary=True
+    ),
+    "gemma2": LLMFamily(
+        norms="around",
+        norms_from_zero=True,
+        activation="gelu_tanh",
+        required=_GEMMA2_REQUIRED,
+        modules=GEMMA3_MODULES,
+        scales=gemma2,
     ),
     "gemma3_text": LLMFamily(
         qk_norm=True,
@@ -141,6 +164,15 @@ LLM_FAMILIES: dict[str, LLMFamily] = {
     "olmo3": LLMFamily(all_heads_norm=True, norms="after", rotates_in_fp32=True, modules=OLMO2_MODULES),
     "mixtral": LLMFamily(required=_EXPERTS_REQUIRED, modules=MIXTRAL_MODULES, experts=mixtral),
     "qwen3_moe": LLMFamily(qk_norm=True, required=_EXPERTS_REQUIRED, modules=QWEN3_MOE_MODULES, experts=qwen3_moe),
+    "gpt_oss": LLMFamily(
+        qkv_bias=True,
+        output_bias=True,
+        sinks=True,
+        required={**_EXPERTS_REQUIRED, "attention_bias": True},
+        modules=GPT_OSS_MODULES,
+        experts=gpt_oss,
+        stacks_experts=True,
+    ),
 }
 """The families by the `model_type` of their Hugging Face config. Plug-ins add entries when they are imported."""
 

@@ -5,7 +5,7 @@ All features are read from the Hugging Face config. Each family names the functi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from model.errors import UserError
@@ -19,6 +19,10 @@ arXiv 2501.00656, section 3.2), or before and after both (Gemma 3)."""
 
 Activation = Literal["silu", "gelu_tanh"]
 """The activation function of the gate in the feed-forward network."""
+
+SINK_CHANNELS = 8
+"""The number of channels by which queries and keys are widened in attention with sinks. Kernels on GPUs need a multiple
+of 8."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Scales:
     residual."""
     softmax: float | None = None
     """The factor for attention scores; None for 1/√D."""
+    scores_cap: float | None = None
+    """The bound c of attention scores, which are replaced by c · tanh(score / c); None for no bound."""
     logits: float = 1.0
     """The number by which logits are divided."""
     logits_cap: float | None = None
@@ -75,6 +81,11 @@ def gemma3(hf_config: PretrainedConfig) -> Scales:
         softmax=hf_config.query_pre_attn_scalar**-0.5,
         logits_cap=hf_config.final_logit_softcapping,
     )
+
+
+def gemma2(hf_config: PretrainedConfig) -> Scales:
+    """Return the scales of a Gemma 2 model, as in transformers' `modeling_gemma2.py`."""
+    return replace(gemma3(hf_config), scores_cap=hf_config.attn_logit_softcapping)
 
 
 def ministral3(hf_config: PretrainedConfig) -> Scales:

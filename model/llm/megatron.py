@@ -51,7 +51,7 @@ from model.errors import UserError
 from model.llm.attention import PackedAttention
 from model.llm.families import LLMFamily, family_of, mixture_of
 from model.llm.features import attention_layers
-from model.llm.megatron_experts import expert_options, expert_spec, watch
+from model.llm.megatron_experts import RowParallelWithBias, expert_options, expert_spec, watch
 from model.llm.mlp import MLPS
 from model.llm.names import head_dim, padded_vocab_size, tp_dim
 from model.llm.norms import Addition, AllHeadsNorm, RMSNorm
@@ -257,7 +257,13 @@ def _block_spec(
 
     def layer(number: int) -> ModuleSpec:
         own = attention[number]
-        core = partial(PackedAttention, rotary=None if own.rope is None else rotary[own.rope], layer=own, scales=scales)
+        core = partial(
+            PackedAttention,
+            rotary=None if own.rope is None else rotary[own.rope],
+            layer=own,
+            scales=scales,
+            has_sinks=family.sinks,
+        )
         return ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
@@ -297,7 +303,7 @@ def _attention_modules(config: TransformerConfig, family: LLMFamily, norm: Any, 
     return SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=core,
-        linear_proj=RowParallelLinear,
+        linear_proj=RowParallelWithBias if family.output_bias else RowParallelLinear,
         q_layernorm=query_norm,
         k_layernorm=key_norm,
     )

@@ -15,8 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,8 +28,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from model.llm.experts import choose
-from model.llm.mixture import Mixture
+from model.llm.experts import choose, gate_experts
+from model.llm.mixture import Clamp, Mixture
 from model.llm.packing import PackedSequences
 
 
@@ -59,8 +63,89 @@ def expert_spec(mixture: Mixture) -> ModuleSpec:
     """Return the specification of the feed-forward network of a layer with experts."""
     projections = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     experts = ModuleSpec(module=SequentialMLP, submodules=projections)
+    if mixture.biases:
+        projections = MLPSubmodules(linear_fc1=ColumnParallelWithBias, linear_fc2=RowParallelWithBias)
+        experts = ModuleSpec(module=ExpertsWithBiases, submodules=projections, params={"clamp": mixture.clamp})
     router = partial(Router, mixture=mixture)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+
+
+class ColumnParallelWithBias(ColumnParallelLinear):
+    """Megatron's layer with a bias, whatever Megatron's config says.
+
+    Megatron has one setting for the biases of all layers, and refuses it for experts that tensor-parallel ranks share.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": True})
+
+
+class RowParallelWithBias(RowParallelLinear):
+    """Megatron's layer with a bias, whatever Megatron's config says; see `ColumnParallelWithBias`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": True})
+        if self.is_expert:
+            # Every rank that shares the expert computes the whole gradient, which must not be summed.
+            self.bias.sequence_parallel = False
+            if self.tp_group.size() == 1:
+                # The tensor-parallel ranks hold different experts, so the gradient norm must count it on each of them.
+                set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
+
+
+class ExpertsWithBiases(SequentialMLP):
+    """The experts of a rank, which have biases and may have a clamped gate.
+
+    Args:
+        num_local_experts: The number of experts.
+        config: Megatron's config.
+        submodules: The classes of the projections.
+        pg_collection: Megatron's process groups.
+        clamp: The gate; None for SwiGLU.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: Any,
+        clamp: Clamp | None,
+    ) -> None:
+        super().__init__(0, config, submodules, pg_collection)  # It creates experts of Megatron's own class.
+        self.num_local_experts = num_local_experts
+        group = pg_collection.expt_tp
+        self.local_experts.extend(_Expert(self.config, submodules, group, clamp) for _ in range(num_local_experts))
+
+
+class _Expert(MLP):
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, group: Any, clamp: Clamp | None) -> None:
+        width = config.moe_ffn_hidden_size
+        super().__init__(config, submodules, ffn_hidden_size=width, is_expert=True, tp_group=group)
+        self.clamp, self.num_ranks = clamp, group.size()
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """Return the output [n, H] for n tokens, multiplied by their weights `per_token_scale` [n].
+
+        The sum over the ranks that share the expert is the whole output.
+        """
+        both, bias = self.linear_fc1(hidden_states)
+        weight = per_token_scale[:, None]
+        gated = gate_experts(*(both + bias).chunk(2, dim=-1), self.clamp)
+        output, bias = self.linear_fc2((gated * weight).to(gated.dtype))
+        return output + (_Share.apply(bias, self.num_ranks) * weight).to(output.dtype), None
+
+
+class _Share(torch.autograd.Function):
+    """The N-th part of a bias, which N ranks add to their partial sums. The gradient is that of the whole bias."""
+
+    @staticmethod
+    def forward(_ctx: Any, bias: Tensor, num_ranks: int) -> Tensor:
+        return bias / num_ranks
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 class Router(nn.Module):
@@ -79,6 +164,10 @@ class Router(nn.Module):
         shape = (len(mixture.experts), config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias: nn.Parameter | None = None
+        if mixture.biases:
+            self.bias = nn.Parameter(torch.empty(shape[0], dtype=config.params_dtype, device=device))
+            self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.layer_number = 0
         self.packed: PackedSequences | None = None
         """The pack whose rows the next forward pass routes. A hook on the layer sets it (`watch`)."""
@@ -96,7 +185,8 @@ class Router(nn.Module):
         """
         assert padding_mask is None
         rows = hidden.reshape(-1, hidden.shape[-1])
-        choice = choose(linear(rows.float(), self.weight.float()), self.mixture)
+        bias = None if self.bias is None else self.bias.float()
+        choice = choose(linear(rows.float(), self.weight.float(), bias), self.mixture)
         packed = self.packed
         weights = choice.weights
         if packed is not None and packed.observe is not None and torch.is_grad_enabled():

@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """The clamped SwiGLU of GPT-OSS: (u + 1) · g · sigmoid(α g), with g = min(gate, c) and u = min(max(up, -c), c)."""
+
+    alpha: float
+    """The factor α."""
+    limit: float
+    """The bound c."""
+
+
+@dataclass(frozen=True)
 class Mixture:
     """The FFN experts of an LLM."""
 
@@ -36,6 +46,12 @@ class Mixture:
     chosen experts alone. False if the weights are the probabilities of a softmax over all experts."""
     forced: str | None = None
     """The expert to which every token is sent with weight 1, for tests; None for the router's choice."""
+    biases: bool = False
+    """True if the router and the projections of experts have biases."""
+    clamp: Clamp | None = None
+    """The gate of an expert if it is a clamped SwiGLU; None for SwiGLU."""
+    returns_scores: bool = False
+    """True if transformers' layer expects the router's scores next to the output of its feed-forward network."""
 
 
 BASE = "base"
@@ -181,4 +197,20 @@ def qwen3_moe(hf_config: PretrainedConfig) -> Mixture | None:
         width=hf_config.moe_intermediate_size,
         layers=layers,
         normalize=bool(hf_config.norm_topk_prob),
+    )
+
+
+def gpt_oss(hf_config: PretrainedConfig) -> Mixture | None:
+    """Return the experts of a GPT-OSS model; None if the config describes no experts."""
+    if not hf_config.num_local_experts:
+        return None
+    return Mixture(
+        experts=tuple(map(str, range(hf_config.num_local_experts))),
+        top_k=hf_config.num_experts_per_tok,
+        width=hf_config.intermediate_size,
+        layers=every_layer(hf_config),
+        normalize=True,
+        biases=True,
+        clamp=Clamp(float(hf_config.swiglu_alpha), float(hf_config.swiglu_limit)),
+        returns_scores=True,
     )

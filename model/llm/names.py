@@ -32,24 +32,30 @@ Read = Callable[[str, Index], Tensor]
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _FACTOR = re.compile(r"^(.+)\.(lora_[AB])\.([^.]+)$")
 """A pattern for the name of a LoRA factor (`model.llm.lora`), with groups for the layer, factor and projection."""
-_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
 
-_COLUMN_PARALLEL = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "word_embeddings.weight")
+_COLUMN_PARALLEL = (
+    *("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", "word_embeddings.weight"),
+    "core_attention.sinks",
+)
 _ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
 
 _VOCABULARY = {"embedding.word_embeddings.weight": "embedding", "output_layer.weight": "output"}
 _SINGLE = {
-    "self_attention.linear_proj.weight": "attention_output",
-    "self_attention.q_layernorm.weight": "query_norm",
-    "self_attention.k_layernorm.weight": "key_norm",
-    "mlp.linear_fc2.weight": "down",
-    "input_layernorm.weight": "attention_norm",
-    "self_attn_bda.norm.weight": "attention_output_norm",
-    "pre_mlp_layernorm.weight": "mlp_norm",
-    "mlp_bda.norm.weight": "mlp_output_norm",
+    "self_attention.linear_proj.weight": "attention_output.weight",
+    "self_attention.linear_proj.bias": "attention_output.bias",
+    "self_attention.core_attention.sinks": "sinks.sinks",
+    "self_attention.q_layernorm.weight": "query_norm.weight",
+    "self_attention.k_layernorm.weight": "key_norm.weight",
+    "mlp.router.bias": "router.bias",
+    "mlp.linear_fc2.weight": "down.weight",
+    "input_layernorm.weight": "attention_norm.weight",
+    "self_attn_bda.norm.weight": "attention_output_norm.weight",
+    "pre_mlp_layernorm.weight": "mlp_norm.weight",
+    "mlp_bda.norm.weight": "mlp_output_norm.weight",
 }
 """The parameters of a layer that each correspond to a single Hugging Face tensor, and the tensor's role in
-`LLAMA_MODULES`."""
+`LLAMA_MODULES`, followed by the last part of the tensor's name."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,14 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
             add(dense, n)
             continue
         shapes |= {name: (num_rows, hidden) for name, num_rows in _router_tensors(hf_config, n)}
+        if mixture.biases:
+            shapes[_hf_name(modules, "router.bias", n)] = (len(mixture.experts),)
+        sizes = {"expert_gate": (mixture.width, hidden), "expert_up": (mixture.width, hidden)}
         for expert in mixture.experts:
-            for role in ("expert_gate", "expert_up"):
-                shapes[_hf_name(modules, f"{role}.weight", n, expert)] = (mixture.width, hidden)
-            shapes[_hf_name(modules, "expert_down.weight", n, expert)] = (hidden, mixture.width)
+            for role, (rows, columns) in {**sizes, "expert_down": (hidden, mixture.width)}.items():
+                shapes[_hf_name(modules, f"{role}.weight", n, expert)] = (rows, columns)
+                if mixture.biases:
+                    shapes[_hf_name(modules, f"{role}.bias", n, expert)] = (rows,)
     shapes[_hf_name(modules, "final_norm.weight")] = (hidden,)
     if not hf_config.tie_word_embeddings:
         shapes[_hf_name(modules, "output.weight")] = (hf_config.vocab_size, hidden)
@@ -127,6 +137,10 @@ def _attention_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]
         if family.qkv_bias:
             shapes[f"{role}.bias"] = (rows[role],)
     shapes["attention_output.weight"] = (hidden, rows["query"])
+    if family.output_bias:
+        shapes["attention_output.bias"] = (hidden,)
+    if family.sinks:
+        shapes["sinks.sinks"] = (hf_config.num_attention_heads,)
     if family.qk_norm:
         shapes["query_norm.weight"] = shapes["key_norm.weight"] = (width,)
     if family.all_heads_norm:
@@ -158,7 +172,10 @@ def _first_row(hf_config: PretrainedConfig, role: str) -> int:
 
 
 def _hf_name(modules: Mapping[str, str], tensor: str, layer: int | None = None, expert: str = "") -> str:
-    """Return the Hugging Face name of `role.weight` or `role.bias`. `layer` is None for tensors outside the layers."""
+    """Return the Hugging Face name of `role.weight`, `role.bias` or `sinks.sinks`.
+
+    `layer` is None for tensors outside the layers.
+    """
     role, _, kind = tensor.partition(".")
     prefix = "" if layer is None else modules["layer"].format(n=layer) + "."
     return f"{prefix}{modules[role].format(e=expert)}.{kind}"
@@ -194,11 +211,14 @@ def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, 
     if rest == "mlp.router.weight":
         return [Piece(name, (slice(0, num_rows), whole)) for name, num_rows in _router_tensors(hf_config, layer)]
     if (expert := _EXPERT.match(rest)) is not None:
-        return _expert_pieces(layer, int(expert[1]), expert[2], hf_config, tp_rank, tp_size)
+        return _expert_pieces(layer, int(expert[1]), expert[2], expert[3], hf_config, tp_rank, tp_size)
     assert rest in _SINGLE, f"unknown Megatron parameter {megatron_name}"
-    hf_name = _hf_name(modules, f"{_SINGLE[rest]}.weight", layer)
+    hf_name = _hf_name(modules, _SINGLE[rest], layer)
     if tp_dim(megatron_name) is None:
         return [Piece(hf_name, (whole,))]
+    if rest.endswith(".sinks"):
+        heads = hf_config.num_attention_heads // tp_size
+        return [Piece(hf_name, (slice(tp_rank * heads, (tp_rank + 1) * heads),))]
     queries = hf_config.num_attention_heads * head_dim(hf_config)
     columns = (queries if rest.startswith("self_attention") else hf_config.intermediate_size) // tp_size
     return [Piece(hf_name, (whole, slice(tp_rank * columns, (tp_rank + 1) * columns)))]
@@ -287,17 +307,28 @@ def _router_tensors(hf_config: PretrainedConfig, layer: int) -> list[tuple[str, 
 
 
 def _expert_pieces(
-    layer: int, expert: int, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int
+    layer: int, expert: int, module: str, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int
 ) -> list[Piece]:
-    """Return the pieces of an expert's `linear_fc1` or `linear_fc2` on a rank of expert tensor parallelism."""
+    """Return the pieces of an expert's layer on a rank of expert tensor parallelism.
+
+    Args:
+        layer: The number of the layer.
+        expert: The index of the expert.
+        module: `linear_fc1` or `linear_fc2`.
+        kind: `weight` or `bias`.
+        hf_config: The LLM.
+        tp_rank: The rank of expert tensor parallelism.
+        tp_size: The size of expert tensor parallelism.
+    """
     modules, mixture = modules_of(hf_config), mixture_of(hf_config)
     assert mixture is not None, "the LLM has no experts"
     name, share = mixture.experts[expert], mixture.width // tp_size
     own = slice(tp_rank * share, (tp_rank + 1) * share)
-    if kind == "linear_fc2":
-        return [Piece(_hf_name(modules, "expert_down.weight", layer, name), (slice(None), own))]
-    roles = ("expert_gate", "expert_up")
-    return [Piece(_hf_name(modules, f"{role}.weight", layer, name), (own, slice(None))) for role in roles]
+    if module == "linear_fc2":
+        index: Index = (slice(None), own) if kind == "weight" else (slice(None),)
+        return [Piece(_hf_name(modules, f"expert_down.{kind}", layer, name), index)]
+    index = (own, slice(None)) if kind == "weight" else (own,)
+    return [Piece(_hf_name(modules, f"{role}.{kind}", layer, name), index) for role in ("expert_gate", "expert_up")]
 
 
 def _factor_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:

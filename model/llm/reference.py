@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from model.llm.features import attention_layers, rope_sets
 from model.llm.mixture import BASE, FIELD, describe_experts, read_experts
 from model.llm.names import hf_shapes
 from model.llm.rotary import ROPE_TYPES
+from model.llm.stacked import StackedSource
 from model.llm.weights import RandomSource, SafetensorsSource, WeightSource, check_source, local_directory
 
 _SIZES = (
@@ -133,6 +135,8 @@ def weight_source(
         source = RandomSource(own, seed)
     else:
         source = SafetensorsSource(local_directory(config.weights))
+        if family_of(own).stacks_experts:
+            source = StackedSource(source, own)
         check_source(source, own)
     if not config.experts:
         return source
@@ -143,7 +147,7 @@ def weight_source(
 
 @torch.no_grad()
 def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedModel:
-    """Build the transformers model in fp32 with SDPA attention and with the same weights as the Megatron model.
+    """Build the transformers model in fp32 with the same weights as the Megatron model.
 
     Raises:
         UserError: If `resolve_hf_config` or `weight_source` raises it, or if the `LLMFamily` describes other tensors
@@ -152,7 +156,7 @@ def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedMod
     hf_config = resolve_hf_config(config)
     source = weight_source(config, hf_config, seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        hf_config, dtype=torch.float32, attn_implementation="sdpa"
+        hf_config, dtype=torch.float32, attn_implementation=_attention_of(hf_config)
     )
     # Otherwise, the embedding of the token `pad_token_id` would not be trained. Megatron trains all embeddings.
     model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
@@ -163,6 +167,12 @@ def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedMod
     for name, parameter in parameters.items():
         parameter.copy_(source.read(name, (slice(None),) * parameter.dim()))
     return model
+
+
+def _attention_of(hf_config: PretrainedConfig) -> str:
+    """Return transformers' name of the attention with which it computes an LLM: SDPA has neither sinks nor bounds."""
+    family = family_of(hf_config)
+    return "eager" if family.sinks or family.scales(hf_config).scores_cap is not None else "sdpa"
 
 
 def _check_shapes(hf_config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> None:
@@ -183,6 +193,7 @@ def _load_config(config: LLMConfig) -> PretrainedConfig:
     except (StrictDataclassError, OSError, ValueError) as error:
         raise UserError(f"{directory / 'config.json'}: not a usable model config ({_first_line(error)})") from error
     check_family(hf_config.model_type)
+    _check_precision(hf_config, directory)
     overrides = {k: v for k, v in config.config.items() if k != "model_type"}
     if config.config.get("model_type", hf_config.model_type) != hf_config.model_type:
         raise UserError(
@@ -195,6 +206,18 @@ def _load_config(config: LLMConfig) -> PretrainedConfig:
     # `to_dict` lists a key that has two names, such as num_experts, under only one of them.
     listed = type(hf_config).attribute_map
     return _construct({**hf_config.to_dict(), **{listed.get(k, k): v for k, v in overrides.items()}})
+
+
+def _check_precision(hf_config: PretrainedConfig, directory: Path) -> None:
+    """Check that weights are not quantized."""
+    found: Any = getattr(hf_config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
+    raise UserError(
+        f"{directory}: the weights are quantized ({method}); write them in bf16 to another folder, as in docs/llms.md, "
+        "section Dequantize, and give that folder"
+    )
 
 
 def _make_config(values: dict[str, Any]) -> PretrainedConfig:

@@ -132,8 +132,8 @@ class StateDictSource:
 class RandomSource:
     """Random initial weights.
 
-    Matrices are normally distributed with the standard deviation `initializer_range`. Biases are 0. The weights of
-    norms are 1, or 0 in families whose norms multiply by 1 + weight.
+    Matrices are normally distributed with the standard deviation `initializer_range`. Biases and attention sinks are 0.
+    The weights of norms are 1, or 0 in families whose norms multiply by 1 + weight.
 
     Every block of rows is drawn from a generator that is seeded by (seed, name, block). Any rank of any topology
     therefore gets the same values for the slices that it reads, and draws at most one additional block.
@@ -153,7 +153,7 @@ class RandomSource:
         """Implement `WeightSource`. The result is in fp32."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            constant = torch.zeros if name.endswith(".bias") else self._norm
+            constant = torch.zeros if name.endswith((".bias", ".sinks")) else self._norm
             return constant(shape)[index]
         start, stop, _ = index[0].indices(shape[0])
         blocks = range(start // RANDOM_BLOCK_ROWS, -(-stop // RANDOM_BLOCK_ROWS))

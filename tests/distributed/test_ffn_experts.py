@@ -18,6 +18,7 @@ from trainer.parallel.topology import Topology
 CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(2, 1, 1, 1, 2, 1), "mixtral", {"kinds": ["mixed", "fewer_samples_than_ranks"], "num_steps": 3}),
     (Topology(2, 2, 1, 1, 1, 2), "mixtral", {}),
+    (Topology(2, 2, 1, 1, 1, 2), "gpt_oss", {"num_steps": 2}),
     (Topology(2, 2, 1, 1, 2, 1), "qwen3_moe", {"kinds": ["mixed", "text_only"], "num_steps": 3}),
     (Topology(4, 2, 1, 2, 2, 2), "mixtral", {}),
     (Topology(4, 1, 2, 1, 2, 1), "qwen3_moe", {"num_steps": 2}),
@@ -27,6 +28,8 @@ MORE_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(4, 2, 1, 1, 4, 1), "qwen3_moe", {}),
     (Topology(4, 2, 2, 1, 2, 1), "qwen3_moe", {"kinds": ["mixed", "text_only"]}),
     (Topology(4, 2, 2, 1, 2, 1), "mixtral", {}),
+    (Topology(4, 2, 2, 1, 2, 1), "gpt_oss", {}),
+    (Topology(4, 2, 1, 1, 2, 2), "gpt_oss", {"lora": True, "num_steps": 2}),
     (Topology(4, 4, 1, 1, 2, 1), "qwen3_moe", {}),
     (Topology(4, 2, 1, 1, 2, 2), "mixtral", {"lora": True, "num_steps": 2}),
     (Topology(4, 2, 2, 1, 2, 1), "qwen3_moe", {"lora": True, "num_steps": 2}),

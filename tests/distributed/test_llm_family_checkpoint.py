@@ -1,4 +1,4 @@
-"""Tests that LLM families with shared tensors, or with norms after the branches, can resume on another topology."""
+"""Tests that LLM families with shared tensors, norms after the branches, or experts can resume on another topology."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.distributed.harness import run_ranks
 from tools.reshard import BEFORE, TOLERANCE, start, stop, train
 
 STEPS = 2
-FAMILIES = {"phi3": True, "gemma3_text": False}
+FAMILIES = {"phi3": True, "gemma3_text": False, "gpt_oss": True}
 """The families, and whether they train adapters."""
 
 

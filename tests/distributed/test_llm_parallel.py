@@ -41,7 +41,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"family": "llama", "pp": 2, "recompute": "full"},
         {"family": "llama", "dp": 2},
         {"family": "qwen2", "tp": 2, "frozen": True},
-        *({"family": family, "tp": 2} for family in ("phi3", "gemma3_text", "olmo3")),
+        *({"family": family, "tp": 2} for family in ("phi3", "gemma2", "gemma3_text", "olmo3")),
         *({"family": family, "pp": 2} for family in ("granite", "smollm3", "ministral3")),
     ],
     4: [
@@ -54,7 +54,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         *({"family": family, "tp": 2, "pp": 2, "recompute": "full"} for family in ("granite", "gemma3_text", "olmo3")),
         *(
             {"family": family, "tp": 2, "pp": 2}
-            for family in ("mistral", "qwen3", "smollm3", "phi3", "gemma3_text", "ministral3", "olmo2")
+            for family in ("mistral", "qwen3", "smollm3", "phi3", "gemma2", "gemma3_text", "ministral3", "olmo2")
         ),
     ],
 }

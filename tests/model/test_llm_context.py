@@ -26,6 +26,9 @@ CASES: list[dict[str, Any]] = [
     {"lengths": (5, 1, 30, 12), "window": 9, "softmax": 0.3},
     {"lengths": (7, 41), "window": 60, "long_queries": (0.1, 8)},
     {"lengths": (6,) * 8, "crosses": False},
+    {"lengths": (5, 31, 12), "window": 9, "sinks": (0.5, -1.0, 2.0, 0.0)},
+    {"lengths": (48,), "sinks": (0.5, -1.0, 2.0, 0.0)},
+    {"lengths": (20, 28), "window": 9, "cap": 0.7},
 ]
 
 
@@ -75,19 +78,28 @@ def attend_cases() -> list[list[float]]:
             1,
             rotary=rotary_embeddings(hf_config)[""],
             layer=AttentionLayer(window=case.get("window")),
-            scales=Scales(softmax=case.get("softmax"), long_queries=case.get("long_queries")),
+            scales=Scales(
+                softmax=case.get("softmax"), long_queries=case.get("long_queries"), scores_cap=case.get("cap")
+            ),
+            has_sinks="sinks" in case,
         )
+        if attention.sinks is not None:
+            attention.sinks.data = torch.tensor(case["sinks"])
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn(48, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
         factors = torch.randn(48, 4, 8, generator=generator)
         expected = attention(*inputs, packed_seq_params=PackedSequences(lengths=case["lengths"]))
-        wanted = torch.autograd.grad((expected * factors).sum(), inputs)
+        learned = [] if attention.sinks is None else [attention.sinks]
+        wanted = torch.autograd.grad((expected * factors).sum(), [*inputs, *learned])
         rows = torch.from_numpy(part.rows(48))
         own = [x.detach()[rows].requires_grad_() for x in inputs]
         packed = PackedSequences.of_part(case["lengths"], part)
         assert packed.gathers_keys == case.get("crosses", True)
         output = attention(*own, packed_seq_params=packed)
-        grads = torch.autograd.grad((output * factors[rows]).sum(), own)
-        pairs = [(output, expected), *zip(grads, wanted, strict=True)]
+        grads = torch.autograd.grad((output * factors[rows]).sum(), [*own, *learned])
+        pairs = [(output, expected), *zip(grads[:3], wanted[:3], strict=True)]
         found.append([float((mine - whole[rows]).abs().max()) for mine, whole in pairs])
+        for mine, whole in zip(grads[3:], wanted[3:], strict=True):
+            torch.distributed.all_reduce(mine)
+            found[-1].append(float((mine - whole).abs().max()))
     return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from model.config import LLMConfig, ModelConfig
@@ -17,6 +20,7 @@ from model.llm.mixture import Mixture
 from model.llm.names import hf_shapes
 from model.llm.reference import build_reference, resolve_hf_config
 from model.losses.router import ExpertBalance, RoutedTokens, RouterZ
+from trainer.parity_llms import EXPERTS
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -33,6 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3-normalized": {**QWEN, "num_experts_per_tok": 3, "norm_topk_prob": True, "mlp_only_layers": [1]},
     "qwen3-every-second": {**QWEN, "num_experts_per_tok": 2, "norm_topk_prob": False, "decoder_sparse_step": 2},
+    "gpt_oss": {"model_type": "gpt_oss", **EXPERTS["gpt_oss"], "intermediate_size": 64},
 }
 CONFIG = ModelConfig.__new__(ModelConfig)  # the losses read no option
 
@@ -57,9 +62,41 @@ def test_a_stock_folder_is_read_and_computes_the_same(tmp_path: Path, family: st
     with torch.no_grad(), observed(ours) as choices:
         difference = (ours(ids, use_cache=False).logits - stock(ids, use_cache=False).logits).abs().max()
     assert difference <= 1e-5
-    assert len(choices) == {"mixtral": 3, "qwen3-normalized": 2, "qwen3-every-second": 1}[family]
+    assert len(choices) == {"qwen3-normalized": 2, "qwen3-every-second": 1}.get(family, 3)
     assert all(choice.experts.shape == (22, FAMILIES[family]["num_experts_per_tok"]) for choice in choices)
     assert {n: tuple(p.shape) for n, p in ours.named_parameters()} == hf_shapes(stock.config)
+
+
+def test_a_quantized_folder_is_refused_and_read_after_the_documented_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published GPT-OSS: 32 values of 4 bits share a scale of 8 bits."""
+    stock_folder(tmp_path / "plain", "gpt_oss")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    (tmp_path / "mxfp4").mkdir()
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (tmp_path / "mxfp4" / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
+        count, inputs, outputs = tensors.pop(name).shape
+        blocks = (count, outputs, inputs // 32, 16)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, blocks, generator=generator, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(123, 127, blocks[:3], generator=generator, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "mxfp4" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"mxfp4: the weights are quantized \(mxfp4\); write them in bf16 .*llms.md"):
+        resolve_hf_config(LLMConfig(weights=str(tmp_path / "mxfp4")))
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "llms.md").read_text(encoding="utf-8")
+    found = re.search(r"## Dequantize GPT-OSS.*?```python\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {}
+    exec(found[1].replace("openai/gpt-oss-20b", "mxfp4"), names)
+    read = build_reference(LLMConfig(weights="gpt-oss-20b-bf16")).eval()
+    ids = torch.randint(0, 97, (1, 11), generator=generator)
+    with torch.no_grad():
+        wanted = names["llm"].float().eval()(ids, use_cache=False).logits
+        assert (read(ids, use_cache=False).logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 def test_the_number_of_experts_can_be_overridden_under_either_name(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from model.llm.packing import KVCache, PackedSequences
 from model.llm.reference import build_reference
 from model.llm.weights import StateDictSource, global_parameters, load_megatron
 from trainer.parallel.cpu import megatron_calls
-from trainer.parity_llms import FEATURED, features
+from trainer.parity_llms import EXPERTS, FEATURED, features
 
 VOCAB = 97
 LENGTHS = (5, 9, 1, 6)
@@ -63,6 +63,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "mlp_only_layers": [0],
     },
+    "gpt_oss": {"model_type": "gpt_oss", **EXPERTS["gpt_oss"]},
     **{family: {"model_type": family, **features(family, 2)} for family in FEATURED},
 }
 
@@ -144,7 +145,7 @@ def test_segments_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("family", "frozen_embedding"),
-    [("qwen3", False), ("qwen3", True), ("granite", True), ("gemma3_text", False), ("olmo3", True)],
+    [("qwen3", False), ("qwen3", True), ("granite", True), ("gemma2", False), ("gemma3_text", False), ("olmo3", True)],
 )
 def test_recomputation_changes_nothing(family: str, frozen_embedding: bool) -> None:
     gradients = []
@@ -189,7 +190,9 @@ def test_olmo_rounds_to_bf16_where_transformers_does() -> None:
     torch.testing.assert_close(rotated, wanted[0].transpose(0, 1), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral-window", *FEATURED])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "mistral-window", *FEATURED]
+)
 def test_decoding_with_a_cache_equals_the_whole_forward(family: str) -> None:
     """Decode sequences of different lengths, of which one ends early, in chunks of several tokens with padding."""
     reference, gpt = pair(family)

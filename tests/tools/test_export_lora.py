@@ -49,6 +49,18 @@ def merged(oracle: SpeechLLM) -> dict[str, Tensor]:
     return found
 
 
+def test_adapters_of_experts_that_transformers_stores_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are merged, but peft cannot add them to a part of a tensor."""
+    lora = (LoraConfig("llm.*.mlp.experts.2.*", rank=2, alpha=3),)
+    write_run(tmp_path / "run", model=tiny_model("gpt_oss", num_layers=2), lora=lora)
+    command = [str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "fp32"]
+    assert export.main([*command, "--verify", str(write_manifest(tmp_path))]) == 0
+    assert export.main([command[0], str(tmp_path / "peft"), "--llm-only", "--adapter"]) == 2
+    assert "belongs to an expert, which transformers stores in one tensor" in capsys.readouterr().err
+
+
 def test_adapters_are_merged_and_the_export_is_verified(made: tuple[Path, SpeechLLM], tmp_path: Path) -> None:
     root, oracle = made
     manifest = write_manifest(tmp_path)

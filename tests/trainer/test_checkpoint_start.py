@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.errors import UserError
@@ -67,6 +68,19 @@ def test_every_weight_is_used_and_new_parts_are_listed(made: tuple[Path, dict[st
     shards = shards_of(wanted)
     new = fill_weights(open_origin(url, exported), shards, MODEL)
     assert set(new) == {"5 rows of model.embed_tokens.weight", *(["the head of the loss ctc"] if exported else [])}
+    check(shards, wanted)
+
+
+def test_experts_that_an_export_stores_together_are_read_separately(tmp_path: Path) -> None:
+    """GPT-OSS: the exported tensors are those of transformers, and a run starts from the matrices within them."""
+    tensors = tensors_of(write_run(tmp_path / "run", model=tiny_model("gpt_oss", num_layers=2)))
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["llm.model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 32, 2 * 48)
+    assert not any(".experts.0." in name for name in stored if name.startswith("llm."))
+    wanted = {name: tensor for name, tensor in tensors.items() if not name.startswith("audio.ctc_head.")}
+    shards = shards_of(wanted)
+    assert fill_weights(open_origin(str(tmp_path / "out"), True), shards, tiny_model("gpt_oss", num_layers=2)) == []
     check(shards, wanted)
 
 

@@ -27,6 +27,7 @@ PUBLISHED: dict[str, tuple[float, dict[str, Any]]] = {
         {"model_type": "phi3", "vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8}
         | {"tie_word_embeddings": True},
     ),
+    "Gemma 2 2B": (2.61e9, {"model_type": "gemma2"}),
     "Gemma 3 1B": (
         1.0e9,
         {"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912}
@@ -65,7 +66,7 @@ def test_memory_is_traced_with_the_modules_of_the_family(family: str) -> None:
         return memory.layers
 
     plain, featured = kept("llama", "none"), kept(family, "none")
-    assert featured > 0.9 * plain and (featured > plain) == (family in ("gemma3_text", "olmo2", "olmo3"))
+    assert featured > 0.9 * plain and (featured > plain) == (family in ("gemma2", "gemma3_text", "olmo2", "olmo3"))
     assert kept(family, "full") == 2 * 64 // 2 * 32 * 2
 
 

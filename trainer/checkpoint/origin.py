@@ -9,12 +9,13 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from model.errors import UserError
+from model.llm.families import LLM_FAMILIES
 from trainer.checkpoint.bucket_folder import BucketFolder
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import Folder, LocalFolder
@@ -25,9 +26,13 @@ from trainer.checkpoint.signing import VARIABLE, signing_key
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.storage.open import open_store, scheme_of
 
+if TYPE_CHECKING:
+    from model.llm.stacked import Part  # imports transformers
+
 CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _KIND = "earshot"
+_LLM = "llm."
 
 
 class Origin(Protocol):
@@ -101,7 +106,8 @@ class ExportOrigin:
         self.url = url.rstrip("/")
         if signing_key() is not None:
             raise UserError(f"{self.url}: exports are not signed; start from a signed checkpoint, or unset {VARIABLE}")
-        self.experts = _expert_names(read_export_config(url), self.url)
+        config = read_export_config(url)
+        self.experts = _expert_names(config, self.url)
         above, _, name = self.url.rpartition("/")
         remote = bool(scheme_of(url))
         folder: Folder = BucketFolder(open_store(above), self.url, name) if remote else LocalFolder(Path(self.url))
@@ -116,6 +122,25 @@ class ExportOrigin:
                 matrix = matrix_of(span.shape)
                 self._shapes[key], self._files[key] = span.shape, file
                 file.spans[key] = replace(span, shape=(matrix.rows, matrix.cols))
+        self._parts: dict[str, tuple[str, Part]] = {}
+        """The exported tensor that contains each tensor of an expert, for LLMs whose experts are stored together."""
+        self._separate_experts(config.get("text_config", {}))
+
+    def _separate_experts(self, text_config: Mapping[str, Any]) -> None:
+        family = LLM_FAMILIES.get(text_config.get("model_type", ""))
+        if family is None or not family.stacks_experts:
+            return
+        from transformers import AutoConfig
+
+        from model.llm.stacked import stacked_tensors
+
+        for name, stacked in stacked_tensors(AutoConfig.for_model(**text_config)).items():
+            shape = self._shapes.pop(_LLM + name, None)
+            if shape != stacked.shape:
+                raise UserError(f"{self.url}: {_LLM}{name} has shape {shape}, not {stacked.shape}; export it again")
+            for part in stacked.parts:
+                self._parts[_LLM + part.name] = (_LLM + name, part)
+                self._shapes[_LLM + part.name] = tuple(part.of(torch.empty(shape, device="meta")).shape)
 
     def names(self) -> Collection[str]:
         return self._shapes
@@ -124,10 +149,19 @@ class ExportOrigin:
         return self._shapes.get(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._files[name].spans[name].dtype
+        stored, _ = self._parts.get(name, (name, None))
+        return self._files[stored].spans[stored].dtype
 
     def read(self, name: str, wanted: Rect, target: Tensor) -> None:
         whole = matrix_of(self._shapes[name])
+        if name in self._parts:
+            stored, part = self._parts[name]
+            published = self._files[stored].spans[stored]
+            row = torch.empty(1, published.shape[1], dtype=published.dtype)
+            self._files[stored].copy_part(stored, (slice(part.expert, part.expert + 1), slice(None)), row)
+            own = part.of_row(row[0], self._shapes[name]).reshape(whole.rows, whole.cols)
+            target.copy_(own[wanted.within(whole)])
+            return
         self._files[name].copy_part(name, wanted.within(whole), target)
 
     def learned(self) -> Mapping[str, int]:

@@ -21,14 +21,21 @@ def adapter_names(source: Source) -> dict[str, str]:
     """Return the names of all factors of the LLM's low-rank adapters: peft's name → name in the checkpoint.
 
     Raises:
-        UserError: If the LLM has no adapter, or if other weights of the LLM were trained, which an adapter cannot
-            contain.
+        UserError: If the LLM has no adapter, if other weights of the LLM were trained, which an adapter cannot contain,
+            or if an adapter belongs to a part of a tensor in transformers.
     """
     saved = {name: entry for name, entry in source.reader.manifest.tensors.items() if name.startswith(LLM)}
     factors = {f"{_PREFIX}{name.removeprefix(LLM)}.weight": name for name in saved if is_factor(name)}
     where = f"{source.folder.url}: --adapter"
     if not factors:
         raise UserError(f"{where}: the LLM has no adapters; export without --adapter")
+    stacked = {LLM + part.name for tensor in source.stacked().values() for part in tensor.parts}
+    within = sorted(name for name in factors.values() if f"{name.rpartition('.')[0]}.weight" in stacked)
+    if within:
+        raise UserError(
+            f"{where}: {within[0]} belongs to an expert, which transformers stores in one tensor with all experts, so "
+            "peft cannot adapt it; export with --merge"
+        )
     learned = sorted(name for name, entry in saved.items() if entry.step is not None and not is_factor(name))
     if learned:
         raise UserError(

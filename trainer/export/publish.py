@@ -27,9 +27,9 @@ from trainer.export.card import Findings, model_card
 from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_name
 from trainer.export.published.exporting import original_names, read_original, write_original_files
 from trainer.export.serving.folder import write_vllm_folder
-from trainer.export.source import Selection, Source
+from trainer.export.source import LLM, Selection, Source
 from trainer.export.tokenizer import read_processor, write_processor, write_tokenizer
-from trainer.export.weights import plan_shards, plan_targets, write_weights
+from trainer.export.weights import plan_shards, plan_targets, stack_targets, write_weights
 from trainer.files import locked, write_whole
 from trainer.run_tokenizer import DIGEST
 
@@ -109,6 +109,7 @@ def _export(source: Source, out: Path, options: Options, on_bytes: Callable[[int
         names = original_names(original)
     try:
         targets = plan_targets(source.reader, names, dtype, source.rows(selection), source.adapters())
+        targets = stack_targets(targets, source.stacked(), "" if options.llm_only else LLM)
         total = sum(t.num_bytes for t in targets)
         shards = {ADAPTER_WEIGHTS: targets} if options.adapter else plan_shards(targets, options.shard_bytes)
         write_weights(source.reader, shards, temporary, lambda n: on_bytes(n, total))

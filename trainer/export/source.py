@@ -19,6 +19,7 @@ from model.lengths import TokenRate
 from model.llm.experts import place_experts
 from model.llm.families import mixture_of, modules_of
 from model.llm.mixture import described
+from model.llm.stacked import Stacked, stacked_tensors
 from model.lora import Adapters
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import LocalFolder
@@ -183,6 +184,12 @@ class Source:
         dropped = tuple(f"{AUDIO}experts.{name}." for name in selection.dropped)
         heads = re.compile(rf"{re.escape(AUDIO)}\w+_head\.")  # Only losses use these tensors.
         return {name: name for name in saved if not name.startswith(dropped) and not heads.match(name)}
+
+    def stacked(self) -> dict[str, Stacked]:
+        """Return the tensors of the LLM that contain tensors of several experts in transformers, by name there."""
+        from transformers import AutoConfig
+
+        return stacked_tensors(AutoConfig.for_model(**self.model.text_config))
 
     def adapters(self) -> dict[str, LowRank]:
         """Return the low-rank adapters of the checkpoint, by the saved name of the adapted weight."""

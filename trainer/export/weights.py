@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from model.llm.stacked import Part, Stacked
 from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import PARAM, key_of
 from trainer.checkpoint.reader import Reader
@@ -51,6 +52,8 @@ class Target:
     """The rows of the checkpoint's tensor to export, in order; None for all rows."""
     adapter: LowRank | None = None
     """The adapter to merge into the tensor; None for none."""
+    parts: tuple[tuple[Part, Target], ...] = ()
+    """For a tensor of all experts of a layer: its parts, each with the target that it would be as a separate tensor."""
 
     @property
     def num_bytes(self) -> int:
@@ -83,6 +86,27 @@ def plan_targets(
         saved = dtype if saved.is_floating_point else saved
         targets.append(Target(name, source, shape, saved, kept, adapters.get(source)))
     return targets
+
+
+def stack_targets(targets: Sequence[Target], stacked: Mapping[str, Stacked], prefix: str) -> list[Target]:
+    """Return the targets with published tensors of all experts in place of those of single experts.
+
+    Args:
+        targets: the targets, with one per tensor of an expert.
+        stacked: the published tensors.
+        prefix: the prefix of the LLM's exported names.
+    """
+    by_name = {target.name: target for target in targets}
+    owners = {prefix + part.name: name for name, tensor in stacked.items() for part in tensor.parts}
+    found: dict[str, Target] = {}
+    for target in targets:
+        name = owners.get(target.name)
+        if name is None:
+            found[target.name] = target
+        elif prefix + name not in found:
+            parts = tuple((part, by_name[prefix + part.name]) for part in stacked[name].parts)
+            found[prefix + name] = Target(prefix + name, "", stacked[name].shape, target.dtype, parts=parts)
+    return list(found.values())
 
 
 def plan_shards(targets: Sequence[Target], shard_bytes: int) -> dict[str, list[Target]]:
@@ -148,6 +172,14 @@ def _write_shard(reader: Reader, targets: Sequence[Target], path: Path, on_bytes
 
 
 def _write_tensor(reader: Reader, target: Target, handle: int, offset: int) -> None:
+    if target.parts:
+        stacked = torch.empty(target.shape, dtype=target.dtype)
+        for part, own in target.parts:
+            adapter = own.adapter
+            read = _read_whole(reader, own.source) if adapter is None else read_merged(reader, own.source, adapter)
+            part.of(stacked).copy_(read.view(own.shape))
+        _write_at(handle, offset, memory_of(stacked))
+        return
     entry = reader.manifest.tensors[target.source]
     whole = matrix_of(entry.shape)
     if target.adapter is not None:

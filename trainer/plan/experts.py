@@ -49,7 +49,9 @@ def expert_parameters(hf_config: PretrainedConfig) -> int:
     mixture = mixture_of(hf_config)
     if mixture is None:
         return 0
-    return len(mixture.layers) * len(mixture.experts) * 3 * mixture.width * hf_config.hidden_size
+    hidden = hf_config.hidden_size
+    size = 3 * mixture.width * hidden + (2 * mixture.width + hidden if mixture.biases else 0)
+    return len(mixture.layers) * len(mixture.experts) * size
 
 
 def active_parameters(hf_config: PretrainedConfig) -> int:

@@ -196,7 +196,7 @@ def _trace(
 
     fused = kernels.transformer_engine and kernels.device == "cuda" and dtype != torch.float32
     for module in gpt.modules():
-        if fused and isinstance(module, PackedAttention):
+        if fused and isinstance(module, PackedAttention) and module.can_fuse:
             module.fused = PackedFlash()
     states = [*gpt.parameters(), *(p.main_grad for p in gpt.parameters() if hasattr(p, "main_grad"))]
     gpt.train()

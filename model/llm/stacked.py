@@ -1,0 +1,124 @@
+"""The experts of GPT-OSS as published: each tensor contains one projection, or its biases, of all experts of a layer.
+
+Everywhere else, and in checkpoints, each projection of an expert is a separate matrix [outputs, inputs]. The published
+tensors are those of `GptOssExperts` in transformers: matrices are transposed, and the columns of gate and up alternate.
+
+Shapes: E experts, H hidden width, F width of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from model.llm.families import family_of, mixture_of, modules_of
+from model.llm.names import Index
+from model.llm.weights import WeightSource
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a published tensor that is one tensor of an expert."""
+
+    name: str
+    """The name of the expert's tensor."""
+    expert: int
+    """The index of the expert, along the first dimension of the published tensor."""
+    columns: slice
+    """The columns along the last dimension of the published tensor."""
+    transposed: bool
+    """True if the expert's tensor is the transpose of this part."""
+
+    def of(self, stacked: Tensor) -> Tensor:
+        """Return a view of the expert's tensor within the published tensor."""
+        return self.of_expert(stacked[self.expert])
+
+    def of_expert(self, published: Tensor) -> Tensor:
+        """Return a view of the expert's tensor, given the part of the published tensor that belongs to the expert."""
+        part = published[..., self.columns]
+        return part.T if self.transposed else part
+
+    def of_row(self, row: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the expert's tensor, given all values of the published tensor that belong to the expert.
+
+        Args:
+            row: The values, in one dimension.
+            shape: The shape of the expert's tensor.
+        """
+        return self.of_expert(row.view(shape[1], -1) if self.transposed else row)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A published tensor that contains tensors of all experts of a layer."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+def stacked_tensors(hf_config: PretrainedConfig) -> dict[str, Stacked]:
+    """Return the published tensors that contain tensors of several experts, by name; none for most families."""
+    mixture = mixture_of(hf_config)
+    if mixture is None or not family_of(hf_config).stacks_experts:
+        return {}
+    modules, hidden, width, count = modules_of(hf_config), hf_config.hidden_size, mixture.width, len(mixture.experts)
+    whole, found = slice(None), dict[str, Stacked]()
+    sides = {
+        "gate_up_proj": (hidden, 2 * width, {"expert_gate": slice(0, None, 2), "expert_up": slice(1, None, 2)}),
+        "down_proj": (width, hidden, {"expert_down": whole}),
+    }
+    for n in mixture.layers:
+        prefix = modules["layer"].format(n=n)
+        root = f"{prefix}.{modules['expert_gate'].partition('.{e}')[0]}"
+        for name, (rows, columns, roles) in sides.items():
+            for kind in ("weight", "bias"):
+                parts = tuple(
+                    Part(f"{prefix}.{modules[role].format(e=expert)}.{kind}", e, own, kind == "weight")
+                    for e, expert in enumerate(mixture.experts)
+                    for role, own in roles.items()
+                )
+                shape = (count, rows, columns) if kind == "weight" else (count, columns)
+                found[f"{root}.{name}{'_bias' if kind == 'bias' else ''}"] = Stacked(shape, parts)
+    return found
+
+
+class StackedSource:
+    """The weights of an LLM with stacked experts, under the names of separate experts; implements `WeightSource`.
+
+    Args:
+        published: The weights as published.
+        hf_config: The LLM.
+    """
+
+    def __init__(self, published: WeightSource, hf_config: PretrainedConfig) -> None:
+        self._published = published
+        tensors = stacked_tensors(hf_config)
+        self._parts = {part.name: (name, part) for name, stacked in tensors.items() for part in stacked.parts}
+        self._wanted = {name: stacked.shape for name, stacked in tensors.items()}
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Implement `WeightSource`. A tensor of an expert has no shape if the published tensor has another shape."""
+        if name not in self._parts:
+            return self._published.shape(name)
+        stacked, part = self._parts[name]
+        if self._published.shape(stacked) != self._wanted[stacked]:
+            return None
+        *rows, columns = self._wanted[stacked][1:]
+        size = len(range(columns)[part.columns])
+        return (size, *rows)
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """Implement `WeightSource`."""
+        if name not in self._parts:
+            return self._published.read(name, index)
+        stacked, part = self._parts[name]
+        whole = (slice(None),) * (len(self._wanted[stacked]) - 1)
+        own = self._published.read(stacked, (slice(part.expert, part.expert + 1), *whole))[0]
+        return part.of_expert(own)[index]
+
+    def where(self, name: str) -> str:
+        """Implement `WeightSource`."""
+        stacked, _ = self._parts.get(name, (name, None))
+        return self._published.where(stacked)
