@@ -18,8 +18,12 @@ from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import Topology
 from trainer.parity_cases import tiny_model
 from trainer.parity_llms import FEATURED
+from trainer.plan.accelerator import KNOWN
+from trainer.plan.experts import expert_parameters
 from trainer.plan.flops import causal_attention_flops
+from trainer.plan.layer_time import RankRates, attention_seconds
 from trainer.plan.llm_memory import Kernels, stage_memory
+from trainer.plan.mechanisms import Mechanisms
 
 PUBLISHED: dict[str, tuple[float, dict[str, Any]]] = {
     "Phi-4-mini": (
@@ -70,6 +74,17 @@ def test_memory_is_traced_with_the_modules_of_the_family(family: str) -> None:
     assert kept(family, "full") == 2 * 64 // 2 * 32 * 2
 
 
+def test_the_plan_of_experts_with_biases_has_all_parameters_and_the_memory_of_sinks() -> None:
+    hf_config = resolve_hf_config(tiny_model("gpt_oss").llm)
+    names = [name for name in hf_shapes(hf_config) if ".experts." in name]
+    assert expert_parameters(hf_config) == sum(torch.Size(hf_shapes(hf_config)[n]).numel() for n in names)
+    options: dict[str, Any] = {"optim": OptimConfig(), "dtype": torch.bfloat16, "recompute": "none"}
+    kernels, topology = Kernels(device="cuda", transformer_engine=True), Topology(2, 1, 2)
+    sinks = stage_memory(hf_config, topology, 1, (40, 24), 2, kernels=kernels, **options)
+    mixtral = resolve_hf_config(tiny_model("mixtral").llm)
+    assert sinks.layers > stage_memory(mixtral, topology, 1, (40, 24), 2, kernels=kernels, **options).layers
+
+
 def test_windows_save_flops() -> None:
     fields = {"model_type": "mistral", "sliding_window": 64, "num_hidden_layers": 3, "max_position_embeddings": 4096}
     tokens = np.array([1000, 32])
@@ -82,6 +97,15 @@ def test_windows_save_flops() -> None:
         found.append(causal_attention_flops(model, workload))
         assert found[-1] == pytest.approx(3 * 4.0 * 4096 * scores, rel=0.02)
     assert found[0] < 0.13 * found[1]
+
+
+def test_bounded_scores_take_more_time_than_a_fused_kernel() -> None:
+    """They are computed twice, and written to memory."""
+    mechanisms = Mechanisms(fused_attention=True)
+    rates = RankRates(KNOWN["h100"], mechanisms, bytes_per_value=2)
+    gemma2, gemma3 = (resolve_hf_config(tiny_model(name).llm) for name in ("gemma2", "gemma3_text"))
+    slow, fast = (attention_seconds(config, rates, 1, 4096, 4096.0**2) for config in (gemma2, gemma3))
+    assert slow.forward > 2 * fast.forward and slow.backward > 2 * fast.backward
 
 
 def test_longrope_supports_the_original_number_of_positions() -> None:

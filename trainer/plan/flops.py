@@ -11,6 +11,7 @@ import numpy as np
 from model.llm.features import attention_layers
 from model.llm.names import head_dim
 from trainer.config.schema import Recipe
+from trainer.plan.layer_time import bounds_scores
 from trainer.plan.sizes import PartSizes, SizedModel
 from trainer.plan.workload import EncoderWork, Workload
 
@@ -54,6 +55,7 @@ def step_flops(
         encoders += forward * (3 if trains else 1)
         again = recipe.train.recompute_encoders + recipe.train.recompute_encoder_calls
         recomputed += forward * again if trains else 0.0
+    recomputed += masked if bounds_scores(model.llm) else 0.0
     recomputed += {"none": 0.0, "selective": masked, "full": llm_forward}[recipe.train.recompute_llm]
     return Flops(llm, encoders, recomputed, masked * 3)
 

@@ -135,13 +135,15 @@ def attention_seconds(config: PretrainedConfig, rates: RankRates, tp: int, rows:
 def _attention(config: PretrainedConfig, rates: RankRates, tp: int, rows: float, squares: float) -> Seconds:
     accelerator, heads, d = rates.accelerator, config.num_attention_heads / tp, head_dim(config)
     causal = 2.0 * heads * d * squares
-    if rates.mechanisms.fused_attention:
+    bounded = bounds_scores(config)
+    if rates.mechanisms.fused_attention and not bounded:
         rate = rates.peak * accelerator.attention_efficiency
         return Seconds(causal / rate, 2.5 * causal / rate)  # the fused backward pass computes the scores again
     length = squares / rows
     rate = rates.peak * accelerator.matrix_share(length, length, d)
     forward, backward = (rates.memory(heads * squares * each) for each in _SCORE_BYTES)
-    return Seconds(2 * causal / rate + forward, 4 * causal / rate + backward)
+    first = 2 * causal / rate + forward
+    return Seconds(first, 4 * causal / rate + backward + (first if bounded else 0.0))
 
 
 def recomputed_seconds(
@@ -186,6 +188,11 @@ def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: floa
     values = (10 * whole + rotary[0] + gate[0], 12 * whole + rotary[1] + gate[1])
     forward, backward = (rates.memory(rows * v * rates.bytes_per_value) for v in values)
     return forward, backward
+
+
+def bounds_scores(config: PretrainedConfig) -> bool:
+    """Return True if attention scores are bounded. They are then stored, and computed again in the backward pass."""
+    return family_of(config).scales(config).scores_cap is not None
 
 
 def _fuses_gate(config: PretrainedConfig) -> bool:
