@@ -131,7 +131,8 @@ class _Expert(MLP):
         """
         both, bias = self.linear_fc1(hidden_states)
         weight = per_token_scale[:, None]
-        gated = gate_experts(*(both + bias).chunk(2, dim=-1), self.clamp)
+        gate, up = (both + bias).chunk(2, dim=-1)
+        gated = gate_experts(gate, up, self.clamp)
         output, bias = self.linear_fc2((gated * weight).to(gated.dtype))
         return output + (_Share.apply(bias, self.num_ranks) * weight).to(output.dtype), None
 

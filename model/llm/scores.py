@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 from model.llm.features import SINK_CHANNELS
 
-_RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}
 BOUNDED_ROWS = 256
 """The number of queries in a block whose bounded scores are stored at the same time."""
 
@@ -103,7 +102,9 @@ def _attend_bounded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     for first in range(0, rows, BOUNDED_ROWS):
         block = slice(first, first + BOUNDED_ROWS)
         bounded = partial(_bounded, mask=mask[..., block, :], scale=scale, cap=cap)
-        found.append(checkpoint(bounded, query[..., block, :], key, value, **_RECOMPUTED))
+        found.append(
+            checkpoint(bounded, query[..., block, :], key, value, use_reentrant=False, preserve_rng_state=False)
+        )
     return torch.cat(found, dim=-2)
 
 

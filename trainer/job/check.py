@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from model.errors import UserError
@@ -58,7 +58,8 @@ class Facts:
     def from_json(line: str) -> Facts:
         """Return the facts that a line of JSON contains."""
         tree = json.loads(line)
-        return Facts(**{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()})
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in tree.items()}
+        return Facts(**fields)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,8 +22,18 @@ def _audio(audio: Any, config: Mapping[str, Any]) -> Audio:
         raise unsupported(_TITLE, f"activation_function = {audio.activation_function!r}", "only 'gelu' is supported")
     if audio.output_dim != width:
         raise unsupported(_TITLE, f"audio_config.output_dim = {audio.output_dim}", f"the LLM's hidden_size is {width}")
-    keys = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
-    keys += ("activation_function", "n_window", "n_window_infer", "downsample_hidden_size", "max_position_embeddings")
+    keys: tuple[str, ...] = (
+        "num_mel_bins",
+        "d_model",
+        "encoder_layers",
+        "encoder_attention_heads",
+        "encoder_ffn_dim",
+        "activation_function",
+        "n_window",
+        "n_window_infer",
+        "downsample_hidden_size",
+        "max_position_embeddings",
+    )
     fields = {key: getattr(audio, key) for key in keys}
     encoder = EncoderConfig("qwen3_asr", "qwen3_asr_no_norm", config=fields, window_sec=_LONGEST_SEC)
     # A chunk of 2 · n_window mel frames has n_window frames of 20 ms, of which the encoder joins four.
