@@ -51,6 +51,7 @@ from model.errors import UserError
 from model.llm.attention import PackedAttention
 from model.llm.families import LLMFamily, family_of, mixture_of
 from model.llm.features import attention_layers
+from model.llm.frozen import use_one_product
 from model.llm.megatron_experts import RowParallelWithBias, expert_options, expert_spec, watch
 from model.llm.mlp import MLPS
 from model.llm.names import head_dim, padded_vocab_size, tp_dim
@@ -189,6 +190,7 @@ def build_megatron(
         ep_size: The number of ranks over which the FFN experts of a layer are distributed.
         expert_tp_size: The number of ranks that share an expert; None for `tp_size`.
     """
+    use_one_product()
     config = transformer_config(
         hf_config,
         tp_size=tp_size,
@@ -334,10 +336,23 @@ def _add_hooks(gpt: GPTModel, hf_config: PretrainedConfig, first: bool, last: bo
             gpt.decoder.register_forward_pre_hook(partial(_scale_inputs, scale=scales.inputs), with_kwargs=True)
         if config.recompute_granularity is not None:
             gpt.decoder.register_forward_pre_hook(_require_grad, with_kwargs=True)
+    if last:
+        gpt.output_layer.rows = None
+        gpt.register_forward_pre_hook(_note_output_rows, with_kwargs=True)
+        gpt.output_layer.register_forward_pre_hook(_select_output_rows)
     if last and (scales.logits != 1.0 or scales.logits_cap is not None):
         gpt.output_layer.register_forward_hook(partial(_scale_logits, divisor=scales.logits, cap=scales.logits_cap))
     if last and padded_vocab_size(hf_config, config.tensor_model_parallel_size) > hf_config.vocab_size:
         gpt.output_layer.register_forward_hook(partial(_mask_padded_columns, vocab_size=hf_config.vocab_size))
+
+
+def _note_output_rows(gpt: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    gpt.output_layer.rows = kwargs["packed_seq_params"].output_rows
+
+
+def _select_output_rows(module: nn.Module, args: Any) -> Any:
+    """Reduce the input [t, 1, H] of the output layer to the rows whose logits are wanted (`PackedSequences`)."""
+    return args if module.rows is None else (args[0].index_select(0, module.rows), *args[1:])
 
 
 def _scale_inputs(_module: nn.Module, args: Any, kwargs: dict[str, Any], *, scale: float) -> tuple[Any, dict[str, Any]]:

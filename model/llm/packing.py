@@ -94,6 +94,9 @@ class PackedSequences(PackedSeqParams):
     """A function that the router of every layer with experts calls in training. Its arguments are the number of the
     layer, the router's choices, this pack and the tensor-parallel group. It returns a scalar loss, whose gradient is
     added to the gradient of the router's output."""
+    output_rows: Tensor | None = None
+    """The rows [n] whose logits are computed, in order; None for all rows. Only without tensor parallelism, which
+    distributes the rows over ranks."""
 
     def __post_init__(self) -> None:
         assert self.lengths and all(n > 0 for n in self.lengths), self.lengths

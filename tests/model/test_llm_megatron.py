@@ -133,6 +133,16 @@ def test_logits_and_gradients_equal_transformers(family: str) -> None:
     assert covered == {name for name, _ in reference.named_parameters()}
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite"])
+def test_only_wanted_rows_have_logits(family: str) -> None:
+    """The families scale or cap their logits in hooks of the output layer."""
+    _, gpt = pair(family)
+    ids, rows = tokens(), torch.tensor([0, 4, 13, 20])
+    whole = run(gpt, ids, PackedSequences(lengths=LENGTHS))
+    torch.testing.assert_close(run(gpt, ids, PackedSequences(lengths=LENGTHS, output_rows=rows)), whole[rows])
+    assert torch.equal(run(gpt, ids, PackedSequences(lengths=LENGTHS)), whole), "rows hold for one pack only"
+
+
 def test_segments_do_not_see_each_other() -> None:
     _, gpt = pair("llama")
     ids = tokens()

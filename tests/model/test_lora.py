@@ -10,13 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import layers
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.profiler import ProfilerActivity, profile
 
 from model.batch import Batch
 from model.config import LLMConfig, LoraConfig
 from model.errors import UserError
 from model.lengths import TokenRate
+from model.llm import frozen
+from model.llm.frozen import use_one_product
 from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import local_pieces, tp_dim
@@ -209,6 +213,23 @@ def test_megatron_computes_the_same(one_rank: None, family: str) -> None:
     assert factors <= checked and any("gate_proj" in n or ".w1" in n for n in factors)
     if family != "mixtral":  # the pattern names `mlp`, where Mixtral has `block_sparse_moe`
         assert "model.layers.1.mlp.up_proj.weight" in checked
+
+
+def test_a_frozen_weight_is_multiplied_once_and_not_once_per_row(one_rank: None) -> None:
+    """The gradient of the output has the strides of a transposed tensor, as it may have behind attention."""
+    layer = frozen.LinearWithFrozenWeight
+    with megatron_calls():
+        use_one_product()
+        assert layers.LinearWithFrozenWeight is layer, "Megatron's layers use it"
+        weight, x = torch.randn(6, 4), torch.randn(5, 1, 4, requires_grad=True)
+        output = layers.linear_with_frozen_weight(x, weight, None, False, False, False, None)
+        grad = torch.randn(1, 6, 5).permute(2, 0, 1)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            output.backward(grad)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, (grad.reshape(5, 6) @ weight)[:, None])
+    called = {event.key for event in profiler.key_averages()}
+    assert "aten::mm" in called and "aten::bmm" not in called
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

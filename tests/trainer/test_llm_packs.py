@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import torch
 
+from model.batch import IGNORE
+from model.config import ModelConfig
+from model.losses.next_token import NextToken
+from model.losses.vocabulary import Vocabulary
+from trainer.engine import token_losses
 from trainer.engine.llm import _TrainedPacks
 from trainer.engine.packs import Packs
+from trainer.engine.token_losses import PackedLoss
 
 
 def packs() -> Packs:
@@ -38,3 +46,33 @@ def test_micro_batch_does_not_change_the_gradients_of_others() -> None:
     assert [part.shape for part in step.audio] == [(2000, 2)] * 4
     step.audio[1].sum().backward()
     assert [part.grad is None for part in step.audio] == [True, False, True, True]
+
+
+def step_of(tp: int, losses: list[Any], labels: torch.Tensor) -> _TrainedPacks:
+    engine = SimpleNamespace(groups=SimpleNamespace(topology=SimpleNamespace(tp=tp), is_first_stage=True))
+    found = packs()
+    return _TrainedPacks(cast(Any, engine), replace(found, labels=labels), losses, None)
+
+
+def test_only_rows_with_a_label_need_logits() -> None:
+    labels = torch.full((8000,), IGNORE)
+    labels[[3, 3999]] = 7
+    step = step_of(1, [PackedLoss(NextToken(), ModelConfig(), 0.5)], labels)
+    rows = [step.labelled_rows(m) for m in range(2)]
+    assert rows[0] is not None and rows[0].tolist() == [3, 3999]
+    assert rows[1] is not None and rows[1].tolist() == [0], "at least one, whose label is ignored"
+    assert step_of(2, step.losses, labels).labelled_rows(0) is None, "tensor-parallel ranks hold different rows"
+    compared = replace(step.losses[0], rows=(torch.tensor([1]),))
+    assert step_of(1, [compared], labels).labelled_rows(0) is None, "a reference is compared in other rows"
+
+
+def test_the_loss_of_chosen_rows_is_that_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_losses, "TensorParallelVocabulary", Vocabulary)
+    labels, logits = torch.full((8000,), IGNORE), torch.randn(1, 4000, 5)
+    labels[[3, 3999]] = torch.tensor([2, 4])
+    losses = [PackedLoss(NextToken(), ModelConfig(), 0.5)]
+    some, whole = step_of(1, losses, labels), step_of(2, losses, labels)
+    total = some.loss(0, logits[:, [3, 3999]])[0]
+    assert total > 0
+    torch.testing.assert_close(total, whole.loss(0, logits)[0])
+    torch.testing.assert_close(some.token_losses, whole.token_losses)

@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from model.batch import IGNORE
 from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import Piece, is_expert, local_pieces
@@ -358,7 +359,19 @@ class _TrainedPacks:
     def sequences(self, m: int) -> PackedSequences:
         """Return the segments of a pack, with the function through which its layers report to the meter of routers."""
         observe = None if self.router is None else partial(self.router.observe, m)
-        return replace(self.packs.sequences(m), observe=observe)
+        return replace(self.packs.sequences(m), observe=observe, output_rows=self.labelled_rows(m))
+
+    def labelled_rows(self, m: int) -> Tensor | None:
+        """Return the rows [n], n ≥ 1, of a pack whose logits are computed; None for all rows.
+
+        On CPUs, only rows with a label are needed, since a large vocabulary takes much of the time. Their number
+        depends on the data, so on GPUs it would have to be awaited and would change the shapes.
+        """
+        topology, device = self.engine.groups.topology, self.packs.labels.device
+        if device.type != "cpu" or topology.tp > 1 or any(packed.rows for packed in self.losses):
+            return None
+        rows = (self.packs.labels[self.packs.rows(m)] != IGNORE).nonzero().flatten()
+        return rows if len(rows) else torch.zeros(1, dtype=torch.int64)
 
     def embed(self, m: int) -> Tensor:
         """Return the input [t/TP, 1, H] of a pack on the first stage."""
@@ -366,15 +379,24 @@ class _TrainedPacks:
         return embed_pack(self.engine.chunks[0], self.packs.token_ids[self.packs.rows(m)], self.audio[m], mask)
 
     def loss(self, m: int, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the loss of a pack in the form that Megatron's schedule expects, given its logits [1, t, V/TP]."""
-        labels = self.packs.labels[self.packs.rows(m)]
+        """Return the loss of a pack in the form that Megatron's schedule expects, given its logits [1, t, V/TP].
+
+        If only some rows have logits (`labelled_rows`), their number takes the place of t.
+        """
+        labels, rows = self.packs.labels[self.packs.rows(m)], self.labelled_rows(m)
+        wanted = labels if rows is None else labels.index_select(0, rows)
         total = torch.zeros((), device=logits.device)
         for packed, kept in zip(self.losses, self.token_losses, strict=True):
-            token_losses = packed.token_losses(m, logits[0], labels)
-            kept.append(token_losses.detach())
+            token_losses = packed.token_losses(m, logits[0], wanted)
+            kept.append(token_losses.detach() if rows is None else _at_rows(token_losses.detach(), rows, len(labels)))
             total = total + packed.factor * token_losses.sum()
         # Megatron would divide gradients by this count if `data_parallel` had not replaced its finalization.
         return total, torch.ones((), dtype=torch.int32, device=logits.device), {}
+
+
+def _at_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Return `values` [n] at `rows` [n] of a tensor [count] of zeros."""
+    return values.new_zeros(count).index_copy(0, rows, values)
 
 
 def embed_pack(gpt: Any, token_ids: Tensor, audio: Tensor, audio_mask: Tensor) -> Tensor:
