@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from model.config import LLMConfig
 from model.llm import attention as attention_module
+from model.llm import scores
 from model.llm.attention import PackedAttention
 from model.llm.features import AttentionLayer, Scales
 from model.llm.megatron import transformer_config
@@ -101,3 +102,21 @@ def test_a_mask_is_not_combined_with_groups(monkeypatch: pytest.MonkeyPatch, is_
             attention(query[part], key[part], value[part], packed_seq_params=packed)
     assert all(call["attn_mask"] is not None and call["copies"] == 1 for call in calls)
     assert len(calls) == 1 + is_cached and not any(call.get("enable_gqa") for call in calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_for_cpus_gets_fp32(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    seen: list[torch.dtype] = []
+
+    def spy(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(query.dtype)
+        return scaled_dot_product_attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(scores.functional, "scaled_dot_product_attention", spy)
+    query, key, value = (torch.randn(2, heads, 5, 8).to(dtype).requires_grad_() for heads in (4, 2, 2))
+    attended = scores.attend(query, key, value, None, None)
+    wanted = scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True, enable_gqa=True)
+    assert seen == [torch.float32] and attended.dtype == dtype
+    torch.testing.assert_close(attended, wanted.to(dtype))
+    attended.float().sum().backward()
+    assert query.grad is not None and query.grad.dtype == dtype

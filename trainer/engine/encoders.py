@@ -22,6 +22,7 @@ from model.encoders.registry import encoder_windowing
 from model.errors import UserError
 from model.precision import cast
 from model.transfer import to_device
+from trainer.engine.cpu_attention import use_fp32_attention
 from trainer.engine.ds_config import Gathering, without_buffers
 from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip, gather_lengths
 from trainer.engine.module_weights import ModuleWeights
@@ -67,6 +68,7 @@ class AudioEngine:
         recompute_calls: bool = False,
     ) -> None:
         self.groups = groups
+        use_fp32_attention()
         named = [(PREFIX + name, p, p.dim()) for name, p in tower.named_parameters()]
         learned = param_groups(optim, named)
         if not learned:
