@@ -27,6 +27,7 @@ from model.encoders.base import AudioEncoder
 from model.encoders.registry import build_encoder
 from model.lengths import Windowing
 from model.losses.base import AudioLoss
+from model.losses.ctc import CTC, CTCFeedback
 from model.losses.table import active_losses
 from model.mixture import Expert, mix
 from model.router import Router, Routing
@@ -102,6 +103,9 @@ class AudioTower(nn.Module):
             if isinstance(loss, AudioLoss) and self._add_head(loss, vocab_size)
         )
         """The names of the losses that have a head."""
+        self.ctc_feedback: CTCFeedback | None = None
+        if config.ctc_feedback:
+            self.ctc_feedback = _seeded("ctc_feedback", lambda: CTCFeedback(config.ctc_outputs, llm_dim))
         self.recompute_joined = False
         """Whether the modules after the encoders (mixture, adapter, projector, heads) are recomputed in the backward
         pass."""
@@ -204,6 +208,8 @@ class AudioTower(nn.Module):
         features = self.adapter(joined)
         heads = {name: Ragged(self.head_of(name)(features.values), features.lengths) for name in self.loss_heads}
         embeddings = self.projector(features.values)
+        if self.ctc_feedback is not None:
+            embeddings = embeddings + self.ctc_feedback(heads[CTC.name].values)
         if self.output_norm is not None:
             embeddings = self.output_norm(embeddings)
         return AudioOutput(Ragged(embeddings, features.lengths), routing, features, heads)

@@ -255,12 +255,21 @@ class ModelConfig:
     ctc_outputs: int = 1
     """The number of CTC outputs per audio token. A clip has a CTC loss only if it has enough outputs for its answer.
     Speech has up to 20 bytes per second, so `bytes` with 6.25 audio tokens per second need 4 outputs per token."""
+    ctc_feedback: bool = False
+    """If true, the probabilities of the CTC outputs are mapped linearly to the width of the LLM and added to the audio
+    embeddings, so that the LLM also reads what the CTC head has recognized, as in self-conditioned CTC (arXiv
+    2104.02724) and LegoSLM (arXiv 2505.11352). It needs a positive `ctc_weight` and `ctc_vocabulary: bytes`."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     """Options of further losses by name, for example `{distillation: {weight: 0.5}}`. Losses without a weight are
     disabled."""
 
     def __post_init__(self) -> None:
         check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1)
+        if self.ctc_feedback and not (self.ctc_weight > 0 and self.ctc_vocabulary == "bytes"):
+            raise UserError(
+                "model.ctc_feedback = true: needs ctc_vocabulary: bytes and a positive ctc_weight; set both, or set "
+                "model.ctc_feedback=false"
+            )
         names = [e.name for e in self.encoders]
         if len(set(names)) != len(names) or "" in names:
             raise UserError(f"model.experts: encoder names {names} must be unique and not empty")

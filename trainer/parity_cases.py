@@ -151,6 +151,7 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_lay
         ctc_weight=0.3,
         ctc_vocabulary="tokens" if adapter == "convolutions" else "bytes",
         ctc_outputs=1 if adapter == "convolutions" else 2,
+        ctc_feedback=adapter == "stacking",
         losses=losses,
     )
 

@@ -58,6 +58,31 @@ class CTC(AudioLoss):
         return ctc_sum(Ragged(logits, tuple(outputs * n for n in head.lengths)), targets)
 
 
+class CTCFeedback(nn.Module):
+    """A linear layer from the probabilities of the CTC outputs of an audio token to the width of the LLM.
+
+    Args:
+        num_outputs: The number of outputs per audio token.
+        llm_dim: The width of the LLM.
+    """
+
+    def __init__(self, num_outputs: int, llm_dim: int) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.linear = nn.Linear(num_outputs * (NUM_BYTES + 1), llm_dim, bias=False)
+        # The outputs of a token, one symbol each, together add about as much as the projector, whose output has a root
+        # mean square of about 0.7 (docs/connectors.md). Blanks, the most frequent symbol, add nothing at first.
+        nn.init.normal_(self.linear.weight, std=0.7 / num_outputs**0.5)
+        with torch.no_grad():
+            self.linear.weight.view(llm_dim, num_outputs, NUM_BYTES + 1)[:, :, -1] = 0.0
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return vectors [S, H] for the scores [S, outputs · symbols] of S audio tokens."""
+        scores = logits.view(len(logits), self.num_outputs, NUM_BYTES + 1)
+        vectors: Tensor = self.linear(scores.float().softmax(-1).to(logits.dtype).flatten(1))
+        return vectors
+
+
 def _symbols(sample: Sample, config: ModelConfig) -> Tensor:
     """Return the symbols [C] of a sample's answer."""
     if config.ctc_vocabulary == "tokens":

@@ -13,7 +13,7 @@ from model.config import AdapterConfig, RouterConfig, RoutingLossConfig
 from model.connectors.base import build_adapter
 from model.connectors.kinds import ADAPTERS
 from model.errors import UserError
-from model.losses.ctc import ctc_feasible, ctc_sum
+from model.losses.ctc import CTCFeedback, ctc_feasible, ctc_sum
 from model.losses.routing import routing_sum
 from model.mixture import mix
 from model.router import Router, Routing, mean_over_time
@@ -304,6 +304,19 @@ def test_ctc_of_deterministic_operations_is_the_same(seed: int) -> None:
             (grad,) = torch.autograd.grad(loss, leaf)
         found.append((loss.detach(), grad))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_ctc_feedback_reads_the_symbols_of_every_output_and_no_blank_at_first() -> None:
+    feedback = CTCFeedback(num_outputs=2, llm_dim=8)
+    sure = 50.0 * torch.nn.functional.one_hot(torch.tensor([[7, 256], [256, 7], [256, 256]]), 257).flatten(1)
+    first, second, blank = feedback(sure)
+    assert first.std() > 0.1 and second.std() > 0.1 and not torch.allclose(first, second)
+    torch.testing.assert_close(blank, torch.zeros(8), rtol=0, atol=1e-6)
+    torch.testing.assert_close(first, feedback.linear.weight[:, 7])
+    torch.testing.assert_close(second, feedback.linear.weight[:, 257 + 7])
+    logits = sure.clone().requires_grad_()
+    feedback(0.01 * logits).sum().backward()
+    assert logits.grad is not None and logits.grad.abs().sum() > 0, "the LLM's loss also trains the CTC head"
 
 
 def test_ctc_feasibility_counts_repeats() -> None:

@@ -48,6 +48,7 @@ _KEYS = (
     ("audio.projector.", "model.adapter or model.llm"),
     ("audio.feature_norm.", "model.adapter.normalize"),
     ("audio.output_norm.", "model.adapter.normalize"),
+    ("audio.ctc_feedback.", "model.ctc_feedback or model.ctc_outputs"),
     ("llm.", "model.llm"),
 )
 """Pairs of a prefix of tensor names and the recipe key that determines the tensors' size."""

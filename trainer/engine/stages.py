@@ -25,6 +25,7 @@ PARTS = {
         "audio.stream_projection.*",
         "audio.experts.*.projection.*",
         "audio.*_head.*",
+        "audio.ctc_feedback.*",
     ),
     "encoders": ("audio.primary.*", "audio.experts.*"),
     "llm": ("llm.*",),

@@ -268,6 +268,8 @@ def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int,
         kept += total * joined * size
     if tower.output_norm is not None:
         kept += audio_tokens * tower.projector.out_features * size
+    if tower.ctc_feedback is not None:  # the probabilities, in fp32 and as the input of the linear layer
+        kept += audio_tokens * tower.ctc_feedback.linear.in_features * (4 if size == 4 else 4 + size)
     kept += _outputs(tower, frames, size)
     return Traced(kept, kept + 2 * total * joined * size, kept + 2 * padded)
 
