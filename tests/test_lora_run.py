@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from model.config import is_factor
+from model.config import LoraConfig, is_factor
+from model.errors import UserError
 from tests.golden.corpus import write_corpus
 from tests.golden.test_golden import FIRST_LOSS_OF_A_NEW_RUN, GOLDEN, losses, train
 from tools import export
 from trainer.checkpoint.catalog import find_checkpoint
 from trainer.checkpoint.reader import read_manifest
+from trainer.config.load import dump, load_recipe
+from trainer.training.saver import check_adapters
 
 TRAINED = ("audio.projector.", "audio.adapter.")
 RECIPE = (
@@ -52,3 +56,22 @@ def test_a_pattern_without_a_layer_is_an_error_before_ranks_start_to_work(tmp_pa
     done = train(tmp_path, tmp_path, "name=lora", "lora=[{pattern: 'llm.*.q_prj'}]")
     assert done.returncode == 2 and "pattern = llm.*.q_prj: matches no linear layer" in done.stderr
     assert "self_attn.q_proj" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_resumed_run_keeps_the_factors_of_its_adapters() -> None:
+    lora = (LoraConfig("llm.*", rank=4, alpha=8), LoraConfig("llm.*.v_proj", rank=2))
+    entries = "[{pattern: 'llm.*', rank: 4, alpha: 8}, {pattern: 'llm.*.v_proj', rank: 2}]"
+    stored = dump(load_recipe("debug", [f"lora={entries}"]))
+    check_adapters(stored, lora)
+    check_adapters("", lora)
+    with pytest.raises(UserError) as error:
+        check_adapters(stored, (replace(lora[0], alpha=16.0), lora[1]))
+    second = "{pattern: llm.*.v_proj, rank: 2, alpha: 16}]"
+    assert str(error.value) == (
+        f"lora = [{{pattern: llm.*, rank: 4, alpha: 16}}, {second}: this run has trained its adapters with "
+        f"[{{pattern: llm.*, rank: 4, alpha: 8}}, {second}; give these values, or export the run and start from the "
+        "export with new adapters (checkpoint.start_from)"
+    )
+    for other in (lora[:1], lora[::-1], ()):
+        with pytest.raises(UserError, match="this run has trained its adapters with"):
+            check_adapters(stored, other)

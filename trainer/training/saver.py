@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from model.config import LoraConfig
+from model.errors import UserError
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.load import dump
 from trainer.config.schema import Recipe
@@ -69,8 +74,8 @@ class Saver:
             For a run without a checkpoint, these are 0 and an empty mapping.
 
         Raises:
-            UserError: If all checkpoints are damaged, if the checkpoint belongs to another model, or if the weights of
-                `checkpoint.start_from` cannot be used.
+            UserError: If all checkpoints are damaged, if the checkpoint belongs to another model, if its adapters were
+                trained with other factors, or if the weights of `checkpoint.start_from` cannot be used.
         """
         latest = self._checkpoints.latest()
         if latest is None:
@@ -78,6 +83,7 @@ class Saver:
                 self._checkpoints.start(self._recipe.checkpoint.start_from, self._step)
             return 0, {}
         extra = self._checkpoints.load(latest, self._step)
+        check_adapters(extra.get("recipe", ""), self._recipe.lora)
         self.summary.update(extra["summary"])
         self._step.guard.restore(extra.get("guard"))
         self._step.stages.updated = extra["step"]
@@ -161,3 +167,31 @@ class Saver:
         finally:
             self._deadline.close()
             self.report_outcomes(step)
+
+
+def check_adapters(stored: str, lora: Sequence[LoraConfig]) -> None:
+    """Check that a resumed run multiplies its adapters by the same factors as before.
+
+    The factors are in no tensor, so loading a checkpoint cannot notice a difference.
+
+    Args:
+        stored: The recipe in the checkpoint, as YAML; empty if the checkpoint has none.
+        lora: The section `lora` of the resumed run.
+
+    Raises:
+        UserError: If the patterns or the factors differ.
+    """
+    tree = yaml.safe_load(stored)
+    if tree is None:
+        return
+    before = [LoraConfig(**entry) for entry in tree.get("lora", ())]
+    if [(part.pattern, part.scale) for part in before] != [(part.pattern, part.scale) for part in lora]:
+        raise UserError(
+            f"lora = {_entries(lora)}: this run has trained its adapters with {_entries(before)}; give these values, "
+            "or export the run and start from the export with new adapters (checkpoint.start_from)"
+        )
+
+
+def _entries(lora: Sequence[LoraConfig]) -> str:
+    parts = (f"{{pattern: {part.pattern}, rank: {part.rank}, alpha: {part.alpha:g}}}" for part in lora)
+    return f"[{', '.join(parts)}]"
