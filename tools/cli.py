@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command(
             "shards inspect", "tools.inspect_shards", "show the contents of shards and check that they are complete"
         ),
+        Command("spoken-text", "tools.spoken_text", "speak the kit's texts with synthetic voices, as training data"),
         Command("tokenizer", "tools.train_tokenizer", "train a SentencePiece tokenizer on a manifest's text"),
     ),
     "Train": (

@@ -213,12 +213,12 @@ def _clear(folder: Path, keep: Path) -> None:
         folder.rmdir()
 
 
-def run_command(command: Sequence[str]) -> int:
+def run_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
     """Run `command` and return its exit code.
 
     If a signal ended it, the code is 128 + the signal's number, as in a shell.
     """
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=environment)
     while True:
         try:
             code = process.wait()

@@ -1,29 +1,41 @@
 """Fine-tune Whisper base and SmolLM2-135M on real recordings, and compare the scores before and after.
 
 earshot finetune data.root=DIR               trains on the kit of real recordings in DIR
+earshot finetune --seed 2 data.root=DIR      the same with another seed, in a run of its own
 earshot finetune stages.1.steps=1000         trains for more steps
 
-The command downloads the models, trains the recipe finetune_cpu, and evaluates the dev split before and after
-training. Rerun an interrupted command to resume it.
+It downloads the models, speaks the additional training data, trains the recipe finetune_kit, evaluates the test split
+before and after, and appends the results to finetune_kit.jsonl in the folder of runs. If it is interrupted, the same
+command resumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import re
+import resource
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
 from tools.demo import read_jsonl, report, run_command
 from tools.fetch_models import MODELS, fetch
+from tools.spoken_text import MANIFEST, write
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe
 from trainer.run.command import module_command
 
-RECIPE = "finetune_cpu"
-SPLIT = "dev"
+RECIPE = "finetune_kit"
+SPLIT = "test"
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""Variables that make glibc keep freed memory. Otherwise, it is returned and fetched again in every step."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,20 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="earshot finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the run (default: 1)")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help=f"keys of the recipe {RECIPE} to change, e.g. data.root=DIR"
     )
     options = parser.parse_args(arguments)
-    keys = [f"eval.final_split={SPLIT}", "eval.before=true", *options.overrides]
+    name = RECIPE if options.seed == 1 else f"{RECIPE}-seed{options.seed}"
+    keys = [f"name={name}", f"seed={options.seed}", f"eval.final_split={SPLIT}", "eval.before=true", *options.overrides]
     try:
         recipe = load_recipe(RECIPE, keys)
         rows = rows_of(recipe)
         fetch_weights(recipe)
+        keys += speak(recipe)
         print(f"training: earshot train {RECIPE} {' '.join(keys)}", flush=True)
-        code = run_command(module_command("trainer", RECIPE, *keys))
+        start_sec, start_cpu_sec = time.perf_counter(), _cpu_sec()
+        code = run_command(module_command("trainer", RECIPE, *keys), KEEP_MEMORY | os.environ)
         if code == 0:
             run_dir = Path(recipe.train.run_dir) / recipe.name
+            took = {"wall_sec": time.perf_counter() - start_sec, "cpu_sec": _cpu_sec() - start_cpu_sec}
             print("\n" + report(run_dir, rows, next_steps(recipe, run_dir), recipe.eval.final_split))
+            print(f"\nthis call took {took['wall_sec'] / 60:.0f} minutes and {took['cpu_sec']:.0f} CPU seconds")
+            print(f"results         {append_results(recipe, run_dir, took)}")
         return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,13 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the rows of all manifests in a recipe.
+    """Return the rows of all manifests of a recipe, except the one that this command writes.
 
     Raises:
         UserError: If a manifest does not exist.
     """
     found = []
-    for manifest in dict.fromkeys(dataset.manifest for dataset in recipe.data.datasets if dataset.manifest is not None):
+    manifests = (dataset.manifest for dataset in recipe.data.datasets)
+    for manifest in dict.fromkeys(name for name in manifests if name is not None and name != MANIFEST):
         path = Path(recipe.data.root) / manifest
         if not path.is_file():
             raise UserError(f"{path}: no such manifest; give data.root=DIR, the folder of the kit")
@@ -84,17 +104,62 @@ def fetch_weights(recipe: Recipe) -> None:
             fetch(by_name[folder.name], folder.parent)
 
 
+def speak(recipe: Recipe) -> list[str]:
+    """Write the synthetic speech that a dataset of the recipe refers to, unless it exists.
+
+    Returns:
+        The keys that name its manifest; empty if no dataset refers to it, or if it is in `data.root`.
+
+    Raises:
+        UserError: If the kit has no texts, or a synthesizer is missing.
+    """
+    root = Path(recipe.data.root)
+    numbers = [i for i, dataset in enumerate(recipe.data.datasets) if dataset.manifest == MANIFEST]
+    if not numbers or (root / MANIFEST).is_file():
+        return []
+    folder = Path(recipe.train.run_dir).absolute() / "spoken"
+    if not (folder / MANIFEST).is_file():
+        print(f"speech: earshot spoken-text {root} {folder}", flush=True)
+        write(root, folder)
+    return [f"data.datasets.{i}.manifest={folder / MANIFEST}" for i in numbers]
+
+
+def append_results(recipe: Recipe, run_dir: Path, took: Mapping[str, float]) -> Path:
+    """Append the scores of a finished run to a JSONL file in the folder of runs, and return its path."""
+    pattern = rf"scores-{recipe.eval.final_split}-step(\d+)\.json"
+    steps = {int(m[1]): path for path in run_dir.iterdir() if (m := re.fullmatch(pattern, path.name))}
+    scores = json.loads(steps[max(steps)].read_text(encoding="utf-8"))
+    line = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "run": recipe.name,
+        "seed": recipe.seed,
+        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "megatron-core")},
+        **{key: round(value) for key, value in took.items()},
+        **{key: scores[key] for key in ("split", "step", "num_samples", "scores")},
+    }
+    results = run_dir.parent / f"{RECIPE}.jsonl"
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return results
+
+
 def next_steps(recipe: Recipe, run_dir: Path) -> str:
     """Return a text with the run's files and the commands that a user may want to try next."""
     return "\n".join(
         [
             f"files           {run_dir}/  (summary.json, metrics.jsonl, predictions, checkpoints)",
-            f"test split      earshot evaluate {run_dir} --data {recipe.data.root}/asr.jsonl --split test",
+            f"with a page     earshot evaluate {run_dir} --data {recipe.data.root}/asr.jsonl --split test",
             f"export          earshot export {run_dir} my_model",
             "train longer    earshot finetune stages.1.steps=1000 name=longer",
             "your data       docs/finetune.md",
         ]
     )
+
+
+def _cpu_sec() -> float:
+    """Return the CPU time of all child processes that have ended, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
