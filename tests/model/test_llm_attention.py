@@ -89,7 +89,7 @@ def test_a_mask_is_not_combined_with_groups(monkeypatch: pytest.MonkeyPatch, is_
         calls.append({**options, "copies": query.shape[1] // key.shape[1]})
         return scaled_dot_product_attention(query, key, value, **options)
 
-    monkeypatch.setattr(attention_module.functional, "scaled_dot_product_attention", recorded)
+    monkeypatch.setattr(scores.functional, "scaled_dot_product_attention", recorded)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
     config = transformer_config(resolve_hf_config(LLMConfig(config={"model_type": "llama", **sizes})))
     attention = PackedAttention(config, 1, rotary=None, layer=AttentionLayer(window=4), scales=Scales())
