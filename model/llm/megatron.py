@@ -346,7 +346,7 @@ def _add_hooks(gpt: GPTModel, hf_config: PretrainedConfig, first: bool, last: bo
         gpt.output_layer.register_forward_hook(partial(_mask_padded_columns, vocab_size=hf_config.vocab_size))
 
 
-def _note_output_rows(gpt: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+def _note_output_rows(gpt: GPTModel, _args: Any, kwargs: dict[str, Any]) -> None:
     gpt.output_layer.rows = kwargs["packed_seq_params"].output_rows
 
 
