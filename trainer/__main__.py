@@ -17,6 +17,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         launch.report_error(str(error))
         return 2
+    except KeyboardInterrupt:  # a Ctrl-C before the first step, or a second one
+        return 128 + signal.SIGINT
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -106,6 +109,10 @@ def _start_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
     new = [folder for folder in (root / recipe.name, root) if not folder.exists()]
     # The ranks do the remaining checks, which need modules that take seconds to import and that ranks import anyway.
     code = launch.start_ranks(recipe.parallel.num_ranks, module_command("trainer", *arguments))
+    if code == 128 + signal.SIGINT:
+        has_saved = any(event["event"] == "saved" for event in read_events(root / recipe.name))
+        what = "; rerun the same command to resume from the last checkpoint" if has_saved else ", nothing was saved"
+        print_timed(f"{recipe.name}: ended by Ctrl-C{what}", sys.stderr)
     if code == ExitCode.USER_ERROR and new:
         # Keep the folder if a step was done or another process uses it. The step of the event `failed` is checked too,
         # because the event `saved` is missing if the evaluation after the checkpoint failed.
@@ -167,7 +174,7 @@ def leave(code: int) -> NoReturn:
 
     After a failure, the process ends without cleanup, because threads of libraries may wait for ranks that have ended.
     """
-    if code not in (ExitCode.FAILED, ExitCode.PEER_LOST):
+    if code not in (ExitCode.FAILED, ExitCode.PEER_LOST, 128 + signal.SIGINT):
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -17,6 +17,7 @@ from trainer.__main__ import main as train
 from trainer.run.launch import RankEnv, first_host, rank_env, rendezvous, start_ranks
 from trainer.telemetry.events import EventLog
 
+ROOT = Path(__file__).parents[2]
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
 SRUN = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16"}
 
@@ -127,6 +128,7 @@ def test_a_first_try_that_is_a_mistake_leaves_no_folder(
         return code
 
     monkeypatch.setattr("trainer.run.launch.start_ranks", ranks)
+    monkeypatch.setattr("trainer.data.config_files.check_files", lambda config: None)  # There is no data.
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     arguments = ["debug", f"train.run_dir={tmp_path / 'runs'}"]
@@ -137,6 +139,25 @@ def test_a_first_try_that_is_a_mistake_leaves_no_folder(
 
 def test_rank_killed_by_a_signal_gives_the_exit_code_of_a_shell() -> None:
     assert start_ranks(1, ranks("import os; os.kill(os.getpid(), 9)")) == 128 + 9
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "demo.jsonl").write_text("")
+    command = [sys.executable, "-m", "trainer", "debug", f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"]
+    names = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "TRAINER_ERROR_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        assert "2 ranks start" in process.stderr.readline()
+        time.sleep(1.5)  # The ranks import torch.
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        found = process.stderr.read()
+        assert found.endswith(" debug: ended by Ctrl-C, nothing was saved\n") and found.count("\n") == 1, found
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_users_error_on_all_ranks_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
