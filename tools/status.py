@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 import textwrap
 import time
@@ -139,12 +140,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 70 else text[:67] + "…"
 
 
-def as_table(runs: Sequence[tuple[str, Status | str]], now_sec: float) -> str:
+_LEFT_OUT = ("MFU", "goodput", "tokens/s", "last event", "score")
+"""The fields that a table of runs lacks on a narrow terminal, the least important one first."""
+
+
+def as_table(runs: Sequence[tuple[str, Status | str]], now_sec: float, width: int | None = None) -> str:
     """Format several runs as a table.
 
     Args:
         runs: The path of each run, and its status or the reason why the run cannot be read.
         now_sec: The current time in seconds since the epoch.
+        width: The number of columns of the terminal, for which fields are left out; None for no limit.
     """
     head = ["run", "state", "step", "loss", "score", "tokens/s", "MFU", "goodput", "left", "last event"]
     rows = [head]
@@ -152,6 +158,12 @@ def as_table(runs: Sequence[tuple[str, Status | str]], now_sec: float) -> str:
         rows.append([path, "unreadable", status] if isinstance(status, str) else [path, *_cells(status, now_sec)])
     widths = [max(len(row[i]) for row in rows if i < len(row) and len(row) == len(head)) for i in range(len(head))]
     widths[0] = max(len(row[0]) for row in rows)
+    for name in _LEFT_OUT if width is not None else ():
+        if sum(widths) + 2 * (len(widths) - 1) <= (width or 0):
+            break
+        i = head.index(name)
+        rows = [row[:i] + row[i + 1 :] if len(row) == len(head) else row for row in rows]
+        head, widths = head[:i] + head[i + 1 :], widths[:i] + widths[i + 1 :]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)
 
 
@@ -196,7 +208,8 @@ def _text(place: str, as_json: bool) -> str:
     now_sec = time.time()
     found = look(place, now_sec)
     if not as_json:
-        return describe(found, now_sec) if isinstance(found, Status) else as_table(found, now_sec)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        return describe(found, now_sec) if isinstance(found, Status) else as_table(found, now_sec, width)
     if isinstance(found, Status):
         return json.dumps(_tree(found), ensure_ascii=False)
     rows = [{"run": path, **({"error": s} if isinstance(s, str) else _tree(s))} for path, s in found]

@@ -160,6 +160,27 @@ def test_all_runs_below_a_folder_are_a_table(tmp_path: Path, capsys: pytest.Capt
     assert status.main([str(tmp_path / "empty")]) == 2 and "contains no run" in capsys.readouterr().err
 
 
+def test_the_table_of_runs_fits_into_a_narrow_terminal(tmp_path: Path) -> None:
+    run = write(tmp_path / "try", [(100.0, "started", 1, STARTED), (109.0, "finished", 1, {"step": 20})], {20: 10.2})
+    record = {
+        "step": 20,
+        "time": 104.0,
+        "train/loss": 1.0,
+        "throughput/tokens_per_sec": 827.0,
+        "eval/test/asr/wer": 1.075,
+    }
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    found = status.look(str(tmp_path), 5000.0)
+    assert isinstance(found, list)
+    whole = status.as_table(found, 5000.0)
+    assert max(map(len, whole.splitlines())) > 80
+    for width in (60, 80, 100):
+        table = status.as_table(found, 5000.0, width).splitlines()
+        assert max(map(len, table)) <= width and {"run", "state", "step", "loss", "left"} <= set(table[0].split())
+    assert status.as_table(found, 5000.0, 200) == whole
+
+
 def test_watch_draws_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run = write(tmp_path / "r", [(100.0, "started", 1, STARTED)], {1: 3.0})
     slept: list[float] = []

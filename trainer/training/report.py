@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def closing(found: Evaluation, run_dir: Path, run_url: str, data: str) -> str:
 
 def _cut(text: object) -> str:
     line = " ".join(str(text).split())
-    return line if len(line) <= _MAX_CHARACTERS else f"{line[: _MAX_CHARACTERS - 1]}…"
+    longest = min(_MAX_CHARACTERS, shutil.get_terminal_size((120, 24)).columns // 2 - 1)  # Two texts share a line.
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def _training_metas(prepared: PreparedData) -> Iterator[dict[str, Any]]:
