@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.run.command import module_command
+from trainer.run.command import rank_command
 from trainer.run.launch import start_ranks
 
 BEFORE, AFTER = 2, 10
@@ -124,7 +124,7 @@ def _difference(found: Sequence[float], wanted: Sequence[float]) -> float:
 def _launch(world: int, phase: str, folder: Path) -> Results:
     with tempfile.TemporaryDirectory() as scratch:
         task = json.dumps([phase, str(folder), scratch])
-        code = start_ranks(world, module_command("tools.reshard", "--worker", task))
+        code = start_ranks(world, rank_command("tools.reshard", "--worker", task))
         if code:
             raise RuntimeError(f"{phase} on {world} ranks ended with exit code {code}")
         results: list[Results] = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(world)]

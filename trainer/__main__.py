@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NoReturn
 from model.errors import UserError, printable_lines
 from trainer.parallel.environment import set_environment
 from trainer.run import launch
-from trainer.run.command import module_command
+from trainer.run.command import rank_command
 from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.announce import print_timed
 from trainer.telemetry.events import read_events
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         launch.report_error(str(error))
         return 2
-    except KeyboardInterrupt:  # a Ctrl-C before the first step, or a second one
+    except KeyboardInterrupt:  # a second Ctrl-C, while the run saves
         return 128 + signal.SIGINT
 
 
@@ -108,7 +108,7 @@ def _start_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
     root = Path(recipe.train.run_dir)
     new = [folder for folder in (root / recipe.name, root) if not folder.exists()]
     # The ranks do the remaining checks, which need modules that take seconds to import and that ranks import anyway.
-    code = launch.start_ranks(recipe.parallel.num_ranks, module_command("trainer", *arguments))
+    code = launch.start_ranks(recipe.parallel.num_ranks, rank_command("trainer", *arguments))
     if code == 128 + signal.SIGINT:
         has_saved = any(event["event"] == "saved" for event in read_events(root / recipe.name))
         what = "; rerun the same command to resume from the last checkpoint" if has_saved else ", nothing was saved"

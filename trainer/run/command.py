@@ -24,3 +24,12 @@ def module_command(module: str, *arguments: str) -> list[str]:
         arguments: The arguments of the module.
     """
     return [sys.executable, "-c", _RUN, str(_ROOT), module, *arguments]
+
+
+def rank_command(module: str, *arguments: str) -> list[str]:
+    """Return the command of a rank, which is like `module_command`.
+
+    A Ctrl-C ends the rank without a traceback until the rank handles signals itself.
+    """
+    quiet = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    return [sys.executable, "-c", quiet + _RUN, str(_ROOT), module, *arguments]
