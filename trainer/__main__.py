@@ -30,7 +30,7 @@ from trainer.run import launch
 from trainer.run.command import rank_command
 from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.announce import print_timed
-from trainer.telemetry.events import read_events
+from trainer.telemetry.events import EventLog, read_events
 
 if TYPE_CHECKING:
     from trainer.config.schema import Recipe
@@ -110,7 +110,10 @@ def _start_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
     # The ranks do the remaining checks, which need modules that take seconds to import and that ranks import anyway.
     code = launch.start_ranks(recipe.parallel.num_ranks, rank_command("trainer", *arguments))
     if code == 128 + signal.SIGINT:
-        has_saved = any(event["event"] == "saved" for event in read_events(root / recipe.name))
+        events = read_events(root / recipe.name)
+        has_saved = any(event["event"] == "saved" for event in events)
+        if events:
+            EventLog(root / recipe.name).add("cancelled", why="Ctrl-C")
         what = "; rerun the same command to resume from the last checkpoint" if has_saved else ", nothing was saved"
         print_timed(f"{recipe.name}: ended by Ctrl-C{what}", sys.stderr)
     if code == ExitCode.USER_ERROR and new:

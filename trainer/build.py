@@ -25,6 +25,7 @@ from model.losses.table import text_fields
 from trainer.checkpoint.attempt import FencedRunError
 from trainer.checkpoint.catalog import SUBFOLDER
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.config.changes import say_changes
 from trainer.config.checks import deepspeed_json
 from trainer.config.convert import to_tree
 from trainer.config.llm_checks import check_llm, check_router_losses
@@ -138,6 +139,7 @@ def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             sweep_leftovers(run_dir)
+            say_changes(run_dir / "recipe.yaml", recipe, announcer(recipe, env))
             write_atomically(run_dir / "recipe.yaml", dump(recipe))
             log = begin_attempt(
                 run_dir,
