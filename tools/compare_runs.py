@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,16 @@ from trainer.telemetry.trackers.base import flatten_params
 TEMPLATE = Path(__file__).with_name("compare_runs.html")
 _NUM_POINTS = 300
 _MAX_CHARACTERS = 40
+_SPEEDS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "lr": ("learning rate", lambda v: f"{v:.4g}"),
+    "grad_norm": ("gradient norm", lambda v: f"{v:.4g}"),
+    "tokens_per_sec": ("tokens/s", lambda v: f"{v:,.0f}"),
+    "audio_sec_per_sec": ("audio s/s", lambda v: f"{v:,.1f}"),
+    "mfu": ("MFU", lambda v: f"{v:.1%}"),
+    "peak_bytes": ("peak memory", lambda v: f"{v / 2**30:.1f} GiB"),
+    "goodput": ("goodput", lambda v: f"{v:.0%}"),
+}
+"""The title and the format of each number about a run's speed."""
 _IGNORED = ("name", "train.run_dir")
 """Recipe keys that are not compared, since they always differ between runs."""
 
@@ -114,10 +124,29 @@ def describe(tree: Mapping[str, Any]) -> str:
         if curve
     ]
     blocks.append("\n".join(["loss", *curves]))
-    for part, cell in (("scores", _interval), ("throughput", lambda v: "-" if v is None else f"{v:,.4g}")):
-        if tree[part]:
-            blocks.append(format_table(rows(part, "name", cell)))
+    if tree["scores"]:
+        blocks.append(format_table(rows("scores", "name", _interval)))
+    if tree["throughput"]:
+        speeds = _speeds(tree["throughput"])
+        blocks.append(
+            format_table(
+                [{"speed": r["name"], **dict(zip(runs, map(_or_dash, r["values"]), strict=True))} for r in speeds]
+            )
+        )
     return "\n\n".join(blocks)
+
+
+def _speeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of numbers about speed with titles and with numbers as text; None remains None."""
+    found = []
+    for row in rows:
+        title, form = _SPEEDS.get(row["name"], (row["name"], lambda v: f"{v:,.4g}"))
+        found.append({"name": title, "values": [None if v is None else form(v) for v in row["values"]]})
+    return found
+
+
+def _or_dash(text: str | None) -> str:
+    return "-" if text is None else text
 
 
 def _interval(score: Mapping[str, float] | None) -> str:
@@ -138,6 +167,8 @@ def write_page(tree: Mapping[str, Any], path: Path) -> None:
         UserError: If the file cannot be written.
     """
     try:
-        write_atomically(path, render(TEMPLATE, " and ".join(tree["runs"]), dict(tree)))
+        write_atomically(
+            path, render(TEMPLATE, " and ".join(tree["runs"]), {**tree, "throughput": _speeds(tree["throughput"])})
+        )
     except OSError as error:
         raise UserError(f"--html {path}: cannot be written ({error.strerror}); name another file") from None

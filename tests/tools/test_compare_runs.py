@@ -40,7 +40,7 @@ def test_runs_are_compared_in_recipe_loss_scores_and_throughput(
     lines = [line.split() for line in text.splitlines()]
     assert ["optim.lr", "0.1", "0.2"] in lines and "seed" not in text and "note" not in text
     assert ["test/asr/wer", "0.500", "[0.400,", "1.000]", "0.250"] in lines
-    assert ["tokens_per_sec", "100", "200"] in lines and "a  5.000 █" in text
+    assert ["tokens/s", "100", "200"] in lines and "a  5.000 █" in text
     assert compare.main([*map(str, runs), "--json"]) == 0
     tree = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert tree["runs"] == ["a", "b"] and len(tree["losses"][0]) <= 301 and tree["losses"][0][-1] == [500.0, 0.01]
