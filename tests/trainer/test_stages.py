@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from model.errors import UserError
+from trainer.config.checks import check_recipe
 from trainer.config.load import dump, load_recipe, parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.dry_run import describe
@@ -54,6 +55,13 @@ def test_an_illegal_stage_is_one_line(overrides: tuple[str, ...], words: str) ->
     with pytest.raises(UserError) as caught:
         recipe(*overrides)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_warm_up_of_a_run_with_stages_is_that_of_its_stages() -> None:
+    short = "stages=[{name: a, steps: 2, warmup_steps: 1}, {name: b, steps: 2, warmup_steps: 0}]"
+    check_recipe(load_recipe("debug", [short, "optim.warmup_steps=9"]))
+    with pytest.raises(UserError, match="stages 'a'.warmup_steps = 9"):
+        load_recipe("debug", ["stages=[{name: a, steps: 2}]", "optim.warmup_steps=9"])
 
 
 def staged(*stages: StageConfig) -> OptimConfig:

@@ -314,7 +314,8 @@ def _check_lanes(recipe: Recipe) -> None:
 
 def _check_steps(recipe: Recipe) -> None:
     steps, optim = recipe.train.steps, recipe.optim
-    if not 0 <= optim.warmup_steps <= steps:
+    # In a run with stages, every stage has its own warm-up, which `staged_optim` checks.
+    if optim.warmup_steps < 0 or (optim.warmup_steps > steps and not recipe.stages):
         raise UserError(f"optim.warmup_steps = {optim.warmup_steps}: legal values are 0..{steps} (train.steps)")
     if len(recipe.profile.range) and recipe.profile.range[-1] > steps:
         raise UserError(f"profile.steps = {recipe.profile.steps}: ends after train.steps = {steps}; lower it")
