@@ -61,7 +61,7 @@ def test_the_warm_up_of_a_run_with_stages_is_that_of_its_stages() -> None:
     short = "stages=[{name: a, steps: 2, warmup_steps: 1}, {name: b, steps: 2, warmup_steps: 0}]"
     check_recipe(load_recipe("debug", [short, "optim.warmup_steps=9"]))
     with pytest.raises(UserError, match="stages 'a'.warmup_steps = 9"):
-        load_recipe("debug", ["stages=[{name: a, steps: 2}]", "optim.warmup_steps=9"])
+        load_recipe("debug", ["stages=[{name: a, steps: 4}]", "optim.warmup_steps=9"])
 
 
 def staged(*stages: StageConfig) -> OptimConfig:
