@@ -41,8 +41,8 @@ class EarshotConfig(PretrainedConfig):
 def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) -> dict[str, Any]:
     """Return the arguments of `EarshotConfig` that describe a model.
 
-    The result contains the whole configs of pre-trained encoders. Settings that only training needs (the CTC head and
-    the weights of the loss terms) are omitted.
+    The result contains the whole configs of pre-trained encoders. Settings that only training needs (the weights of the
+    loss terms, and the CTC head unless the LLM reads its probabilities) are omitted.
 
     Args:
         config: The recipe's model.
@@ -58,8 +58,18 @@ def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) 
         "expert_dim": config.expert_dim,
         "router": dataclasses.asdict(config.router),
         "adapter": dataclasses.asdict(config.adapter),
+        **feedback_fields(config),
     }
     return {"text_config": hf_config.to_dict(), "audio": audio, "vocab_size": vocab_size}
+
+
+FEEDBACK_KEYS = ("ctc_feedback", "ctc_weight", "ctc_vocabulary", "ctc_outputs")
+"""The fields of `ModelConfig` that a description contains only if the LLM reads the probabilities of the CTC head."""
+
+
+def feedback_fields(config: ModelConfig) -> dict[str, Any]:
+    """Return the values of `FEEDBACK_KEYS`; empty if the LLM does not read the probabilities of the CTC head."""
+    return {key: getattr(config, key) for key in FEEDBACK_KEYS} if config.ctc_feedback else {}
 
 
 def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
@@ -71,6 +81,7 @@ def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
         expert_dim=tree["expert_dim"],
         router=RouterConfig(**{**router, "gates": tuple(router["gates"])}),
         adapter=AdapterConfig(**{**adapter, "strides": tuple(adapter["strides"])}),
+        **{key: tree[key] for key in FEEDBACK_KEYS if key in tree},
     )
 
 

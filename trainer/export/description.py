@@ -15,7 +15,7 @@ from typing import Any
 from model.config import EncoderConfig, ModelConfig
 from model.encoders.hf_config import resolve
 from model.errors import UserError
-from model.hub.configuration import rename_former_keys
+from model.hub.configuration import FEEDBACK_KEYS, feedback_fields, rename_former_keys
 from model.llm.families import check_family
 from model.llm.mixture import FIELD, read_experts
 from model.llm.names import hf_shapes
@@ -53,6 +53,7 @@ class Description:
         plain["experts"] = [dataclasses.asdict(e) for e in experts]
         if experts:
             plain["router"]["top_k"] = min(plain["router"]["top_k"], len(experts))
+        plain |= feedback_fields(self.audio)
         return {"text_config": dict(self.text_config), "audio": plain, "vocab_size": self.vocab_size}
 
 
@@ -74,7 +75,9 @@ def read_description(tree: object, where: str) -> Description:
 
 def _read(tree: object) -> Description:
     whole = _mapping(tree, _KEYS, "the description")
-    audio = _mapping(whole["audio"], _AUDIO_KEYS, "audio")
+    given = whole["audio"]
+    reads_ctc = isinstance(given, Mapping) and "ctc_feedback" in given
+    audio = _mapping(given, (*_AUDIO_KEYS, *FEEDBACK_KEYS) if reads_ctc else _AUDIO_KEYS, "audio")
     found = from_tree(ModelConfig, rename_former_keys(audio), "audio")
     for encoder in found.encoders:
         _check_encoder(encoder)

@@ -21,6 +21,7 @@ from model.llm.families import mixture_of, modules_of
 from model.llm.mixture import described
 from model.llm.stacked import Stacked, stacked_tensors
 from model.lora import Adapters
+from model.losses.ctc import CTC
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import PARAM, files_of
@@ -182,7 +183,8 @@ class Source:
         if llm_only:
             return {name.removeprefix(LLM): name for name in saved if name.startswith(LLM)}
         dropped = tuple(f"{AUDIO}experts.{name}." for name in selection.dropped)
-        heads = re.compile(rf"{re.escape(AUDIO)}\w+_head\.")  # Only losses use these tensors.
+        kept = rf"(?!{CTC.name}_)" if self.model.audio.ctc_feedback else ""  # The LLM reads the output of this head.
+        heads = re.compile(rf"{re.escape(AUDIO)}{kept}\w+_head\.")  # Only losses use these tensors.
         return {name: name for name in saved if not name.startswith(dropped) and not heads.match(name)}
 
     def stacked(self) -> dict[str, Stacked]:
