@@ -53,7 +53,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command(
             "finetune",
             "tools.finetune",
-            "fine-tune pre-trained models on real recordings, and compare scores before and after",
+            "fine-tune pre-trained models on real recordings, and score them before and after",
         ),
         Command("status", "tools.status", "show the progress and the events of one or all runs"),
         Command("metrics", "tools.exporter", "serve the status of runs to Prometheus"),

@@ -226,9 +226,9 @@ def test_mfu_in_both_conventions() -> None:
     recipe = load_recipe("mowe_70b")
     planner = Planner(recipe, KNOWN["h100"])
     topology = build_topology(recipe.parallel, 128)
-    workload = Workload(
-        np.zeros(1024, dtype=np.int64), np.full(1024, 8192, dtype=np.int64), source_ranks_of(recipe, topology)
-    )
+    source_ranks = source_ranks_of(recipe, topology)
+    num = len(source_ranks)
+    workload = Workload(np.zeros(num, dtype=np.int64), np.full(num, 8192, dtype=np.int64), source_ranks)
     topology, work, packs = planner.place(recipe, workload)
     flops, _, _ = planner.time(recipe, workload, topology, work, packs, States())
     assert (flops.llm + flops.masked_attention) / flops.llm == pytest.approx(54.3 / 50.8, abs=0.01)
