@@ -54,7 +54,8 @@ def test_the_documented_way_to_take_an_llm_out_of_a_multimodal_model(
     whole = AutoModelForImageTextToText.from_config(config).eval()
     whole.save_pretrained(tmp_path / "whole")
     monkeypatch.chdir(tmp_path)
-    found = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    section = PAGE.read_text(encoding="utf-8").partition("## Extract the LLM from a multimodal model")[2]
+    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
     exec(found[1].replace("google/gemma-3-4b-it", "whole"), {})
     read = build_reference(LLMConfig(weights="gemma-3-4b-text")).eval()
