@@ -11,7 +11,8 @@ import torch
 from model.batch import IGNORE, Sample
 from model.config import EncoderConfig, LLMConfig, ModelConfig
 from model.lengths import TokenRate, num_samples
-from trainer import parity, parity_cases
+from trainer import parity_cases
+from trainer.scoring.tasks import TASKS
 
 FAMILIES = ("whisper", "hubert", "wavlm")
 
@@ -129,5 +130,5 @@ def text_sample(index: int, num_tokens: int) -> Sample:
 def _sample(key: str, ids: torch.Tensor, answer: torch.Tensor, prompt: torch.Tensor) -> Sample:
     rest = len(ids) - len(answer) - 1
     labels = torch.cat([torch.full((rest,), IGNORE), answer, torch.ones(1, dtype=torch.int64)])
-    task = next(t.name for t in parity.TASKS.values() if not t.needs_audio)
+    task = next(t.name for t in TASKS.values() if not t.needs_audio)
     return Sample(key, task, (), ids, torch.zeros(len(ids), dtype=torch.bool), labels, prompt)

@@ -53,6 +53,7 @@ def test_adapters_alone_are_trained_saved_resumed_and_exported(tmp_path: Path) -
 
 @pytest.mark.timeout(100)
 def test_a_pattern_without_a_layer_is_an_error_before_ranks_start_to_work(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
     done = train(tmp_path, tmp_path, "name=lora", "lora=[{pattern: 'llm.*.q_prj'}]")
     assert done.returncode == 2 and "pattern = llm.*.q_prj: matches no linear layer" in done.stderr
     assert "self_attn.q_proj" in done.stderr and "Traceback" not in done.stderr

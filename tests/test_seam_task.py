@@ -12,7 +12,7 @@ from tests.plugin_package import ROOT, records, run, train_two_steps, write_plug
 from trainer.evaluation.predictions import read_predictions
 from trainer.scoring.tasks import TASKS
 
-WRITERS_OF_DATA = {"tools/demo_corpus.py", "trainer/importers/fields.py"}
+WRITERS_OF_DATA = {"tools/demo_corpus.py", "tools/spoken_text.py", "trainer/importers/fields.py"}
 """Files that write data of certain tasks. Imported recordings with nothing but a transcript belong to asr."""
 
 SOURCE = '''

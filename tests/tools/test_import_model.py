@@ -24,7 +24,7 @@ from tools import export, import_model, transcribe
 from trainer.config.load import dump, load_recipe
 from trainer.export.published.table import PUBLISHED
 from trainer.export.tokenizer import read_processor
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 from trainer.run_tokenizer import DIGEST, adopt, of_export
 
 NOTHING: Mapping[str, Any] = {}

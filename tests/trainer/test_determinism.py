@@ -119,6 +119,7 @@ LEGAL = {
     ("trainer/evaluation/offline/decode.py", "cumsum"): "integers",
     ("model/encoders/qwen3_asr.py", "ReflectionPad1d"): "only its gradient raises, and none flows to waveforms",
     ("trainer/telemetry/trace.py", "median"): "on the CPU, without indices",
+    ("trainer/engine/whole_weights.py", "resize_"): "of a storage; only the method of tensors raises",
     ("model/losses/next_token.py", "cross_entropy"): "of `Vocabulary`, see there; distributed, it is Megatron's",
 }
 

@@ -94,7 +94,7 @@ def test_the_command_for_shells(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (found,) = read_events(tmp_path)
     assert (found["nodes"], found["step"], found["spare"]) == ("n[3-4]", 7, True)
     assert events.main([str(tmp_path), "node_lots"]) == 2
-    assert "node_lots: not one of submitted, " in capsys.readouterr().err
+    assert "event node_lots is not one of submitted, " in capsys.readouterr().err
     assert events.main([str(tmp_path), "signal", "time=3"]) == 2
     assert events.main([str(tmp_path), "signal", "name"]) == 2
     assert len(read_events(tmp_path)) == 1

@@ -20,7 +20,7 @@ from trainer.telemetry.events import begin_attempt, read_events
 def test_too_few_file_descriptors_are_named(tmp_path: Path, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     assert emit_failure(error, Position(), begin_attempt(tmp_path)) == ExitCode.FAILED
     (event,) = [e for e in read_events(tmp_path) if e["event"] == "failed"]
-    assert "files here, raise the hard limit (docs/scale.md)" in event["error"] and event["fingerprint"]
+    assert "files here; raise the hard limit (docs/scale.md)" in event["error"] and event["fingerprint"]
     assert event["error"] in caplog.text
 
 
