@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
@@ -202,15 +202,8 @@ def qwen3_moe(hf_config: PretrainedConfig) -> Mixture | None:
 
 def gpt_oss(hf_config: PretrainedConfig) -> Mixture | None:
     """Return the experts of a GPT-OSS model; None if the config describes no experts."""
-    if not hf_config.num_local_experts:
+    found = mixtral(hf_config)
+    if found is None:
         return None
-    return Mixture(
-        experts=tuple(map(str, range(hf_config.num_local_experts))),
-        top_k=hf_config.num_experts_per_tok,
-        width=hf_config.intermediate_size,
-        layers=every_layer(hf_config),
-        normalize=True,
-        biases=True,
-        clamp=Clamp(float(hf_config.swiglu_alpha), float(hf_config.swiglu_limit)),
-        returns_scores=True,
-    )
+    clamp = Clamp(float(hf_config.swiglu_alpha), float(hf_config.swiglu_limit))
+    return replace(found, biases=True, clamp=clamp, returns_scores=True)
