@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.loader_corpus import KIT
+from bench.mixture import METRICS
 from tools.chain import is_finished
 from trainer.config.chain import load_chain
 from trainer.config.load import dump
@@ -57,23 +58,12 @@ ARMS: dict[str, tuple[str, ...]] = {
     "mixture": (),
     "top1": ("model.llm.top_k=1",),
     "balance": ("model.losses={expert_balance: {weight: 0.01}}",),
-    "copies": (
-        f"model.llm.experts=[{', '.join(f'{{name: copy{n}, from: chain:unimoe_align}}' for n in range(1, 5))}]",
-    ),
+    "copies": (f"model.llm.experts=[{_COPIES}]",),
     "dense": _DENSE,
     "dense_long": _DENSE,
 }
 """The changes of the last run of the chain."""
 NEEDS_EXPERTS = ("mixture", "top1", "balance")
-METRICS = {
-    "asr/digits/wer": min,
-    "asr/digit_strings/wer": min,
-    "er/accuracy": max,
-    "aqa/accuracy": max,
-    "sqa/accuracy": max,
-    "ac/meteor": max,
-}
-"""For each metric, the function that returns the best of several values."""
 _SAVE_SEC = 45
 """The time that is reserved for a save at the end of a call."""
 
