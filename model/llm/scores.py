@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from model.llm.features import SINK_CHANNELS
+from model.precision import for_cpu_attention
 
 BOUNDED_ROWS = 256
 """The number of queries in a block whose bounded scores are stored at the same time."""
@@ -69,9 +70,7 @@ def attend(
         else:
             mask = functional.pad(mask, (1, 0), value=True)
     dtype = query.dtype
-    if query.device.type == "cpu" and dtype == torch.bfloat16:
-        # The backward pass of PyTorch's kernel for CPUs takes about four times as long in bf16 as in fp32.
-        query, key, value = query.float(), key.float(), value.float()
+    query, key, value = for_cpu_attention(query, key, value)
     found = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=is_causal
     ).to(dtype)
