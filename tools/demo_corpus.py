@@ -34,13 +34,13 @@ from model.lengths import SAMPLE_RATE
 from tools.demo_sounds import SOUNDS, make_sound
 from tools.espeak import Espeak, Prosody
 from trainer.files import write_whole
+from trainer.scoring.text import DIGIT_WORDS
 
 Wave = NDArray[np.float32]
 
 VERSION = 1
 """The version of the corpus. Increase it when the corpus changes, so that existing corpora are created again."""
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COMMANDS = (
     "lights on",
     "lights off",
@@ -229,7 +229,7 @@ def _make_speech(corpus: _Corpus, split: str) -> None:
         question, answer = (
             ("What is the first digit?", words[0]),
             ("What is the last digit?", words[-1]),
-            ("How many digits are spoken?", DIGITS[len(words)]),
+            ("How many digits are spoken?", DIGIT_WORDS[len(words)]),
         )[int(rng.integers(3))]
         fields = {"instruction": question, "answer": answer, "transcript": " ".join(words), "language": "en"}
         corpus.add("sqa", split, clip, "digit_strings", **fields)
@@ -278,11 +278,11 @@ def _captions(nouns: Sequence[str]) -> list[str]:
 
 
 def _digit_string(rng: np.random.Generator, i: int) -> str:
-    return " ".join(DIGITS[d] for d in rng.integers(0, 10, rng.integers(2, 5)))
+    return " ".join(DIGIT_WORDS[d] for d in rng.integers(0, 10, rng.integers(2, 5)))
 
 
 _TEXTS: dict[str, Callable[[np.random.Generator, int], str]] = {
-    "digits": lambda rng, i: DIGITS[i % 10],
+    "digits": lambda rng, i: DIGIT_WORDS[i % 10],
     "digit_strings": _digit_string,
     "commands": lambda rng, i: COMMANDS[i % len(COMMANDS)],
 }

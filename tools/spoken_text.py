@@ -28,11 +28,12 @@ import soxr
 from numpy.typing import NDArray
 
 from model.errors import UserError
+from model.lengths import SAMPLE_RATE
 from tools.espeak import Espeak, Prosody
+from trainer.scoring.text import DIGIT_WORDS
 
-RATE_HZ = 16000
+NUM_SENTENCES, NUM_DIGIT_STRINGS = 6000, 1500
 MANIFEST = "spoken.jsonl"
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FLITE_VOICES = ("slt", "rms", "awb", "kal16")
 ESPEAK_VOICES = tuple(
     f"en-us{variant}" for variant in ("", "+m1", "+m2", "+m3", "+m4", "+m5", "+f1", "+f2", "+f3", "+f4")
@@ -56,9 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("kit", type=Path, help="the folder of the kit")
     parser.add_argument("out", type=Path, help="the folder to write")
-    parser.add_argument("--sentences", type=int, default=4000, metavar="N", help="how many sentences (default: 4000)")
     parser.add_argument(
-        "--digits", type=int, default=1000, metavar="N", help="how many strings of digits (default: 1000)"
+        "--sentences", type=int, default=NUM_SENTENCES, metavar="N", help="how many sentences (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--digits",
+        type=int,
+        default=NUM_DIGIT_STRINGS,
+        metavar="N",
+        help="how many strings of digits (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of texts and voices (default: 1)")
     options = parser.parse_args(arguments)
@@ -71,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(kit: Path, out: Path, num_sentences: int = 6000, num_digits: int = 1500, seed: int = 1) -> float:
+def write(
+    kit: Path, out: Path, num_sentences: int = NUM_SENTENCES, num_digits: int = NUM_DIGIT_STRINGS, seed: int = 1
+) -> float:
     """Write the recordings and the manifest; return their length in seconds.
 
     Raises:
@@ -81,7 +90,9 @@ def write(kit: Path, out: Path, num_sentences: int = 6000, num_digits: int = 150
     found = sentences(kit)
     rng.shuffle(found)
     texts = [("sentences", text) for text in found[:num_sentences]]
-    texts += [("digits", " ".join(rng.choices(DIGITS, k=rng.choice((1, 1, 1, 2, 3, 4, 5))))) for _ in range(num_digits)]
+    texts += [
+        ("digits", " ".join(rng.choices(DIGIT_WORDS, k=rng.choice((1, 1, 1, 2, 3, 4, 5))))) for _ in range(num_digits)
+    ]
     speaker = Speaker(rng)
     (out / "audio").mkdir(parents=True, exist_ok=True)
     seconds = 0.0
@@ -89,8 +100,8 @@ def write(kit: Path, out: Path, num_sentences: int = 6000, num_digits: int = 150
     for i, (subset, text) in enumerate(texts):
         voice, samples = speaker.speak(text)
         name = f"audio/{i:05}.flac"
-        soundfile.write(out / name, samples, RATE_HZ)
-        seconds += len(samples) / RATE_HZ
+        soundfile.write(out / name, samples, SAMPLE_RATE)
+        seconds += len(samples) / SAMPLE_RATE
         lines.append(json.dumps(row(f"spoken-{i:05}", name, subset, text, voice, len(samples), rng)))
     (out / MANIFEST).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return seconds
@@ -103,9 +114,9 @@ def row(
     return {
         "id": name,
         "audio": audio,
-        "sampling_rate": RATE_HZ,
+        "sampling_rate": SAMPLE_RATE,
         "channels": 1,
-        "duration": round(num_samples / RATE_HZ, 3),
+        "duration": round(num_samples / SAMPLE_RATE, 3),
         "task": "asr",
         "split": "train",
         "subset": subset,
@@ -172,7 +183,7 @@ class Speaker:
         self._flite = shutil.which("flite")
 
     def speak(self, text: str) -> tuple[str, NDArray[np.float32]]:
-        """Return the name of the voice, and the waveform [samples] at RATE_HZ."""
+        """Return the name of the voice, and the waveform [samples] at SAMPLE_RATE."""
         if self._flite is not None and self._rng.random() < 0.7:
             voice = self._rng.choice(FLITE_VOICES)
             samples, rate_hz = _speak_with_flite(self._flite, text, voice, self._rng.uniform(0.8, 1.15))
@@ -182,7 +193,7 @@ class Speaker:
             prosody = Prosody(self._rng.randint(30, 70), self._rng.randint(30, 70), self._rng.randint(140, 200))
             samples = np.asarray(self._espeak.speak(text, voice, prosody), dtype=np.float32)
             rate_hz, voice = self._espeak.rate_hz, f"espeak-{voice}"
-        samples = np.asarray(soxr.resample(samples, rate_hz, RATE_HZ), dtype=np.float32)
+        samples = np.asarray(soxr.resample(samples, rate_hz, SAMPLE_RATE), dtype=np.float32)
         return voice, samples * np.float32(0.5 / max(1e-6, float(np.abs(samples).max())))
 
 
