@@ -150,7 +150,7 @@ def as_table(runs: Sequence[tuple[str, Status | str]], now_sec: float, width: in
     Args:
         runs: The path of each run, and its status or the reason why the run cannot be read.
         now_sec: The current time in seconds since the epoch.
-        width: The number of columns of the terminal, for which fields are left out; None for no limit.
+        width: The number of columns of the terminal, to which rows are shortened by omitting fields; None for no limit.
     """
     head = ["run", "state", "step", "loss", "score", "tokens/s", "MFU", "goodput", "left", "last event"]
     rows = [head]

@@ -378,7 +378,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
 
 
 def shorten(text: str) -> str:
-    """Return `repr(text)`. The middle of a text with more than 200 characters is left out."""
+    """Return `repr(text)`. The middle of a text with more than 200 characters is omitted."""
     return repr(text) if len(text) <= 200 else f"{text[:90]!r} ... {text[-90:]!r}"
 
 

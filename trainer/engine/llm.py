@@ -72,7 +72,7 @@ class LLMEngine:
         self.hf_config, self.groups, self.dtype, self.reduction = hf_config, groups, dtype, reduction
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self.saved_views: dict[str, Any] = {}
-        """What `trainer.checkpoint.llm_state` keeps from save to save, by Megatron parameter."""
+        """The values that `trainer.checkpoint.llm_state` keeps from save to save, by Megatron parameter."""
         self.shapes = llm_shapes(hf_config, adapters)
         """The shapes of all tensors of the LLM, by name without `llm.`."""
         topology, place = groups.topology, groups.place
