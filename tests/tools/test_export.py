@@ -55,7 +55,7 @@ for folder, manifest in json.loads(sys.argv[2]):
     code = tuple((path.name, path.read_bytes()) for path in sorted(pathlib.Path(folder).glob("*.py")))
     with contextlib.redirect_stderr(io.StringIO()) as shown:
         if code in classes:
-            processor, model = (kind.from_pretrained(folder) for kind in classes[code])
+            processor, model = (kind.from_pretrained(folder, trust_remote_code=True) for kind in classes[code])
         else:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
