@@ -26,7 +26,6 @@ Exit code 0: all differences are within the limits. 1: a difference exceeds its 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import math
@@ -34,7 +33,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,14 @@ from model.connectors.kinds import ADAPTERS
 from model.errors import UserError
 from model.llm.families import LLM_FAMILIES
 from tools.options import check_at_least
-from trainer.parallel.topology import Topology, divisors
+from tools.parity_topologies import modes, name, topologies
+from trainer.parallel.topology import Topology
 from trainer.run.command import module_command
 from trainer.run.launch import start_ranks
 
 KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks", "one_expert", "conversations")
 TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-4
-MAX_TENSOR, MAX_CONTEXT = 4, 4
 MIXTURE = "mixture"
 ALL_DENSE = "all"
 """The value of `--family` for all families without experts. They are compared in the same processes."""
@@ -96,72 +95,6 @@ class Row:
         return self.loss <= TOLERANCE and self.gradient <= TOLERANCE
 
 
-EVEN, UNEVEN = 4, 7
-"""A number of layers that can be divided evenly among two stages and among four chunks, and a number that cannot."""
-
-
-def modes(topology: Topology) -> list[dict[str, Any]]:
-    """Return the fields of every `trainer.parity.Mode` that is compared on this topology with `--modes`."""
-    layers = (EVEN, UNEVEN) if topology.pp > 1 else (EVEN,)
-    overlaps = ("none", "gradients", "both") if topology.without_context.dp > 1 else ("none",)
-    combinations = itertools.product(layers, ("none", "selective", "full"), overlaps)
-    return [{"num_layers": n, "recompute": recompute, "overlap": overlap} for n, recompute, overlap in combinations]
-
-
-def topologies(max_ranks: int, experts: bool = False, max_virtual: int = 1, shard: int | None = None) -> list[Topology]:
-    """Return the topologies of 1, 2, 4, … up to `max_ranks` processes.
-
-    The encoders' expert-parallel size is 1, 2 (with different numbers of the three experts on the ranks) or 4 (with a
-    rank that holds no expert). Context parallelism is only combined with size 1, since it does not affect the encoders.
-
-    Args:
-        max_ranks: The maximum number of processes.
-        experts: True for an LLM with experts. Its experts are distributed over 1, 2 or 4 ranks. Each expert is on one
-            rank, or divided among the tensor-parallel ranks. The encoders' expert-parallel size is then 1.
-        max_virtual: The maximum number of virtual stages of a pipeline with two stages.
-        shard: `parallel.audio_shard`. Topologies in which it is not legal or is the number of processes are omitted.
-    """
-    if shard is not None:
-        found = topologies(max_ranks, experts, max_virtual)
-        return [replace(t, shard=shard) for t in found if t.world % shard == shard % t.ep == 0 and shard < t.world]
-    worlds = [w for w in (1, 2, 4, 8, 16) if w <= max_ranks]
-    grids = [
-        (w, tp, pp) for w in worlds for tp in divisors(w) for pp in divisors(w // tp) if tp <= MAX_TENSOR and pp <= 4
-    ]
-    if experts:
-        return [
-            Topology(w, tp, pp, 1, ffn_ep, etp)
-            for w, tp, pp in grids
-            for ffn_ep in (1, 2, 4)
-            for etp in ([tp] if ffn_ep == 1 else sorted({1, tp}))
-            if (w // pp) % (ffn_ep * etp) == 0
-        ]
-    return [
-        Topology(w, tp, pp, ep, vp=vp, cp=cp)
-        for ep in (1, 2, 4)
-        for w, tp, pp in grids
-        for cp in (divisors(w // (tp * pp)) if ep == 1 else (1,))
-        for vp in range(1, max_virtual + 1)
-        if w % ep == 0 and (ep < 4 or tp * pp <= 2) and (vp == 1 or pp == 2) and cp <= MAX_CONTEXT
-    ]
-
-
-def name(topology: Topology) -> str:
-    """Return the name of a topology, such as `DP2·TP2`. Sequence parallelism is on if TP > 1.
-
-    `FFN-EP` is the number of ranks over which the FFN experts are distributed, and `ETP` is the number of ranks that
-    share an FFN expert. `SHARD` is `parallel.audio_shard`.
-    """
-    sizes = [("DP", topology.dp), ("TP", topology.tp), ("CP", topology.cp), ("PP", topology.pp), ("VP", topology.vp)]
-    sizes.append(("EP", topology.ep))
-    if topology.ffn_ep > 1:
-        sizes += [("FFN-EP", topology.ffn_ep), ("ETP", topology.expert_tp)]
-    parts = [f"{k}{n}" for k, n in sizes if n > 1]
-    if topology.shard is not None:
-        parts.append(f"SHARD{topology.shard}")
-    return "·".join(parts) or "1"
-
-
 def check(
     topology: Topology,
     num_steps: int,
@@ -196,11 +129,22 @@ def check(
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
-        shape = [topology.tp, topology.pp, topology.ep, topology.vp]
-        experts = [topology.ffn_ep, topology.ffn_etp]
-        options: list[Any] = [num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, stages, *experts]
-        options += [list(freeze), gathering, recompute_calls, list(modes), topology.cp, topology.shard]
-        task = json.dumps([*shape, *options, str(out)])
+        arguments = {
+            **{key: getattr(topology, key) for key in ("tp", "pp", "ep", "vp", "cp", "ffn_ep", "ffn_etp", "shard")},
+            "num_steps": num_steps,
+            "family": family,
+            "kinds": kinds,
+            "deepspeed": deepspeed,
+            "pack_multiple": pack_multiple,
+            "lora": lora,
+            "adapter": adapter,
+            "stages": stages,
+            "freeze": list(freeze),
+            "gathering": gathering,
+            "recompute_calls": recompute_calls,
+            "modes": list(modes),
+        }
+        task = json.dumps([arguments, str(out)])
         code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
             return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
@@ -209,8 +153,8 @@ def check(
 
 def work(task: str) -> int:
     """Run one rank of `check`."""
-    *arguments, out = json.loads(task)
-    rows = measure(*arguments)
+    arguments, out = json.loads(task)
+    rows = measure(**arguments)
     if os.environ["RANK"] == "0":
         Path(out).write_text(json.dumps(rows))
     return 0
