@@ -1,10 +1,11 @@
 """The folders and files whose tests are marked as slow, because they start ranks, servers or a cluster.
 
-Other slow tests are marked with `@pytest.mark.slow`.
+Other slow tests are marked with `@pytest.mark.slow`. Interrupts are enabled for the processes that tests start.
 """
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ SLOW_PLACES = (
     "trainer/test_expert_usage_page.py",  # a browser
     "trainer/test_scorecard_page.py",
 )
+
+
+def pytest_configure() -> None:
+    """Let the processes that tests start receive Ctrl-C.
+
+    A shell without job control starts background commands with SIGINT ignored, and all their processes inherit this.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
