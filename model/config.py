@@ -282,7 +282,7 @@ class ModelConfig:
         if self.router.mode == "all_routed" and not self.experts:
             raise UserError("model.experts is empty: mode all_routed needs at least one")
         if self.experts and not 1 <= self.router.top_k <= len(self.experts):
-            raise UserError(f"model.router.top_k = {self.router.top_k}: legal values are 1..{len(self.experts)}")
+            raise UserError(f"model.router.top_k = {self.router.top_k}: must be within 1..{len(self.experts)}")
 
     @property
     def encoders(self) -> tuple[EncoderConfig, ...]:

@@ -131,7 +131,7 @@ def test_run_that_starts_from_weights_uses_their_tokenizer(place: Place) -> None
     refused(
         place.train("d", f"checkpoint.start_from={base}", "model.llm.config.hidden_size=64"),
         "checkpoint.start_from",
-        "here it is",
+        "but this run needs",
         "set model.adapter or model.llm as it was",
     )
 

@@ -97,7 +97,7 @@ def test_the_new_loss_equals_that_of_one_process(plug_in: Path, tp: int, pp: int
     ("losses", "message"),
     [
         ({"distilation": {"weight": 1.0}}, "model.losses.distilation: no loss has this name"),
-        ({"distillation": {"wait": 1.0}}, "model.losses.distillation.wait: unknown option; legal options are weight"),
+        ({"distillation": {"wait": 1.0}}, "model.losses.distillation.wait: unknown option; known options are weight"),
         ({"distillation": {"weight": -1.0}}, "model.losses.distillation.weight = -1.0: must be a number of at least 0"),
         ({"distillation": {"temperature": 0.0}}, "model.losses.distillation.temperature = 0.0: must be positive"),
         ({"ctc": {"weight": 1.0}}, "model.losses.ctc: no loss has this name"),

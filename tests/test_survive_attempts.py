@@ -97,7 +97,7 @@ def test_a_fenced_attempt_does_not_end_the_newer_one(corpus: Path, tmp_path: Pat
         kill_tree(process)
     assert process.returncode == ExitCode.FENCED, errors[-3000:]
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert "attempt 2 of this run has begun; attempt 1 stops" in line and "Traceback" not in errors
+    assert "attempt 2 of this run has started, so attempt 1 stops" in line and "Traceback" not in errors
     late = [e for e in read_events(run) if e["event"] in ("fenced", "failed")]
     assert [(e["event"], e["attempt"]) for e in late] == [("fenced", 1)]
     assert again(run, 137) and not again(run, process.returncode)

@@ -188,7 +188,9 @@ def fetch(model: PublishedModel, out: Path) -> Path:
             if _source_of(folder) == _source(model):
                 return folder
             if folder.exists() and _source_of(folder) is None:
-                raise UserError(f"{folder}: exists and is not from this command; move it away, or give another --out")
+                raise UserError(
+                    f"{folder}: exists, but was not written by this command; move it away, or give another --out"
+                )
             shutil.rmtree(part, ignore_errors=True)
             try:
                 _write(model, part, out / ".packages")

@@ -107,7 +107,7 @@ def write_plan(recipe: Recipe, path: Path) -> None:
 def _head(recipe: Recipe) -> list[str]:
     same = "on CPUs and equal up to rounding on CUDA"
     if recipe.train.deterministic:
-        same = "on CPUs, and on CUDA as far as its libraries document it"
+        same = "on CPUs, and on CUDA for the operations that its libraries document as deterministic"
     return [
         f"{recipe.name}: {recipe.train.steps} steps, {recipe.train.precision}, seed {recipe.seed}",
         f"train.deterministic = {str(recipe.train.deterministic).lower()}: a resumed run is bit-identical {same}.",

@@ -121,7 +121,10 @@ def probed(resolved: ResolvedEncoder) -> Probe:
     """
     extractor = resolved.extractor[WHOLE_EXTRACTOR]
     if not isinstance(extractor, dict):
-        raise UserError("family = auto: no extractor; give weights, or preprocessor_config.json as config.extractor")
+        raise UserError(
+            "family = auto: there is no feature extractor; give weights, or the content of preprocessor_config.json as "
+            "config.extractor"
+        )
     config: Any = resolved.hf_config
     try:
         found = probe(config, extractor)

@@ -86,7 +86,7 @@ class EarshotProcessor(ProcessorMixin):
         """
         if sampling_rate != SAMPLE_RATE or return_tensors != "pt":
             raise ValueError(
-                f"sampling_rate = {sampling_rate}, return_tensors = {return_tensors!r}: 16000 and 'pt' only"
+                f"sampling_rate = {sampling_rate}, return_tensors = {return_tensors!r}: must be 16000 and 'pt'"
             )
         texts = [text] if isinstance(text, str) else list(text)
         if audio is None:
@@ -98,7 +98,9 @@ class EarshotProcessor(ProcessorMixin):
         if len(texts) == 1:
             texts *= len(samples)
         if len(texts) != len(samples):
-            raise ValueError(f"{len(samples)} samples of audio and {len(texts)} instructions: give one for each")
+            raise ValueError(
+                f"{len(samples)} samples of audio and {len(texts)} instructions: pass one instruction each"
+            )
         return self._inputs([(question(t, len(own)),) for t, own in zip(texts, samples, strict=True)], samples)
 
     def apply_chat_template(  # type: ignore[override]
@@ -135,7 +137,7 @@ class EarshotProcessor(ProcessorMixin):
                 match the last message.
         """
         if return_tensors != "pt":
-            raise ValueError(f"return_tensors = {return_tensors!r}: 'pt' only")
+            raise ValueError(f"return_tensors = {return_tensors!r}: must be 'pt'")
         is_batch = bool(conversation) and not isinstance(conversation[0], Mapping)
         batch: Any = conversation if is_batch else [conversation]
         given: Any = audio if is_batch else [audio]
@@ -305,7 +307,7 @@ class EarshotProcessor(ProcessorMixin):
     def _clip(self, clip: Clip) -> np.ndarray:
         wave = _read(os.fspath(clip)) if isinstance(clip, str | os.PathLike) else np.asarray(clip, dtype=np.float32)
         if wave.ndim != 1 or len(wave) == 0 or not np.isfinite(wave).all():
-            raise ValueError(f"audio of shape {wave.shape}: give [T] finite values at {SAMPLE_RATE} Hz, T > 0")
+            raise ValueError(f"audio of shape {wave.shape}: must be [T], T > 0, with finite values at {SAMPLE_RATE} Hz")
         return np.pad(wave, (0, max(0, num_samples(self.min_audio_sec) - len(wave))))
 
 
@@ -331,7 +333,7 @@ def _read(path: str) -> np.ndarray:
     try:
         import soundfile
     except ImportError as error:
-        raise ValueError(f"{path}: pip install soundfile to read files, or pass a waveform") from error
+        raise ValueError(f"{path}: reading files needs soundfile; pip install soundfile, or pass a waveform") from error
     frames, rate = soundfile.read(path, dtype="float32", always_2d=True)
     wave = frames.mean(axis=1) if frames.shape[1] > 1 else frames[:, 0]
     if rate == SAMPLE_RATE:
@@ -339,5 +341,7 @@ def _read(path: str) -> np.ndarray:
     try:
         import soxr
     except ImportError as error:
-        raise ValueError(f"{path}: {rate} Hz; pip install soxr, or convert it to {SAMPLE_RATE} Hz") from error
+        raise ValueError(
+            f"{path}: has {rate} Hz; pip install soxr to resample it, or convert it to {SAMPLE_RATE} Hz"
+        ) from error
     return np.ascontiguousarray(soxr.resample(wave, rate, SAMPLE_RATE, quality="HQ"), dtype=np.float32)

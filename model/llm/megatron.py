@@ -101,7 +101,7 @@ def transformer_config(
     """
     family, mixture = family_of(hf_config), mixture_of(hf_config)
     if mixture is not None and recompute == "selective":
-        raise UserError("train.recompute_llm = selective: legal values for an LLM with experts are none and full")
+        raise UserError("train.recompute_llm = selective: must be none or full for an LLM with experts")
     experts = expert_options(mixture, tp_size=tp_size, ep_size=ep_size, expert_tp_size=expert_tp_size or tp_size)
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,

@@ -48,14 +48,14 @@ def check_losses(config: ModelConfig) -> None:
     known = [name for name, loss in LOSSES.items() if loss.options]
     for name, given in config.losses.items():
         if name not in known:
-            legal = ", ".join(known)
             raise UserError(
-                f"model.losses.{name}: no loss has this name; legal names are {legal}, or install its plug-in"
+                f"model.losses.{name}: no loss has this name; use one of {', '.join(known)}, or install the plug-in "
+                "that defines it"
             )
         for key, value in given.items():
             if key not in LOSSES[name].options:
-                legal = ", ".join(LOSSES[name].options)
-                raise UserError(f"model.losses.{name}.{key}: unknown option; legal options are {legal}")
+                options = ", ".join(LOSSES[name].options)
+                raise UserError(f"model.losses.{name}.{key}: unknown option; known options are {options}")
             if not 0 <= value < math.inf:
                 raise UserError(f"model.losses.{name}.{key} = {value}: must be a number of at least 0")
         LOSSES[name].check(config)

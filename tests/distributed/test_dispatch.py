@@ -149,5 +149,6 @@ def planners_disagree() -> str:
 def test_ranks_with_a_different_plan_are_named() -> None:
     assert (
         run_ranks(4, planners_disagree, timeout_sec=50)
-        == ["encoders: the plans of ranks [2] differ from that of rank 0, and so must their input or topology"] * 4
+        == ["encoders: the plans of ranks [2] differ from that of rank 0, so their input or topology must differ, too"]
+        * 4
     )

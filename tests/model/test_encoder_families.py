@@ -267,7 +267,7 @@ def test_what_auto_cannot_encode_is_refused() -> None:
         check_recipe(replace(recipe, train=replace(recipe.train, gather_audio_weights="per_module")))
     for fields, message in (
         ({**whisper, "extractor": extractor}, "makes features of one length of all clips"),
-        ({**whisper}, "no extractor; give weights"),
+        ({**whisper}, "there is no feature extractor; give weights"),
         ({"model_type": "bert", "extractor": extractor}, "BertModel reads input_ids, not audio features"),
         ({"model_type": "nothing"}, "model_type = nothing is unknown to transformers"),
     ):

@@ -130,7 +130,7 @@ def test_the_size_of_token_embeddings_is_measured_over_the_whole_table() -> None
 
 def test_invalid_models_are_refused_in_one_line() -> None:
     base = tiny_model()
-    with pytest.raises(UserError, match="top_k = 4: legal values are 1..3"):
+    with pytest.raises(UserError, match="top_k = 4: must be within 1..3"):
         replace(base, router=RouterConfig(top_k=4))
     with pytest.raises(UserError, match="model.primary is missing"):
         ModelConfig()

@@ -209,7 +209,7 @@ def test_earlier_attempt_is_fenced(start: Start, place: str, monkeypatch: pytest
     new = start()
     save(new, 2)
     go_on.set()
-    with pytest.raises(UserError, match="attempt 2 of this run has begun; attempt 1 stops"):
+    with pytest.raises(UserError, match="attempt 2 of this run has started, so attempt 1 stops"):
         old.close()
     assert newest(new)[1] == 2.0 and opened(place).steps() == [2]
     save(new, 3)
@@ -363,6 +363,6 @@ def test_slow_writer_cannot_reuse_a_removed_number(tmp_path: Path, monkeypatch: 
     answers = iter([asleep])
     wake = BucketCheckpoints._newest
     monkeypatch.setattr(old, "_newest", lambda: next(answers, None) or wake(old))
-    with pytest.raises(Exception, match="attempt 7 of this run has begun; attempt 1 stops"):
+    with pytest.raises(Exception, match="attempt 7 of this run has started, so attempt 1 stops"):
         old._change(lambda now: (attempt.check(now.attempt, "here"), bucket.replace(now, checkpoints={1: ("x",)}))[1])
     assert other.steps() == []

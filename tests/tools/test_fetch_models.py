@@ -125,7 +125,7 @@ def test_a_folder_of_the_user_is_not_replaced(
     registry: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out" / "tiny").mkdir(parents=True)
-    assert "tiny: exists and is not from this command; move it away" in refused(
+    assert "tiny: exists, but was not written by this command; move it away" in refused(
         capsys, "tiny", "--out", str(tmp_path / "out")
     )
     (tmp_path / "file").write_text("mine")

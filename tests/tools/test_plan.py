@@ -83,7 +83,7 @@ def test_the_70b_plan() -> None:
     ("arguments", "message"),
     [
         (["mowe_70b", "parallel.tensr=8"], "error: parallel.tensr: unknown key"),
-        (["mowe_70b", "parallel.tensor=3"], "error: parallel.tensor = 3: legal values for 128 ranks are 1, 2, 4, 8,"),
+        (["mowe_70b", "parallel.tensor=3"], "error: parallel.tensor = 3: must be one of 1, 2, 4, 8,"),
         (["mowe_70b", "--accelerator", "v100"], "error: --accelerator v100: legal names are"),
     ],
 )

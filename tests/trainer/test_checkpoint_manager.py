@@ -278,7 +278,7 @@ def test_failed_save_is_logged_and_the_next_one_succeeds(
     with monkeypatch.context() as patch:
         patch.setattr(background, "write_tensors", full)
         manager.save(2, engines(2.0), {"value": 2.0})
-        with pytest.raises(UserError, match=r"step-00000002: not saved, tried twice: rank 0: .*No space left"):
+        with pytest.raises(UserError, match=r"step-00000002: could not be saved in two attempts: rank 0: .*No space"):
             manager.close()
     assert "CHECKPOINT NOT SAVED" in caplog.text and "No space left on device" in caplog.text
     assert names(old.parent) == [old.name]
@@ -345,7 +345,7 @@ def test_earlier_attempt_is_fenced(start: Start) -> None:
     path = save(old, 1)
     new = start()
     old.save(2, engines(-2.0), {"value": -2.0})
-    with pytest.raises(UserError, match=r"attempt 2 of this run has begun; attempt 1 stops"):
+    with pytest.raises(UserError, match=r"attempt 2 of this run has started, so attempt 1 stops"):
         old.close()
     assert latest(new) == path
     path = save(new, 2)

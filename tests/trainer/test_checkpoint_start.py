@@ -94,7 +94,7 @@ def test_mismatch_is_named_with_the_recipe_key(made: tuple[Path, dict[str, Tenso
         (next(n for n in tensors if n.startswith("audio.experts.")), "model.experts"),
     ):
         other = {name: torch.zeros(*tensors[name].shape[:-1], tensors[name].shape[-1] + 1)}
-        with pytest.raises(UserError, match=rf"out: {name} has shape .*, here it is .*; set {key} as it was"):
+        with pytest.raises(UserError, match=rf"out: {name} has shape .*, but this run needs .*; set {key} as it was"):
             fill_weights(origin, shards_of(other), MODEL)
     fewer = {EMBEDDING: tensors[EMBEDDING][:-1]}
     with pytest.raises(UserError, match="set model.llm as it was"):

@@ -67,7 +67,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ("debug", ["model.expert_dim=0"], "model.expert_dim = 0: must be at least 1"),
         ("debug", ["optim.betas=[2,3]"], "optim.betas = [2.0, 3.0]: must be within [0, 1)"),
         ("debug", ["eval.max_samples=-5"], "eval.max_samples = -5: must be at least 1"),
-        ("debug", ["parallel.tensor=3"], "parallel.tensor = 3: legal values for 2 ranks are 1, 2"),
+        ("debug", ["parallel.tensor=3"], "parallel.tensor = 3: must be one of 1, 2 for 2 ranks"),
         (
             "debug",
             ["parallel.num_ranks=8", "parallel.tensor=8"],
@@ -93,12 +93,12 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         (
             "mowe_8b",
             ["parallel.pipeline=1", "parallel.virtual_stages=2"],
-            "parallel.virtual_stages = 2: legal values for pipeline=1: 1, since there is no pipeline",
+            "parallel.virtual_stages = 2: must be 1, since parallel.pipeline = 1",
         ),
         (
             "mowe_70b",
             ["parallel.virtual_stages=0"],
-            "parallel.virtual_stages = 0: legal values for pipeline=4: at least 1",
+            "parallel.virtual_stages = 0: must be at least 1",
         ),
         (
             "mowe_70b",
@@ -122,12 +122,12 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             ["parallel.expert=2", "model.experts=[]"],
             "parallel.expert = 2: the model has no encoder experts; set it to 1",
         ),
-        ("debug", ["optim.warmup_steps=9"], "optim.warmup_steps = 9: legal values are 0..4 (train.steps)"),
+        ("debug", ["optim.warmup_steps=9"], "optim.warmup_steps = 9: must be within 0..4 (train.steps)"),
         ("debug", ["profile.steps=3:9"], "profile.steps = 3:9: ends after train.steps = 4"),
         (
             "debug",
             ["parallel.num_ranks=2", "parallel.context=3"],
-            "parallel.context = 3: legal values for 2 ranks with tensor=1 and pipeline=1 are 1, 2",
+            "parallel.context = 3: must be one of 1, 2 for 2 ranks with tensor=1 and pipeline=1",
         ),
         (
             "debug",
@@ -140,19 +140,19 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             "debug",
             ["train.pack_multiple_tokens=3"],
             "train.pack_multiple_tokens = 3: must be a multiple of parallel.tensor = 1 and divide "
-            "train.llm_tokens_per_microbatch = 256; legal values are 1, 2, 4, 8, 16, 32, 64, 128, 256, or null",
+            "train.llm_tokens_per_microbatch = 256; set it to 1, 2, 4, 8, 16, 32, 64, 128, 256, or null",
         ),
         (
             "debug",
             ["parallel.tensor=2", "train.llm_tokens_per_microbatch=20", "train.pack_multiple_tokens=5"],
             "train.pack_multiple_tokens = 5: must be a multiple of parallel.tensor = 2 and divide "
-            "train.llm_tokens_per_microbatch = 20; legal values are 2, 4, 10, 20, or null",
+            "train.llm_tokens_per_microbatch = 20; set it to 2, 4, 10, 20, or null",
         ),
         (
             "debug",
             ["parallel.tensor=2", "train.llm_tokens_per_microbatch=15", "train.pack_multiple_tokens=2"],
             "train.pack_multiple_tokens = 2: must be a multiple of parallel.tensor = 2 and divide "
-            "train.llm_tokens_per_microbatch = 15; no value is legal: change one of the two, or null",
+            "train.llm_tokens_per_microbatch = 15; no number does both, so set it to null, or change one of the two",
         ),
         ("debug", ["train.steps=0"], "train.steps = 0: must be at least 1"),
         ("debug", ["data.datasets=[]"], "data.datasets is empty: name at least one manifest or folder of shards"),
@@ -165,9 +165,9 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         (
             "debug",
             ["eval.final_split=exam"],
-            "eval.final_split = exam: legal values are the splits in data.eval_splits",
+            "eval.final_split = exam: must be one of data.eval_splits",
         ),
-        ("debug", ["eval.every_steps=1"], "eval.split = dev: legal values are the splits in data.eval_splits: test"),
+        ("debug", ["eval.every_steps=1"], "eval.split = dev: must be one of data.eval_splits, which are test"),
         (
             "debug",
             ["data.max_audio_sec=300"],
@@ -177,7 +177,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             "debug",
             ["parallel.num_ranks=16"],
             "data.global_batch_samples = 8: 16 LLM replicas (parallel.num_ranks / (tensor · context · pipeline)) would "
-            "have less than one sample each; legal values are multiples of data.num_lanes = 8 from 16",
+            "have less than one sample each; set it to a multiple of data.num_lanes = 8, at least 16",
         ),
         (
             "debug",
@@ -189,8 +189,8 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             "data.max_audio_sec = 40.0: such a clip takes 250 of the LLM's 200 positions",
         ),
         ("debug", ["model.llm.config.vocab_size=100"], "data.tokenizer.train_vocab_size = 256: the LLM's vocab_size"),
-        ("debug", ["model.router.top_k=3"], "model.router.top_k = 3: legal values are 1..2"),
-        ("debug", ["model.experts.0.length_mode=trim"], "model.experts[0].length_mode = trim: legal values for huber"),
+        ("debug", ["model.router.top_k=3"], "model.router.top_k = 3: must be within 1..2"),
+        ("debug", ["model.experts.0.length_mode=trim"], "model.experts[0].length_mode = trim: must be one of full"),
         (
             "debug",
             ["model.experts.0.trailing_silence_sec=1"],
@@ -356,8 +356,8 @@ def test_json_key_that_the_recipe_determines_is_refused(tmp_path: Path, key: str
         (ZERO | {"zero_optimisation": {}}, "unknown key zero_optimisation; did you mean zero_optimization"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage = 2: the audio side needs stage 3"),
         ({}, "zero_optimization.stage = None: the audio side needs stage 3"),
-        ([], "must hold a JSON object"),
-        ("{", "not readable as JSON"),
+        ([], "must contain a JSON object"),
+        ("{", "cannot be read as JSON"),
         ('{"aio": {}, "aio": {}}', "key aio is given twice"),
     ],
 )

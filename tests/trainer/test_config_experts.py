@@ -28,7 +28,7 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         ),
         (
             [MIXTRAL, "parallel={num_ranks: 4, tensor: 2, ffn_expert_tensor: 1}"],
-            "parallel.ffn_expert_tensor = 1: legal values for tensor=2 and ffn_expert=1 are 2",
+            "parallel.ffn_expert_tensor = 1: must be 2 for tensor=2 and ffn_expert=1",
         ),
         (
             ["model.losses={expert_balance: {weight: 0.1}}"],
@@ -39,7 +39,7 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         ([EXPERTS, "model.llm.top_k=3"], r"model.llm.top_k = 3: legal values are 1\.\.2"),
         ([EXPERTS, "model.llm.moe_layers=[1, 2]"], r"moe_layers = \(1, 2\): give all, .* numbers within 0\.\.1"),
         ([EXPERTS, "model.llm.router={forced: sound}"], "forced = sound: legal values are speech, text, or null"),
-        ([EXPERTS, "model.llm.router={jitter: 0.1}"], "model.llm.router.jitter: unknown key; legal keys are"),
+        ([EXPERTS, "model.llm.router={jitter: 0.1}"], "model.llm.router.jitter: unknown key; known keys are"),
         ([MIXTRAL[:-1] + ", router_jitter_noise: 0.1}"], "router_jitter_noise = 0.1: only 0.0 is supported"),
         ([MIXTRAL.replace("mixtral", "qwen2_moe")], "model_type = qwen2_moe: supported families are"),
         (

@@ -52,7 +52,7 @@ def test_a_stored_recipe_is_translated() -> None:
 
 
 def test_a_stored_recipe_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="recipe.yaml: not readable"):
+    with pytest.raises(UserError, match="recipe.yaml: cannot be read"):
         load_stored_recipe(tmp_path / "recipe.yaml")
 
 

@@ -53,7 +53,7 @@ def test_impossible_layout_names_the_remedy() -> None:
         lay_out(allocation(2), 128, 8)
     with pytest.raises(UserError, match="parallel.num_ranks = 12: not a multiple of the 8 tasks"):
         lay_out(allocation(2), 12, 1)
-    with pytest.raises(UserError, match="parallel.tensor = 16: .* legal values are 1, 2, 4, 8"):
+    with pytest.raises(UserError, match="parallel.tensor = 16: .* set it to one of 1, 2, 4, 8"):
         lay_out(allocation(2), 16, 16)
 
 

@@ -135,7 +135,7 @@ def test_missing_data_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.datasets 'short': .*short.jsonl: no such file; check data.root = "):
         summarize(gone)
     with pytest.raises(
-        UserError, match="data.datasets 'x': no .*/shards.json; check data.root = .*earshot shards make"
+        UserError, match="data.datasets 'x': there is no .*/shards.json; check data.root = .*earshot shards make"
     ):
         summarize(recipe_of(tmp_path, "data.datasets=[{name: x, shards: x}]"))
     with pytest.raises(UserError, match="data.max_audio_sec = 0.01: all samples of data.datasets 'short' are longer"):
@@ -153,7 +153,7 @@ def test_a_dry_run_checks_local_data(corpus: Path, tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert train([*dry, f"data.root={tmp_path}"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: data.datasets 'x': no {tmp_path}/long/shards.json; make shards with")
+    assert error.startswith(f"error: data.datasets 'x': there is no {tmp_path}/long/shards.json; make shards with")
     assert error.count("\n") == 1 and "; --no-data skips this check" in error
     assert train([*dry, f"data.root={tmp_path}", "--no-data"]) == 0
     assert train([*dry, "data.root=s3://nowhere/x"]) == 0  # Buckets are not read.

@@ -62,7 +62,7 @@ def test_the_killed_rank_does_not_hide_that_the_others_hung() -> None:
 
 def test_a_fenced_attempt_does_not_decide_about_the_newer_one() -> None:
     started = [event("started"), event("submitted"), event("started", attempt=2)]
-    mistake = event("failed", rank=0, user=True, error="attempt 2 of this run has begun; attempt 1 stops")
+    mistake = event("failed", rank=0, user=True, error="attempt 2 of this run has started, so attempt 1 stops")
     # Earlier versions reported a fenced attempt as a user's mistake.
     assert decide([*started, mistake], 137, CONFIG, NOW).again
     assert decide([*started, event("fenced", rank=0)], 137, CONFIG, NOW).again

@@ -121,33 +121,33 @@ def test_legal_sizes() -> None:
 @pytest.mark.parametrize(
     ("parallel", "world", "message"),
     [
-        (ParallelConfig(12, tensor=5), 12, "parallel.tensor = 5: legal values for 12 ranks are 1, 2, 3, 4, 6, 12"),
-        (ParallelConfig(8, tensor=0), 8, "parallel.tensor = 0: legal values for 8 ranks are 1, 2, 4, 8"),
+        (ParallelConfig(12, tensor=5), 12, "parallel.tensor = 5: must be one of 1, 2, 3, 4, 6, 12 for 12 ranks"),
+        (ParallelConfig(8, tensor=0), 8, "parallel.tensor = 0: must be one of 1, 2, 4, 8 for 8 ranks"),
         (
             ParallelConfig(8, tensor=2, pipeline=8),
             8,
-            "parallel.pipeline = 8: legal values for 8 ranks with tensor=2 are 1, 2, 4",
+            "parallel.pipeline = 8: must be one of 1, 2, 4 for 8 ranks with tensor=2",
         ),
         (
             ParallelConfig(8, tensor=2, ffn_expert_tensor=1),
             8,
-            "parallel.ffn_expert_tensor = 1: legal values for tensor=2 and ffn_expert=1 are 2",
+            "parallel.ffn_expert_tensor = 1: must be 2 for tensor=2 and ffn_expert=1",
         ),
         (
             ParallelConfig(8, tensor=4, ffn_expert=2, ffn_expert_tensor=2),
             8,
-            "parallel.ffn_expert_tensor = 2: legal values for tensor=4 and ffn_expert=2 are 1, 4",
+            "parallel.ffn_expert_tensor = 2: must be 1 or 4 for tensor=4 and ffn_expert=2",
         ),
         (
             ParallelConfig(8, tensor=2, pipeline=2, ffn_expert=4, ffn_expert_tensor=2),
             8,
-            "parallel.ffn_expert = 4: legal values for 4 ranks per stage with ffn_expert_tensor=2 are 1, 2",
+            "parallel.ffn_expert = 4: must be one of 1, 2 for 4 ranks per stage with ffn_expert_tensor=2",
         ),
-        (ParallelConfig(8, expert=3), 8, "parallel.expert = 3: legal values for 8 ranks are 1, 2, 4, 8"),
+        (ParallelConfig(8, expert=3), 8, "parallel.expert = 3: must be one of 1, 2, 4, 8 for 8 ranks"),
         (
             ParallelConfig(8, expert=2, audio_shard=1),
             8,
-            "parallel.audio_shard = 1: legal values for 8 ranks with expert=2 are 2, 4, 8",
+            "parallel.audio_shard = 1: must be one of 2, 4, 8 for 8 ranks with expert=2",
         ),
         (
             ParallelConfig(8),

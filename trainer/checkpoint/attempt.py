@@ -68,4 +68,4 @@ class Attempt:
         """
         if newest != self:
             number = "another" if newest is None else newest.number
-            raise FencedError(f"{where}: attempt {number} of this run has begun; attempt {self.number} stops")
+            raise FencedError(f"{where}: attempt {number} of this run has started, so attempt {self.number} stops")

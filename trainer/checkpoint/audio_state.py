@@ -37,7 +37,7 @@ def shards(engine: AudioEngine) -> list[Shard]:
     """
     zero = engine.zero
     if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
-        raise UserError("zero_optimization.offload_*.device = nvme: checkpoints need cpu or none there")
+        raise UserError("zero_optimization.offload_*.device = nvme: checkpoints cannot save it; set it to cpu or none")
     slices: dict[int, tuple[dict[str, Tensor], int | None]] = {}
     for i, parameters in enumerate(zero.fp16_groups):
         slices |= _slices_of_group(zero, i, parameters)

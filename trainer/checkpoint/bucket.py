@@ -140,7 +140,9 @@ class BucketCheckpoints:
         for name in attempt.written(manifest):
             place = name if "/" in name else f"{own}/{name}"
             if place not in present and not self._store.exists(place):  # A listing may be out of date.
-                raise UserError(f"{self.url}/{place}, written by another rank, is not there: all ranks must share it")
+                raise UserError(
+                    f"{self.url}/{place}, written by another rank, is missing: all ranks must use this bucket"
+                )
 
         frozen = sorted({folder for name in manifest.files if (folder := frozen_folder_of(name)) is not None})
 

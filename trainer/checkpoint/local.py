@@ -137,7 +137,7 @@ class LocalCheckpoints:
             needed[name] = max(needed.get(name, 0), entry.offset + entry.size_bytes)
         for name, size in needed.items():
             if not (aside / name).exists():
-                raise OSError(f"{name}, written by another rank, is not there: all ranks must share {self.path}")
+                raise OSError(f"{name}, written by another rank, is missing: all ranks must share {self.path}")
             if (aside / name).stat().st_size < size:
                 raise OSError(f"{name} lacks the bytes that another rank wrote: all ranks must share {self.path}")
         attempt.check(self._attempt(), self.url)

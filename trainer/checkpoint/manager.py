@@ -151,7 +151,7 @@ class CheckpointManager:
             self._save = Save(self._place, self._save.content)
             outcome = self._settle(None)
             if outcome is not None and outcome.failure is not None:
-                raise UserError(f"{outcome.url}: not saved, tried twice: {outcome.failure}")
+                raise UserError(f"{outcome.url}: could not be saved in two attempts: {outcome.failure}")
 
     def note_scores(self, step: int, values: Mapping[str, float]) -> None:
         """Store the score of a step if `values` contains `checkpoint.best_metric`. Only rank 0 calls this method.

@@ -198,7 +198,7 @@ def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) 
     if shard.name.startswith("audio.adapter.") and not origin.experts:
         key = "model.router.join: add, if encoders were added, or model.adapter"
     key = "lora" if is_factor(shard.name) else key
-    what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, here it is {wanted}"
+    what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, but this run needs {wanted}"
     raise UserError(
         f"checkpoint.start_from: {origin.url}: {what}; set {key} as it was for these weights "
         "(only encoders, heads of losses and further rows of the LLM's vocabulary may be new)"

@@ -54,7 +54,7 @@ def check_recipe(recipe: Recipe) -> None:
     if hf_config is not None:
         check_llm(hf_config, recipe.parallel)
         if mixture_of(hf_config) is not None and recipe.train.recompute_llm == "selective":
-            raise UserError("train.recompute_llm = selective: legal values for an LLM with experts are none and full")
+            raise UserError("train.recompute_llm = selective: must be none or full for an LLM with experts")
         check_router_losses(recipe.model, hf_config)
         _check_lengths(recipe, hf_config)
         _check_vocabulary(recipe, hf_config)
@@ -150,12 +150,14 @@ def check_packs(train: TrainConfig, parallel: ParallelConfig) -> None:
     rows = build_topology(parallel, parallel.num_ranks).row_multiple
     if multiple is None or (multiple % rows == 0 and budget % multiple == 0):
         return
-    legal = [d for d in divisors(budget) if d % rows == 0]
+    allowed = [d for d in divisors(budget) if d % rows == 0]
     what = "parallel.tensor" if parallel.context == 1 else "2 · parallel.context · parallel.tensor"
-    listed = f"legal values are {', '.join(map(str, legal))}" if legal else "no value is legal: change one of the two"
+    remedy = "no number does both, so set it to null, or change one of the two"
+    if allowed:
+        remedy = f"set it to {', '.join(map(str, allowed))}, or null"
     raise UserError(
         f"train.pack_multiple_tokens = {multiple}: must be a multiple of {what} = {rows} and divide "
-        f"train.llm_tokens_per_microbatch = {budget}; {listed}, or null"
+        f"train.llm_tokens_per_microbatch = {budget}; {remedy}"
     )
 
 
@@ -193,10 +195,10 @@ def _check_encoders(recipe: Recipe) -> None:
 def _check_encoder(place: str, encoder: EncoderConfig) -> None:
     if encoder.weights is None and not encoder.config:
         raise UserError(f"{place}: give weights (a directory or hub id), or config for random weights")
-    legal = family_of(encoder).length_modes
-    if encoder.length_mode not in legal:
+    allowed = family_of(encoder).length_modes
+    if encoder.length_mode not in allowed:
         raise UserError(
-            f"{place}.length_mode = {encoder.length_mode}: legal values for {encoder.family} are {', '.join(legal)}"
+            f"{place}.length_mode = {encoder.length_mode}: must be one of {', '.join(allowed)} for {encoder.family}"
         )
     silence = encoder.trailing_silence_sec
     if silence and encoder.length_mode != "trim":
@@ -260,7 +262,7 @@ def _check_data(recipe: Recipe) -> None:
     for key, split in read.items():
         if split not in data.eval_splits:
             raise UserError(
-                f"eval.{key} = {split}: legal values are the splits in data.eval_splits: {', '.join(data.eval_splits)}"
+                f"eval.{key} = {split}: must be one of data.eval_splits, which are {', '.join(data.eval_splits)}"
             )
 
 
@@ -307,8 +309,8 @@ def _check_lanes(recipe: Recipe) -> None:
     if data.global_batch_samples < replicas:
         raise UserError(
             f"data.global_batch_samples = {data.global_batch_samples}: {replicas} LLM replicas (parallel.num_ranks / "
-            f"(tensor · context · pipeline)) would have less than one sample each; legal values are multiples of "
-            f"data.num_lanes = {data.num_lanes} from {-(-replicas // data.num_lanes) * data.num_lanes}"
+            f"(tensor · context · pipeline)) would have less than one sample each; set it to a multiple of "
+            f"data.num_lanes = {data.num_lanes}, at least {-(-replicas // data.num_lanes) * data.num_lanes}"
         )
 
 
@@ -316,7 +318,7 @@ def _check_steps(recipe: Recipe) -> None:
     steps, optim = recipe.train.steps, recipe.optim
     # In a run with stages, every stage has its own warm-up, which `staged_optim` checks.
     if optim.warmup_steps < 0 or (optim.warmup_steps > steps and not recipe.stages):
-        raise UserError(f"optim.warmup_steps = {optim.warmup_steps}: legal values are 0..{steps} (train.steps)")
+        raise UserError(f"optim.warmup_steps = {optim.warmup_steps}: must be within 0..{steps} (train.steps)")
     if len(recipe.profile.range) and recipe.profile.range[-1] > steps:
         raise UserError(f"profile.steps = {recipe.profile.steps}: ends after train.steps = {steps}; lower it")
     if recipe.eval.every_steps < 0:

@@ -159,4 +159,4 @@ def _nearest(key: str, names: list[str]) -> str:
     near = difflib.get_close_matches(fold(key), [fold(n) for n in names], n=1, cutoff=0.5)
     if near:
         return f"did you mean {next(n for n in names if fold(n) == near[0])}?"
-    return f"legal keys are {', '.join(names)}"
+    return f"known keys are {', '.join(names)}"

@@ -118,7 +118,7 @@ def load_stored_recipe(path: Path) -> Recipe:
     try:
         return parse_stored_recipe(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: not readable ({error})") from None
+        raise UserError(f"recipe {path}: cannot be read ({error})") from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -190,7 +190,7 @@ def _read_tree(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     try:
         tree = _parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: not readable ({error})") from None
+        raise UserError(f"recipe {path}: cannot be read ({error})") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: must be a mapping of keys")
     base = tree.pop("base", None)
@@ -242,6 +242,6 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _index(items: list[Any], part: str, override: str) -> int:
     if not part.isdecimal() or int(part) >= len(items):
-        legal = f"legal are 0..{len(items) - 1}" if items else "the list is empty; set the whole list"
-        raise UserError(f"{override}: {part} is not an item of the list ({legal})")
+        remedy = f"use 0..{len(items) - 1}" if items else "the list is empty, so set the whole list"
+        raise UserError(f"{override}: {part} is not an item of the list; {remedy}")
     return int(part)

@@ -34,7 +34,7 @@ def check_weights(key: str, weights: str | None) -> None:
             raise UserError(f"{key} = {weights}: GGUF, the format of llama.cpp, cannot be read; {_REMEDY}")
         if path.name == "model.bin" and _is_ctranslate2(path):
             raise UserError(f"{key} = {weights}: weights of CTranslate2 (faster-whisper) cannot be read; {_REMEDY}")
-        raise UserError(f"{key} = {weights}: a file; give the Hugging Face folder that contains it")
+        raise UserError(f"{key} = {weights}: is a file; give the Hugging Face folder that contains it")
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return
     gguf = sorted(path.glob("*.gguf"))

@@ -262,8 +262,8 @@ def _given_shards(config: DataConfig, part: DatasetConfig, wanted: tuple[str, ..
         index = read_index(open_store(url, config.retry_sec))
     except MissingError as error:
         raise UserError(
-            f"data.datasets '{part.name}': no {url}/{INDEX_NAME}; make shards with `earshot shards make`, or index "
-            f"existing ones with `earshot shards inspect --build-index` ({error})"
+            f"data.datasets '{part.name}': there is no {url}/{INDEX_NAME}; make shards with `earshot shards make`, or "
+            f"index existing ones with `earshot shards inspect --build-index` ({error})"
         ) from None
     splits = sorted({g.split for g in index.groups})
     return PreparedDataset(part, tuple(splits), dict.fromkeys(wanted, (url, index)), {})

@@ -25,11 +25,11 @@ def check_variables(environ: Mapping[str, str]) -> None:
     Raises:
         UserError: If a variable has a value that does not guarantee determinism.
     """
-    for name, legal in _VARIABLES.items():
-        if environ.get(name, legal[0]) not in legal:
+    for name, allowed in _VARIABLES.items():
+        if environ.get(name, allowed[0]) not in allowed:
             raise UserError(
                 f"train.deterministic = true: the environment has {name}={environ[name]}; unset it, or set it to "
-                f"{' or '.join(legal)}"
+                f"{' or '.join(allowed)}"
             )
 
 

@@ -81,15 +81,15 @@ def load_ds_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"train.deepspeed = {path}: no such file; see ds_configs/ for examples") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"train.deepspeed = {path}: not readable as JSON ({error})") from None
+        raise UserError(f"train.deepspeed = {path}: cannot be read as JSON ({error})") from None
     if not isinstance(tree, dict):
-        raise UserError(f"train.deepspeed = {path}: must hold a JSON object")
+        raise UserError(f"train.deepspeed = {path}: must contain a JSON object")
     for key in tree:
         if key in _OWNERS:
             raise UserError(f"{path}: {key} belongs in the recipe as {_OWNERS[key]}; set it there and remove it here")
         if key not in _ALLOWED:
             near = difflib.get_close_matches(key, _ALLOWED, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"legal keys are {', '.join(_ALLOWED)}"
+            hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(_ALLOWED)}"
             raise UserError(f"{path}: unknown key {key}; {hint}")
     zero = tree.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None

@@ -121,7 +121,7 @@ def staged_optim(optim: OptimConfig, stages: Sequence[StageConfig]) -> OptimConf
         settings = replace(optim, **given, parts=(*optim.parts, *stage.parts))
         if settings.warmup_steps > stage.steps:
             raise UserError(
-                f"stages '{stage.name}'.warmup_steps = {settings.warmup_steps}: legal values are 0..{stage.steps} "
+                f"stages '{stage.name}'.warmup_steps = {settings.warmup_steps}: must be within 0..{stage.steps} "
                 f"(its steps); set stages.{number}.warmup_steps"
             )
         found.append(Stage(stage.name, start, stage.steps, settings, stage.patterns))

@@ -101,10 +101,10 @@ def lay_out(allocation: Allocation, num_ranks: int, tensor: int) -> Layout:
             f"{len(allocation.nodes) * allocation.tasks_per_node}"
         )
     if per_node % tensor:
-        legal = ", ".join(str(d) for d in range(1, per_node + 1) if per_node % d == 0)
+        allowed = ", ".join(str(d) for d in range(1, per_node + 1) if per_node % d == 0)
         raise UserError(
             f"parallel.tensor = {tensor}: its ranks would be on several nodes of {per_node} tasks each; "
-            f"legal values are {legal}"
+            f"set it to one of {allowed}"
         )
     return Layout(num_nodes, per_node)
 

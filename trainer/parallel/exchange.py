@@ -270,5 +270,5 @@ def check_same_plan(what: str, plan: Sequence[Ints], group: dist.ProcessGroup) -
     others = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if others:
         raise RuntimeError(
-            f"{what}: the plans of ranks {others} differ from that of rank 0, and so must their input or topology"
+            f"{what}: the plans of ranks {others} differ from that of rank 0, so their input or topology differs, too"
         )

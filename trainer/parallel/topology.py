@@ -257,8 +257,8 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
     shard = _shard(parallel, world)
     if parallel.virtual_stages < 1 or (parallel.virtual_stages > 1 and parallel.pipeline == 1):
         raise UserError(
-            f"parallel.virtual_stages = {parallel.virtual_stages}: legal values for pipeline={parallel.pipeline}: "
-            f"{'at least 1' if parallel.pipeline > 1 else '1, since there is no pipeline'}"
+            f"parallel.virtual_stages = {parallel.virtual_stages}: must be "
+            f"{'at least 1' if parallel.pipeline > 1 else '1, since parallel.pipeline = 1'}"
         )
     return Topology(
         world=world,
@@ -276,11 +276,11 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
 def _shard(parallel: ParallelConfig, world: int) -> int | None:
     """Return `Topology.shard`, after a check of `parallel.audio_shard`."""
     shard, ep = parallel.audio_shard, parallel.expert
-    legal = [d for d in divisors(world) if d % ep == 0]
-    if shard is not None and shard not in legal:
+    allowed = [d for d in divisors(world) if d % ep == 0]
+    if shard is not None and shard not in allowed:
         raise UserError(
-            f"parallel.audio_shard = {shard}: legal values for {world} ranks with expert={ep} are "
-            f"{', '.join(map(str, legal))}"
+            f"parallel.audio_shard = {shard}: must be one of {', '.join(map(str, allowed))} for {world} ranks with "
+            f"expert={ep}"
         )
     return None if shard == world else shard
 
@@ -289,15 +289,15 @@ def _expert_tensor(parallel: ParallelConfig) -> int | None:
     """Check the sizes of FFN expert parallelism, and return `Topology.ffn_etp`.
 
     Raises:
-        UserError: If a size is not a legal value.
+        UserError: If a size is not allowed.
     """
     tensor, ep, etp = parallel.tensor, parallel.ffn_expert, parallel.ffn_expert_tensor
     etp = (1 if ep > 1 else tensor) if etp is None else etp
-    legal = [tensor] if ep == 1 else sorted({1, tensor})
-    if etp not in legal:
+    allowed = [tensor] if ep == 1 else sorted({1, tensor})
+    if etp not in allowed:
         raise UserError(
-            f"parallel.ffn_expert_tensor = {etp}: legal values for tensor={tensor} and ffn_expert={ep} are "
-            f"{', '.join(map(str, legal))}"
+            f"parallel.ffn_expert_tensor = {etp}: must be {' or '.join(map(str, allowed))} for tensor={tensor} and "
+            f"ffn_expert={ep}"
         )
     ranks = parallel.num_ranks // parallel.pipeline
     _check_divides("parallel.ffn_expert", ep, ranks // etp, f"{ranks} ranks per stage with ffn_expert_tensor={etp}")
@@ -311,4 +311,4 @@ def divisors(number: int) -> list[int]:
 
 def _check_divides(key: str, value: int, total: int, what: str) -> None:
     if value < 1 or total % value:
-        raise UserError(f"{key} = {value}: legal values for {what} are {', '.join(map(str, divisors(total)))}")
+        raise UserError(f"{key} = {value}: must be one of {', '.join(map(str, divisors(total)))} for {what}")

@@ -178,8 +178,8 @@ def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Secon
         shards = ShardSet(store, read_index(store))
     except MissingError:
         raise UserError(
-            f"data.datasets '{part.name}': no {url}/{INDEX_NAME}; check data.root = {data.root}, or make shards with "
-            "`earshot shards make`"
+            f"data.datasets '{part.name}': there is no {url}/{INDEX_NAME}; check data.root = {data.root}, or make "
+            "shards with `earshot shards make`"
         ) from None
     selection = Selection(part.split, part.tasks, part.subsets)
     chosen = [group for group in shards.index.groups if selection.matches(group)]

@@ -97,7 +97,9 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
     if repeated is not None and not faulty:
         place = "before the first step" if repeated.get("step") is None else f"step {repeated['step']}"
         samples = ", ".join(map(str, repeated.get("samples") or ())) or "unknown"
-        return Decision(False, f"{place} failed twice in the same way: {repeated['error']}; its samples: {samples}")
+        return Decision(
+            False, f"{place} failed twice in the same way: {repeated['error']}; samples of the step: {samples}"
+        )
     window = (now_sec - config.window_sec, now_sec + _CLOCK_SEC)
     recent = sum(e["event"] == "requeued" and window[0] < e["time"] <= window[1] for e in events)
     # A launcher returns the exit code of only one rank, which may be a hung rank that was killed.

@@ -45,10 +45,12 @@ class Backlog(Generic[T]):
             self.flush()
         except OSError as error:
             if not waited:
-                log.warning("%s CANNOT BE WRITTEN: %s; its entries wait and the run continues", self._name, error)
+                log.warning(
+                    "%s CANNOT BE WRITTEN: %s; its entries are kept in memory, and the run continues", self._name, error
+                )
         else:
             if waited:
-                log.warning("%s is written again, including the %d entries that waited", self._name, waited)
+                log.warning("%s can be written again, and the %d entries that were kept are in it", self._name, waited)
 
     def flush(self) -> None:
         """Write all waiting items.

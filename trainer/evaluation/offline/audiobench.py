@@ -90,5 +90,5 @@ def _clip(array: Any, rate: int) -> NDArray[np.float32]:
     wave = np.asarray(array, dtype=np.float32)
     wave = wave.mean(axis=-1 if wave.shape[-1] < wave.shape[0] else 0) if wave.ndim == 2 else wave
     if wave.ndim != 1 or len(wave) == 0 or not np.isfinite(wave).all():
-        raise ValueError(f"audio of shape {np.shape(array)}: must be [T] finite values, T > 0")
+        raise ValueError(f"audio of shape {np.shape(array)}: must be [T], T > 0, with finite values")
     return wave if rate == SAMPLE_RATE else np.asarray(soxr.resample(wave, rate, SAMPLE_RATE, quality="HQ"))

@@ -118,7 +118,7 @@ def _source(url: str) -> Source:
     try:
         return Source(url)
     except DamagedError as error:
-        raise UserError(f"{url}: damaged: {error}; take another checkpoint") from None
+        raise UserError(f"{url}: damaged: {error}; use another checkpoint") from None
 
 
 def _export(path: Path) -> Origin:
@@ -182,7 +182,7 @@ def _load_checkpoint(url: str, dtype: torch.dtype) -> Loaded:
     try:
         source.wait_verified()
     except DamagedError as error:
-        raise UserError(f"{url}: damaged: {error}; take another checkpoint") from None
+        raise UserError(f"{url}: damaged: {error}; use another checkpoint") from None
     processor = EarshotProcessor(as_transformers(tokenizer), **settings)
     cast(model, dtype)
     return Loaded(model, processor, generation_config(source, tokenizer))
