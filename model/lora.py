@@ -75,7 +75,7 @@ class Adapters:
         """Return the settings of a layer's adapter.
 
         Args:
-            name: the name of the layer, `audio.…` or `llm.…`.
+            name: The name of the layer, `audio.…` or `llm.…`.
 
         Returns:
             The last entry that matches; None if the layer has no adapter.
@@ -93,7 +93,7 @@ class Adapters:
         """Check that every pattern matches a layer.
 
         Args:
-            names: the names of all layers of the model that can be adapted, see `can_adapt`.
+            names: The names of all layers of the model that can be adapted, see `can_adapt`.
 
         Raises:
             UserError: If a pattern matches nothing. The message contains the pattern and the most similar names.
@@ -110,7 +110,7 @@ class Adapters:
         """Return the shapes of the factors by name.
 
         Args:
-            weights: the names and shapes of weights; names end with `.weight`.
+            weights: The names and shapes of weights; names end with `.weight`.
         """
         shapes = {}
         for name, shape in weights:
@@ -147,8 +147,8 @@ def adaptable_layers(module: nn.Module, prefix: str) -> list[tuple[str, nn.Linea
     """Return the linear layers within `module` that can have an adapter, with their full names.
 
     Args:
-        module: plain PyTorch, such as the audio tower or the single-process model.
-        prefix: the full name of `module` and a dot; empty for the single-process model.
+        module: A module of plain PyTorch, such as the audio tower or the single-process model.
+        prefix: The full name of `module` and a dot; empty for the single-process model.
     """
     named = ((prefix + path, layer) for path, layer in module.named_modules())
     return [(name, layer) for name, layer in named if isinstance(layer, nn.Linear) and can_adapt(name)]
@@ -158,9 +158,9 @@ def add_adapters(module: nn.Module, prefix: str, adapters: Adapters) -> None:
     """Add the adapters to the linear layers within `module`, and freeze weights according to `Adapters.freezes`.
 
     Args:
-        module: see `adaptable_layers`; its weights must be loaded already.
-        prefix: see `adaptable_layers`.
-        adapters: the adapters.
+        module: See `adaptable_layers`; its weights must be loaded already.
+        prefix: See `adaptable_layers`.
+        adapters: The adapters.
     """
     for name, layer in adaptable_layers(module, prefix):
         if adapters.freezes(name):

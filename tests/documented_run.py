@@ -15,9 +15,9 @@ def run_earshot(words: Sequence[str], folder: Path, python: str = sys.executable
     """Return what `earshot WORDS` prints in a folder, and require that it succeeds.
 
     Args:
-        words: the arguments after `earshot`.
-        folder: the current folder of the command.
-        python: the interpreter.
+        words: The arguments after `earshot`.
+        folder: The current folder of the command.
+        python: The interpreter.
     """
     done = subprocess.run(
         [python, "-m", "tools", *words],

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments of the command; None for those of the process.
 
     Returns:
-        The exit code (see `ExitCode`). It is 2 after a mistake of the user, which one line on stderr describes.
+        The exit code (see `ExitCode`). It is 2 after a user error, which one line on stderr describes.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)

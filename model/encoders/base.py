@@ -57,7 +57,7 @@ class AudioEncoder(nn.Module):
         All windows are computed as one padded batch, so the clips in a call should have similar lengths.
 
         Args:
-            audio: waveforms [ΣT], at least one clip, none of them empty.
+            audio: The waveforms [ΣT], at least one clip, none of them empty.
 
         Returns:
             Features [ΣF, D] in the parameters' dtype, with F = `num_frames(T)` for each clip.
@@ -73,7 +73,7 @@ class AudioEncoder(nn.Module):
         """Encode windows at the encoder's own frame rate.
 
         Args:
-            windows: waveforms [ΣT], none longer than `windowing.window_samples`.
+            windows: The waveforms [ΣT], none longer than `windowing.window_samples`.
 
         Returns:
             Features [ΣE, D], with E = `num_own_frames(T)` for each window.
@@ -203,7 +203,7 @@ def join_frames(hidden: Tensor, valid: Sequence[int], wanted: Sequence[int]) -> 
     """Concatenate the valid frames of all windows, repeating each window's last frame up to the wanted count.
 
     Args:
-        hidden: padded frames [B, F, D].
+        hidden: The padded frames [B, F, D].
         valid: The number of valid frames of each window.
         wanted: The number of frames to return for each window. If it is below `valid`, the last frames are dropped.
 

@@ -38,7 +38,7 @@ def padded_fbank(
     ones.
 
     Args:
-        audio: waveforms [ΣT].
+        audio: The waveforms [ΣT].
         num_mels: N.
         window: The name of the window for transformers' `window_function`.
         scale: The factor by which samples are multiplied; 2¹⁵ for models that were trained on 16-bit integers.

@@ -36,7 +36,7 @@ def log_mel(audio: Ragged, num_mels: int = 80) -> Ragged:
     multiple of 10 ms.
 
     Args:
-        audio: waveforms [ΣT].
+        audio: The waveforms [ΣT].
         num_mels: N.
 
     Returns:
@@ -51,7 +51,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
     """Return the padded log-mel spectrograms of clips. No gradient flows to the waveforms.
 
     Args:
-        audio: waveforms [ΣT].
+        audio: The waveforms [ΣT].
         num_mels: N.
         pad_samples: The length to which every clip is first padded with silence (Whisper's 30 s). The spectrogram
             includes the silence. None if clips keep their length.

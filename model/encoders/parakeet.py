@@ -107,7 +107,7 @@ def normalized_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...
     The result equals that of `ParakeetFeatureExtractor(feature_size=num_mels)` on each clip.
 
     Args:
-        audio: waveforms [ΣT].
+        audio: The waveforms [ΣT].
         num_mels: N.
 
     Returns:

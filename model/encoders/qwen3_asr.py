@@ -155,7 +155,7 @@ def clip_log_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]]
     dropped. No gradient flows to the waveforms.
 
     Args:
-        audio: waveforms [ΣT]. Waveforms shorter than `LEAST_SAMPLES` are padded with silence.
+        audio: The waveforms [ΣT]. Waveforms shorter than `LEAST_SAMPLES` are padded with silence.
         num_mels: N.
 
     Returns:

@@ -52,7 +52,7 @@ class ShawAttention(Wav2Vec2BertSelfAttention):
         Args:
             hidden_states: [B, F, D].
             attention_mask: [B, 1, F, F] bool, true for real keys; None if there is no padding.
-            relative_position_embeddings: not used. It is part of the signature in transformers.
+            relative_position_embeddings: Not used. It is part of the signature in transformers.
 
         Returns:
             The output [B, F, D], and None.
@@ -140,7 +140,7 @@ def stacked_fbank(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]
     frames is odd, the last one counts for the mean and the variance, but is not part of a pair.
 
     Args:
-        audio: waveforms [ΣT].
+        audio: The waveforms [ΣT].
         num_mels: N.
 
     Returns:

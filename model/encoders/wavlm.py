@@ -52,7 +52,7 @@ class GatedBiasAttention(WavLMAttention):
             hidden_states: [B, F, D].
             attention_mask: [B, 1, 1, F], 0 for real frames and -inf for padding; None if there is no padding.
             position_bias: [H, F, F], which the first layer computes; None in the first layer.
-            index: not used. It is part of the signature in transformers.
+            index: Not used. It is part of the signature in transformers.
 
         Returns:
             The output [B, F, D], None, and the position bias for the next layer.

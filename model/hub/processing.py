@@ -78,7 +78,7 @@ class EarshotProcessor(ProcessorMixin):
             audio: One clip; or, for each of several samples, a clip or a list of clips. None for text without audio.
             text: The instruction, or one instruction for each sample.
             sampling_rate: The rate of waveforms; only 16000 is accepted.
-            return_tensors: only `pt` is accepted.
+            return_tensors: Only `pt` is accepted.
 
         Raises:
             ValueError: If the rate or the kind of tensors differs, audio cannot be used, the numbers of samples and
@@ -124,7 +124,7 @@ class EarshotProcessor(ProcessorMixin):
                 message is from the user, and false if it is from the assistant.
             tokenize: Whether to return tokens instead of text. The text has one placeholder per clip.
             return_dict: Whether to return all inputs instead of `input_ids` alone.
-            return_tensors: only `pt` is accepted.
+            return_tensors: Only `pt` is accepted.
 
         Returns:
             The text, or `input_ids` [B, L], or a `BatchFeature` with the inputs. Prompts have the same tokens as in

@@ -119,9 +119,9 @@ class PackedAttention(nn.Module):
             query: [t, H, D].
             key: [t, G, D].
             value: [t, G, D].
-            attention_mask: must be None.
-            attn_mask_type: not used. It is part of the signature in Megatron.
-            attention_bias: must be None.
+            attention_mask: Must be None.
+            attn_mask_type: Not used. It is part of the signature in Megatron.
+            attention_bias: Must be None.
             packed_seq_params: The pack, a `PackedSequences`.
 
         Returns:

@@ -48,12 +48,12 @@ def add_llm_adapters(
     """Add the adapters to a stage of the LLM, and freeze the weights under them.
 
     Args:
-        gpt: the stage, on its device, with its weights loaded.
-        hf_config: the configuration of the LLM.
-        adapters: the adapters.
-        tp_rank: index of this rank among the tensor-parallel ranks.
-        tp_size: the number of tensor-parallel ranks.
-        expert_tp: index of this rank among the ranks that share an expert, and the number of these ranks; None for
+        gpt: The stage, on its device, with its weights loaded.
+        hf_config: The configuration of the LLM.
+        adapters: The adapters.
+        tp_rank: The index of this rank among the tensor-parallel ranks.
+        tp_size: The number of tensor-parallel ranks.
+        expert_tp: The index of this rank among the ranks that share an expert, and the number of these ranks; None for
             `tp_rank` and `tp_size`.
     """
     if not adapters.parts:

@@ -228,11 +228,11 @@ def hf_to_local(megatron_name: str, read: Read, hf_config: PretrainedConfig, tp_
     """Return the shard of a parameter on rank `tp_rank`, reading only the required slices of Hugging Face tensors.
 
     Args:
-        megatron_name: the parameter.
-        read: a function that returns the part of a Hugging Face tensor at an index, given the tensor's name.
-        hf_config: the LLM.
-        tp_rank: the tensor-parallel rank.
-        tp_size: the tensor-parallel size.
+        megatron_name: The parameter.
+        read: A function that returns the part of a Hugging Face tensor at an index, given the tensor's name.
+        hf_config: The LLM.
+        tp_rank: The tensor-parallel rank.
+        tp_size: The tensor-parallel size.
     """
     parts: list[Tensor] = []
     for piece in local_pieces(megatron_name, hf_config, tp_rank, tp_size):
@@ -248,10 +248,10 @@ def global_to_hf(megatron_name: str, full: Tensor, hf_config: PretrainedConfig, 
     """Return the Hugging Face tensors that a parameter contains. This is the inverse of `hf_to_local` on all ranks.
 
     Args:
-        megatron_name: the parameter.
-        full: the concatenation of all ranks' shards along `tp_dim`.
-        hf_config: the LLM.
-        tp_size: the tensor-parallel size.
+        megatron_name: The parameter.
+        full: The concatenation of all ranks' shards along `tp_dim`.
+        hf_config: The LLM.
+        tp_size: The tensor-parallel size.
     """
     dim, shapes = tp_dim(megatron_name), hf_shapes(hf_config)
     tensors: dict[str, Tensor] = {}

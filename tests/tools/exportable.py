@@ -97,11 +97,11 @@ def write_run(
     """Write the run's checkpoint as `NUM_RANKS` ranks would have written it, and return the model.
 
     Args:
-        run_dir: the folder to create.
-        family: the LLM family of the model.
+        run_dir: The folder to create.
+        family: The LLM family of the model.
         chats: True for a Hugging Face tokenizer with a chat template.
-        model: the model; None: `tiny_model(family)`.
-        lora: the adapters, over frozen weights of the LLM.
+        model: The model; None stands for `tiny_model(family)`.
+        lora: The adapters, over frozen weights of the LLM.
     """
     run_dir.mkdir(parents=True)
     path = run_dir / ("hf" if chats else "tokenizer.model")

@@ -1,10 +1,10 @@
 """Access to the tensors of the audio side (`AudioTower`) in the memory of DeepSpeed ZeRO-3.
 
 ZeRO-3 flattens each parameter and cuts it into slices of equal size, one for each rank of the parameter's own group
-(`ds_process_group`). The last slices are padded. Ranks outside the group hold no part of it, or a copy of a slice if
-the ranks are divided into several blocks (`parallel.audio_shard`). The slices of trainable
-parameters are stored one after another in the fp32 buffer of their sub-group, and Adam's moments in buffers of the same
-layout. A frozen parameter is not in these buffers, and its slice is the tensor `ds_tensor`.
+(`ds_process_group`). The last slices are padded. Ranks outside the group hold no part of the
+parameter, or a copy of a slice if the ranks are divided into several blocks (`parallel.audio_shard`). The slices of
+trainable parameters are stored one after another in the fp32 buffer of their sub-group, and Adam's moments in buffers
+of the same layout. A frozen parameter is not in these buffers, and its slice is the tensor `ds_tensor`.
 """
 
 from __future__ import annotations

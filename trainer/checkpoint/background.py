@@ -227,7 +227,7 @@ class Save:
     def _region(self, files: Mapping[str, Mapping[str, Tensor]], nodes: Ints) -> Region:
         """Return the part of the joined files that this rank writes.
 
-        It follows the parts of the lower ranks of the node.
+        This part follows the parts of the node's lower ranks.
 
         Collective: every rank of `Place.group` must call it.
         """

@@ -34,7 +34,8 @@ class CheckpointConfig:
     keep_last: int = 2
     """The number of most recent checkpoints to keep, at least 1."""
     keep_every_steps: int = 0
-    """The number of steps of which a checkpoint's step must be a multiple to be kept permanently; 0 for none."""
+    """The interval in steps of the checkpoints that are kept permanently: those whose step is a multiple of it; 0 keeps
+    none."""
     best_metric: str | None = None
     """The metric of the best checkpoint, which is kept in addition; null for none. It is named as in metrics.jsonl, for
     example `eval/test/asr/wer`. Only steps that were both saved and evaluated are compared."""

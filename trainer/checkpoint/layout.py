@@ -1,6 +1,6 @@
 """The contents of a checkpoint, which are rectangles of named tensors.
 
-They are addressed by global offset, not by rank.
+The rectangles are addressed by global offset, not by rank.
 
 Every tensor is viewed as a matrix [rows, cols]: the first dimension is the rows, and all other dimensions together are
 the columns. The part of a tensor that a rank holds, for example its ZeRO-3 partition, consists of a few rectangles of
@@ -84,7 +84,7 @@ class Shard:
     """The slices that the tensor is cut into, if this rank's slice contains `rect`; None for any other division."""
 
     def changed(self, values: Mapping[str, Tensor], step: int | None) -> Shard:
-        """Return the shard with other values and another number of updates; `dataclasses.replace` is much slower."""
+        """Return the shard with other values and another number of updates, much faster than `dataclasses.replace`."""
         return Shard(self.name, self.shape, self.rect, values, step, self.saved_here, self.frozen, self.slices)
 
 
@@ -102,8 +102,8 @@ class TensorEntry:
     slices: Slices | None = None
     """The slices that the tensor is cut into, or None if its pieces are listed."""
     family: str = ""
-    """The family of the files that contain the slices. If the tensor is frozen, the folder of frozen weights precedes
-    it."""
+    """The family of the files that contain the slices. If the tensor is frozen, the family is
+    preceded by the folder of frozen weights."""
 
     def pieces(self, wanted: Rect | None = None) -> Iterator[tuple[str, Rect]]:
         """Return the file and the rectangle of each piece that overlaps a rectangle of the tensor.

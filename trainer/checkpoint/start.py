@@ -128,9 +128,9 @@ def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig) -
     """Check that the new model has all low-rank adapters of the origin's encoders and LLM.
 
     Args:
-        origin: the weights to start from.
-        names: the names of all tensors of the new model.
-        model: the new model.
+        origin: The weights to start from.
+        names: The names of all tensors of the new model.
+        model: The new model.
 
     Raises:
         UserError: If the new model lacks an adapter, whose training would otherwise be lost without a message.

@@ -25,7 +25,8 @@ class EvalConfig:
     The same samples are chosen every time. All samples of `final_split` are always evaluated.
     """
     stop_after: int = 0
-    """The number of consecutive evaluations without a better `checkpoint.best_metric` that end the run; 0 for never."""
+    """The number of consecutive evaluations without a better `checkpoint.best_metric` after which the run ends; 0 for
+    never."""
     batch_size: int = 32
     """The number of samples that one LLM replica decodes together. Lower it if an evaluation runs out of memory."""
     max_new_tokens: int = 64

@@ -19,9 +19,9 @@ def augment(
 
     Args:
         clip: `[T]` float32 at 16 kHz; it is not modified.
-        config: the settings, which give the largest change of each kind at full strength.
-        strength: factor in [0, 1] by which these changes are scaled.
-        rng: source of randomness. The same state gives the same result.
+        config: The settings, which give the largest change of each kind at full strength.
+        strength: The factor in [0, 1] by which these changes are scaled.
+        rng: The source of randomness. The same state gives the same result.
 
     Returns:
         `[T']` float32. T' differs from T only if `config.speed` is positive.

@@ -40,10 +40,10 @@ def check_skipped(
     """Check that not too many samples were skipped.
 
     Args:
-        num_seen: number of samples so far, including skipped ones.
-        skipped: number of skipped samples by reason.
-        max_fraction: largest fraction of samples that may be skipped.
-        examples: reason → a skipped sample, for the error message. Reasons may be missing.
+        num_seen: The number of samples so far, including skipped ones.
+        skipped: The number of skipped samples by reason.
+        max_fraction: The largest fraction of samples that may be skipped.
+        examples: A skipped sample for each reason, for the error message. Reasons may be missing.
 
     Raises:
         UserError: If too many samples were skipped. The message contains the number of samples for each reason.
@@ -65,10 +65,10 @@ class DatasetReader:
     A sample is addressed by its shard and its index, which counts the selected samples of the shard from 0.
 
     Args:
-        config: the dataset's section of the recipe.
-        shards: shards of the dataset.
-        selection: samples to read.
-        read_bytes: approximate size of one read, which determines the size of a chunk.
+        config: The dataset's section of the recipe.
+        shards: The shards of the dataset.
+        selection: The samples to read.
+        read_bytes: The approximate size of one read, which determines the size of a chunk.
     """
 
     def __init__(self, config: DatasetConfig, shards: ShardSet, selection: Selection, read_bytes: int) -> None:

@@ -41,9 +41,9 @@ def decode_audio(data: bytes | memoryview, max_sec: float | None = None) -> NDAr
     decoded as one clip.
 
     Args:
-        data: content of a FLAC, WAV, MP3, OGG or Opus file.
-        max_sec: length of the longest clip that is allowed, in seconds; longer clips are rejected, if possible before
-            they are decoded. None for `MAX_SEC`.
+        data: The content of a FLAC, WAV, MP3, OGG or Opus file.
+        max_sec: The length of the longest clip that is allowed, in seconds; longer clips are rejected, if possible
+            before they are decoded. None for `MAX_SEC`.
 
     Returns:
         `[T]` float32 with T > 0; all values are finite.

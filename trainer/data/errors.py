@@ -49,7 +49,7 @@ def sample_errors(key: str) -> Iterator[None]:
     than the sample.
 
     Args:
-        key: key of the sample.
+        key: The key of the sample.
 
     Raises:
         SampleError: If the body of the `with` statement raises any other exception (`unexpected`).

@@ -37,12 +37,14 @@ def eval_samples(
     A sample that belongs to two datasets is loaded once.
 
     Args:
-        prepared: the result of `prepare`.
-        split: one of `data.eval_splits`.
-        rank: index of this process among the ranks that share the split.
-        world: number of these ranks.
-        max_samples: largest number of samples over all ranks, drawn at random but the same in every call; None for all.
-        on_skip: called for every sample that cannot be used. The result does not contain these samples.
+        prepared: The result of `prepare`.
+        split: One of `data.eval_splits`.
+        rank: The index of this process among the ranks that share the split.
+        world: The number of these ranks.
+        max_samples: The largest number of samples over all ranks, drawn at random but the same in every call; None for
+            all.
+        on_skip: A function that is called for every sample that cannot be used. The result does not contain these
+            samples.
 
     Raises:
         UserError: If no dataset has the split, or too many samples are skipped.

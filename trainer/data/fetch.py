@@ -43,9 +43,9 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
     """Read and check samples of one shard, with as few reads as their positions in the shard allow.
 
     Args:
-        shards: the shards to read from.
-        shard: number of the shard.
-        indices: positions of the samples in the shard's offset table.
+        shards: The shards to read from.
+        shard: The number of the shard.
+        indices: The positions of the samples in the shard's offset table.
 
     Returns:
         The samples. Those that cannot be used are replaced by the reason.
@@ -107,10 +107,10 @@ def read_unchecked(
     """Read samples of one shard without comparing them with the index. Callers must pass each sample to `checked`.
 
     Args:
-        shards: the shards to read from.
-        shard: number of the shard.
-        indices: positions of the samples in the shard's offset table.
-        fresh: whether to read from the store even if the bytes are cached on this node.
+        shards: The shards to read from.
+        shard: The number of the shard.
+        indices: The positions of the samples in the shard's offset table.
+        fresh: Whether to read from the store even if the bytes are cached on this node.
 
     Returns:
         Position in the shard's offset table → bytes of the sample.
@@ -159,8 +159,8 @@ class ReadAhead:
     The result of a read counts towards the budget from the start of the read until the caller releases it.
 
     Args:
-        max_bytes: size of the budget. Reads that are `required` are counted but never refused.
-        num_threads: largest number of concurrent reads.
+        max_bytes: The size of the budget. Reads that are `required` are counted but never refused.
+        num_threads: The largest number of concurrent reads.
     """
 
     def __init__(self, max_bytes: int, num_threads: int = 4) -> None:
@@ -175,9 +175,9 @@ class ReadAhead:
         """Run `work` in a thread. The caller must call `release` when it no longer holds the result.
 
         Args:
-            work: the read.
-            num_bytes: estimated size of its result.
-            required: if true, start the read even if it exceeds the budget.
+            work: The read.
+            num_bytes: The estimated size of its result.
+            required: If true, the read starts even if it exceeds the budget.
 
         Returns:
             The future of the result; None if the read would exceed the budget and is not required.

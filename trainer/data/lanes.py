@@ -72,12 +72,12 @@ class DatasetOrder:
     """The order of one dataset, which maps a lane and a position in that lane to a sample.
 
     Args:
-        name: name of the dataset. Datasets with different names are shuffled differently.
-        num_per_shard: number of selected samples in each shard; at least one must be positive.
-        seed: seed for shuffling.
-        num_lanes: number of lanes.
-        shuffle: if false, samples are read in the order in which they are stored.
-        chunk_samples: number of samples in a chunk; the last chunk of a shard may have fewer.
+        name: The name of the dataset. Datasets with different names are shuffled differently.
+        num_per_shard: The number of selected samples in each shard; at least one must be positive.
+        seed: The seed for shuffling.
+        num_lanes: The number of lanes.
+        shuffle: If false, samples are read in the order in which they are stored.
+        chunk_samples: The number of samples in a chunk; the last chunk of a shard may have fewer.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class DatasetOrder:
         The span ends with the chunk, or with the block that the lane reads in this epoch, whichever ends first.
 
         Args:
-            lane: number of the lane.
-            position: number of samples that the lane has already read from this dataset; it may exceed the size of the
-                dataset.
+            lane: The number of the lane.
+            position: The number of samples that the lane has already read from this dataset; it may exceed the size of
+                the dataset.
         """
         # A cycle is num_lanes epochs, in which the lane reads every block once.
         cycle, offset = divmod(position, self.num_samples)
@@ -159,15 +159,15 @@ class DatasetOrder:
 class DatasetMixture:
     """The rule that chooses the dataset for each draw.
 
-    Over a few batches already, the fraction of draws from each dataset is close to its normalized weight.
+    After only a few batches, the fraction of draws from each dataset is close to its normalized weight.
 
     Args:
-        datasets: the datasets with their weights.
-        seed: seed for the choice.
-        num_lanes: number of lanes.
-        num_per_lane: number of samples that each lane contributes to a batch.
-        num_samples: number of samples of each dataset; used only with a temperature.
-        temperature: the value of `DataConfig.temperature`.
+        datasets: The datasets with their weights.
+        seed: The seed for the choice.
+        num_lanes: The number of lanes.
+        num_per_lane: The number of samples that each lane contributes to a batch.
+        num_samples: The number of samples of each dataset; used only with a temperature.
+        temperature: The value of `DataConfig.temperature`.
     """
 
     def __init__(
@@ -191,10 +191,10 @@ class DatasetMixture:
         """Return the index of the dataset from which a sample is drawn.
 
         Args:
-            batch: number of the global batch.
-            lane: number of the lane.
-            draw: number of the draw among the draws of this lane for this batch.
-            progress: progress of the training (0 to 1), which determines the weights.
+            batch: The number of the global batch.
+            lane: The number of the lane.
+            draw: The number of the draw among the draws of this lane for this batch.
+            progress: The progress of the training (0 to 1), which determines the weights.
         """
         weights = self.weights_at(progress)
         # The lanes are rotated for each batch; otherwise a lane could draw from the same dataset for a long time.

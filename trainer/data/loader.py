@@ -29,7 +29,7 @@ class Loader:
     """An iterable over this rank's part of every global batch, as `(Batch, State)` pairs.
 
     Args:
-        stream: the samples as arrays. Like the stream, a loader can be iterated only once. It raises the same errors as
+        stream: The samples as arrays. Like the stream, a loader can be iterated only once. It raises the same errors as
             the stream.
     """
 

@@ -42,8 +42,8 @@ def read_manifest(path: Path, split: str | None = None) -> list[Row]:
     """Read the lines of a manifest, sorted in the order in which shards store them.
 
     Args:
-        path: the manifest.
-        split: the split to read; None for all. Malformed lines are always included.
+        path: The manifest.
+        split: The split to read; None for all. Malformed lines are always included.
 
     Raises:
         UserError: If the manifest cannot be read, a line is not a JSON object, two lines have the same id, or an audio

@@ -50,8 +50,8 @@ def turns_of(metadata: Mapping[str, Any], num_clips: int) -> tuple[Turn, ...]:
     """Return the turns of a sample, including its last answer.
 
     Args:
-        metadata: the fields of the manifest, checked by `check_metadata`.
-        num_clips: the number of the sample's clips.
+        metadata: The fields of the manifest, checked by `check_metadata`.
+        num_clips: The number of the sample's clips.
     """
     if metadata.get("messages") is not None:
         return read_turns(metadata["messages"])
@@ -80,8 +80,8 @@ def check_metadata(metadata: dict[str, Any], num_clips: int) -> None:
     """Check the fields of a sample, and check that it has audio if its task needs audio.
 
     Args:
-        metadata: the fields of the manifest.
-        num_clips: the number of the sample's audio files.
+        metadata: The fields of the manifest.
+        num_clips: The number of the sample's audio files.
 
     Raises:
         SampleError: If a field is missing or has a wrong type (`wrong_type`), the task is unknown (`unknown_task`), the

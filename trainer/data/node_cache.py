@@ -36,9 +36,9 @@ class NodeCache:
     """A cache that stores each byte range as a file, and deletes the least recently read ones when it is full.
 
     Args:
-        folder: a folder that belongs to this user alone; it is created if it is missing.
-        max_bytes: the size limit. It may be exceeded by 64 MiB per process.
-        queue_bytes: the memory for ranges that wait to be written. A single range may wait even if it is larger.
+        folder: A folder that belongs to this user alone; it is created if it is missing.
+        max_bytes: The size limit. It may be exceeded by 64 MiB per process.
+        queue_bytes: The memory for ranges that wait to be written. A single range may wait even if it is larger.
     """
 
     def __init__(self, folder: Path, max_bytes: int, queue_bytes: int = QUEUE_BYTES) -> None:
@@ -54,9 +54,9 @@ class NodeCache:
         """Return a byte range from the cache, or fetch it and write it to the cache in the background.
 
         Args:
-            key: a unique name of the range.
-            fetch: the function that reads the range from the bucket.
-            fresh: whether to fetch the range even if it is cached, because the cached content was wrong.
+            key: A unique name of the range.
+            fetch: The function that reads the range from the bucket.
+            fresh: Whether to fetch the range even if it is cached, because the cached content was wrong.
         """
         digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
         path = self.folder / digest[:2] / digest

@@ -80,15 +80,15 @@ def make_sample(
     """Tokenize one sample.
 
     Args:
-        key: key of the sample, unique within its dataset.
-        metadata: fields of the manifest, checked by `check_metadata`.
-        clips: the decoded clips.
-        tokenizer: tokenizer of prompt and answer.
-        rate: the adapter's rule for the number of placeholders per clip.
-        text_fields: additional fields of the metadata to tokenize. A field that is absent or null is ignored.
-        max_tokens: largest number of tokens of prompt and answer, audio tokens included; None for no limit.
-        loss_turns: the answers of a conversation that have labels. The field `loss` of a message overrides it.
-        evaluate: if true, encode only the prompt, from which the model generates the answer.
+        key: The key of the sample, unique within its dataset.
+        metadata: The fields of the manifest, checked by `check_metadata`.
+        clips: The decoded clips.
+        tokenizer: The tokenizer of prompt and answer.
+        rate: The adapter's rule for the number of placeholders per clip.
+        text_fields: The additional fields of the metadata to tokenize. A field that is absent or null is ignored.
+        max_tokens: The largest number of tokens of prompt and answer, audio tokens included; None for no limit.
+        loss_turns: The answers of a conversation that have labels. The field `loss` of a message overrides it.
+        evaluate: If true, only the prompt is encoded, from which the model generates the answer.
 
     Raises:
         SampleError: If the sample's text contains the placeholder token (`placeholder_in_text`) or another special

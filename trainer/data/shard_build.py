@@ -103,13 +103,13 @@ def build_shards(
     deleted, while files in a bucket remain as an unfinished build.
 
     Args:
-        manifest: the manifest.
-        out: folder or URL for the shards; it must be empty or contain an interrupted build of the same shards.
-        split: split to read; None for all.
-        limits: size limits of a shard.
-        max_skipped_fraction: largest fraction of samples that may be skipped.
-        num_workers: number of threads that check samples in parallel.
-        on_progress: called with (rows done, rows in total).
+        manifest: The manifest.
+        out: The folder or URL for the shards; it must be empty or contain an interrupted build of the same shards.
+        split: The split to read; None for all.
+        limits: The size limits of a shard.
+        max_skipped_fraction: The largest fraction of samples that may be skipped.
+        num_workers: The number of threads that check samples in parallel.
+        on_progress: A function that is called with (rows done, rows in total).
 
     Raises:
         UserError: If the manifest is unusable (see `read_manifest`), `out` contains other files, too many samples are

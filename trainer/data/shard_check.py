@@ -48,9 +48,9 @@ def check_shard(shards: ShardSet, shard: int, on_sample: Callable[[RawSample], A
     """Read a whole shard and compare it with the index and its offset table.
 
     Args:
-        shards: the shards.
-        shard: number of the shard.
-        on_sample: called with each sample that matches the table and can be read.
+        shards: The shards.
+        shard: The number of the shard.
+        on_sample: A function that is called with each sample that matches the table and can be read.
 
     Returns:
         One line for each problem: a wrong size or SHA-256, an unusable table, or a sample that differs from its hash.
@@ -89,9 +89,10 @@ def build_index(
     as in `KEY~2`.
 
     Args:
-        store: store that contains `*.tar` files in WebDataset format. The members of each sample must be consecutive.
-        defaults: values of manifest fields that a sample's metadata may lack.
-        on_shard: called with 1 after every shard.
+        store: The store that contains `*.tar` files in WebDataset format. The members of each sample must be
+            consecutive.
+        defaults: The values of manifest fields that a sample's metadata may lack.
+        on_shard: A function that is called with 1 after every shard.
 
     Returns:
         The samples that are not in the index, with their reasons.

@@ -37,10 +37,10 @@ class ShardWriter:
         """Append one sample.
 
         Args:
-            key: key of the sample, unique within the shards.
+            key: The key of the sample, unique within the shards.
             clips: (type, content) of each audio file.
-            metadata: fields of the manifest.
-            seconds: total length of the clips.
+            metadata: The fields of the manifest.
+            seconds: The total length of the clips.
         """
         assert "." not in key and "/" not in key, key
         names = [ext if len(clips) == 1 else f"{i}.{ext}" for i, (ext, _) in enumerate(clips)]
@@ -101,11 +101,11 @@ class Groups:
         """Count a sample in its group, and return its entry for the offset table.
 
         Args:
-            key: key of the sample.
-            metadata: fields of the manifest.
-            seconds: total length of the clips.
+            key: The key of the sample.
+            metadata: The fields of the manifest.
+            seconds: The total length of the clips.
             xxh3: XXH3-64 of the sample's bytes, in hexadecimal.
-            members: the extension, the first byte and the number of bytes of every member.
+            members: The extension, the first byte and the number of bytes of every member.
         """
         group = tuple(str(metadata.get(n, "")) for n in ("task", "subset", "split", "language", "source"))
         task, subset, split, language, source = group
@@ -130,9 +130,9 @@ def write_index(store: Store, shards: Sequence[Shard], defaults: Mapping[str, st
     """Write the index. It must be written last, because shards without an index are not readable as a dataset.
 
     Args:
-        store: store that contains the shards.
-        shards: descriptions of all shards.
-        defaults: values of fields that a sample's metadata may lack.
+        store: The store that contains the shards.
+        shards: The descriptions of all shards.
+        defaults: The values of fields that a sample's metadata may lack.
     """
     index = {
         "version": FORMAT_VERSION,

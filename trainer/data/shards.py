@@ -165,10 +165,10 @@ class ShardSet:
     """The shards of a store. The offset table of a shard is read when it is first needed.
 
     Args:
-        store: store that contains the shards.
-        index: result of `read_index`; None to read it now.
-        num_cached_tables: largest number of offset tables that are kept in memory.
-        cache: cache of byte ranges on the disk of this node; None to read all of them from the store.
+        store: The store that contains the shards.
+        index: The result of `read_index`; None to read it now.
+        num_cached_tables: The largest number of offset tables that are kept in memory.
+        cache: The cache of byte ranges on the disk of this node; None to read all of them from the store.
 
     Raises:
         UserError: If the index cannot be read; see `read_index`.
@@ -203,10 +203,10 @@ class ShardSet:
         """Return a byte range of a shard, which may come from the cache.
 
         Args:
-            shard: number of the shard.
-            offset: first byte of the range.
-            num_bytes: length of the range.
-            fresh: whether to read from the store even if the range is cached, because the cached bytes were wrong.
+            shard: The number of the shard.
+            offset: The first byte of the range.
+            num_bytes: The length of the range.
+            fresh: Whether to read from the store even if the range is cached, because the cached bytes were wrong.
 
         Raises:
             UserError: See `Store.get_range`.
@@ -268,9 +268,9 @@ def parse_sample(entry: Entry, data: memoryview, defaults: Mapping[str, Any]) ->
     """Parse the bytes of one sample.
 
     Args:
-        entry: the sample's entry in the offset table.
-        data: the bytes of the sample's span (`Entry.span`).
-        defaults: the values of fields that the sample may lack.
+        entry: The sample's entry in the offset table.
+        data: The bytes of the sample's span (`Entry.span`).
+        defaults: The values of fields that the sample may lack.
 
     Raises:
         SampleError: If the metadata of the sample cannot be read (`wrong_type`), or its files may belong to several

@@ -26,12 +26,12 @@ class SampleSource:
     """A source of encoded samples. The same position of a lane always yields the same sample, bit for bit.
 
     Args:
-        config: the recipe's data section.
-        tokenizer: tokenizer of prompts and answers.
-        rate: the adapter's rule for the number of audio tokens.
-        text_fields: additional fields of the metadata that are tokenized because losses need them.
-        max_tokens: largest number of tokens of a sample; None for no limit.
-        seed: seed for joining and augmentation.
+        config: The recipe's data section.
+        tokenizer: The tokenizer of prompts and answers.
+        rate: The adapter's rule for the number of audio tokens.
+        text_fields: The additional fields of the metadata that are tokenized because losses need them.
+        max_tokens: The largest number of tokens of a sample; None for no limit.
+        seed: The seed for joining and augmentation.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class SampleSource:
         """Return a sample for evaluation, which has only a prompt. Its clips are not augmented.
 
         Args:
-            reader: reader of the dataset.
-            shard: number of the shard.
-            index: index of the sample.
-            received: bytes of samples that have already been read; other samples are read from the store.
+            reader: The reader of the dataset.
+            shard: The number of the shard.
+            index: The index of the sample.
+            received: The bytes of samples that have already been read; other samples are read from the store.
 
         Raises:
             SampleError: If the sample cannot be used.
@@ -79,8 +79,8 @@ class SampleSource:
         """Return the training sample at the position of a cursor, after joining and augmentation.
 
         Args:
-            cursor: cursor on which `Cursor.load` has been called for the current position.
-            progress: progress of the training (0 to 1), which determines the strength of augmentation.
+            cursor: The cursor on which `Cursor.load` has been called for the current position.
+            progress: The progress of the training (0 to 1), which determines the strength of augmentation.
 
         Raises:
             SampleError: If the sample cannot be used.
@@ -182,11 +182,11 @@ class Cursor:
     The current span of samples is in memory, and the next span is read in advance.
 
     Args:
-        source: source of samples, whose threads and memory budget are used.
-        reader: reader of the dataset.
-        order: order of the dataset.
-        lane: number of the lane.
-        position: number of samples that the lane has already read from the dataset.
+        source: The source of samples, whose threads and memory budget are used.
+        reader: The reader of the dataset.
+        order: The order of the dataset.
+        lane: The number of the lane.
+        position: The number of samples that the lane has already read from the dataset.
     """
 
     def __init__(

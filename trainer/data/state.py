@@ -43,11 +43,11 @@ def new_state(
     """Combine lane states into a data state.
 
     Args:
-        seed: seed of the order.
-        num_lanes: number of all lanes.
-        digests: name of each dataset → digest of its order.
-        batch: number of the next global batch.
-        lane_states: number of each lane → its state.
+        seed: The seed of the order.
+        num_lanes: The number of all lanes.
+        digests: The digest of the order of each dataset, by the dataset's name.
+        batch: The number of the next global batch.
+        lane_states: The state of each lane, by the lane's number.
     """
     names = sorted({name for a in lane_states.values() for name in a.positions})
     reasons = sorted({reason for a in lane_states.values() for reason in a.skipped})
@@ -70,11 +70,11 @@ def open_state(
     """Check a data state, and return the number of the next batch and the states of some lanes.
 
     Args:
-        state: the data state; None at the beginning of a run.
-        lanes: numbers of the lanes.
-        seed: expected seed of the order.
-        num_lanes: expected number of all lanes.
-        digests: name of each dataset → expected digest of its order.
+        state: The data state; None at the beginning of a run.
+        lanes: The numbers of the lanes.
+        seed: The expected seed of the order.
+        num_lanes: The expected number of all lanes.
+        digests: The expected digest of the order of each dataset, by the dataset's name.
 
     Raises:
         UserError: If the version, the seed, the number of lanes or a digest differs from the expected one, or a lane is

@@ -55,7 +55,7 @@ class StoredData(ABC):
         """Read samples.
 
         Args:
-            places: positions in `items`.
+            places: The positions in `items`.
 
         Returns:
             Each sample, or the reason why it cannot be used, in the order of `places`.
@@ -119,8 +119,8 @@ def open_stored(data: str, split: str | None = None) -> StoredData:
     """Open a manifest or shards.
 
     Args:
-        data: path of a manifest (JSONL), folder of shards, or URL of shards in a bucket.
-        split: split to read; None for all.
+        data: The path of a manifest (JSONL), a folder of shards, or the URL of shards in a bucket.
+        split: The split to read; None for all.
 
     Raises:
         UserError: If `data` is none of these, or contains no sample of the split.

@@ -60,11 +60,11 @@ class LaneGroup:
     """The lanes for which one process prepares samples.
 
     Args:
-        spec: description of the stream.
-        lanes: number of each lane → the state from which it starts.
-        first_batch: number of the batch that is requested first.
-        readers: open readers of the datasets; None to open them.
-        tokenizer: loaded tokenizer; None to load it.
+        spec: The description of the stream.
+        lanes: The number of each lane → the state from which it starts.
+        first_batch: The number of the batch that is requested first.
+        readers: The open readers of the datasets; None to open them.
+        tokenizer: The loaded tokenizer; None to load it.
     """
 
     def __init__(
@@ -180,15 +180,15 @@ class SampleStream:
     once. If the iteration raises UserError, `state` remains the state after the last batch that was yielded.
 
     Args:
-        prepared: the result of `prepare`.
-        seed: seed for the order of samples, for joining and for augmentation.
-        num_batches: number of batches in the whole run. Weights and augmentation depend on the progress, which is the
-            number of the batch divided by `num_batches`.
-        rank: index of this process among the ranks that share the lanes.
-        world: number of these ranks.
-        state: state from which to start; None for the beginning of a run. It is either a state that this rank has
+        prepared: The result of `prepare`.
+        seed: The seed for the order of samples, for joining and for augmentation.
+        num_batches: The number of batches in the whole run. Weights and augmentation depend on the progress, which is
+            the number of the batch divided by `num_batches`.
+        rank: The index of this process among the ranks that share the lanes.
+        world: The number of these ranks.
+        state: The state from which to start; None for the beginning of a run. It is either a state that this rank has
             yielded with the same `world`, or the result of `merge_states`.
-        on_skip: called for every skipped sample before its batch is yielded.
+        on_skip: A function that is called for every skipped sample before its batch is yielded.
 
     Raises:
         UserError: If the state belongs to another seed, number of lanes or data. The iteration also raises UserError if

@@ -59,8 +59,8 @@ def tar_samples(data: bytes | memoryview, where: str) -> list[TarSample]:
     Folders and the companion files of macOS (`._*`) are ignored.
 
     Args:
-        data: the content of the tar.
-        where: the name of the tar, for error messages.
+        data: The content of the tar.
+        where: The name of the tar, for error messages.
 
     Raises:
         UserError: If the content is not a tar.
@@ -81,7 +81,7 @@ def arrange(extensions: Sequence[str]) -> tuple[list[int], int | None, int | Non
     """Find the clips, the `.json` and the `.txt` among the files of a sample.
 
     Args:
-        extensions: the extension of each file. Several clips are numbered (`0.flac`, `1.flac`).
+        extensions: The extension of each file. Several clips are numbered (`0.flac`, `1.flac`).
 
     Returns:
         The positions in `extensions` of the clips, in the order of their numbers; that of the `.json`; and that of the
@@ -113,9 +113,9 @@ def metadata_of(defaults: Mapping[str, Any], json_text: bytes | None, answer_tex
     """Return the fields of a sample.
 
     Args:
-        defaults: the values of fields that the sample may lack.
-        json_text: the content of its `.json`; None if it has none.
-        answer_text: the content of its `.txt`, which is the answer; None if it has none.
+        defaults: The values of fields that the sample may lack.
+        json_text: The content of its `.json`; None if it has none.
+        answer_text: The content of its `.txt`, which is the answer; None if it has none.
 
     Raises:
         SampleError: If the content is not a JSON object or not UTF-8 (`wrong_type`), or there are two different answers

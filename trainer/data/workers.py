@@ -34,10 +34,11 @@ class Workers:
     """A group of decoding processes, one per element of `jobs`.
 
     Args:
-        jobs: arguments of `serve` for each process, as values that can be pickled.
-        serve: generator function that yields lists. It must be importable by name.
-        num_ahead: largest number of lists that a process may prepare in advance.
-        buffer_bytes: size of the shared memory per process. Lists whose arrays do not fit are passed through the pipe.
+        jobs: The arguments of `serve` for each process, as values that can be pickled.
+        serve: A generator function that yields lists. It must be importable by name.
+        num_ahead: The largest number of lists that a process may prepare in advance.
+        buffer_bytes: The size of the shared memory per process. Lists whose arrays do not fit are passed through the
+            pipe.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Workers:
         then the second element of each list, and so on.
 
         Args:
-            batch: number of the batch; it is not used, since the processes send batches in order.
+            batch: The number of the batch; it is not used, since the processes send batches in order.
 
         Raises:
             UserError: If a process raised UserError.

@@ -217,8 +217,8 @@ class AudioEngine:
     def grad_norm_sq(self) -> Tensor:
         """Return the sum of squared gradients over this rank's partitions, a float64 scalar on the device.
 
-        If several ranks hold copies of the same partitions, the sum is divided by their number. Its sum over all ranks
-        is therefore the squared gradient norm of all parameters.
+        If several ranks hold copies of the same partitions, the result is divided by their number. The sum of the
+        results of all ranks is therefore the squared gradient norm of all parameters.
         """
         partitions = self.zero.get_fp32_grad_partitions()
         flat = [g for group in partitions.values() for g in group.values()]

@@ -118,7 +118,7 @@ class EncoderDispatch:
 
         Collective: every rank of the world must call it.
 
-        It must be called again whenever `requires_grad` of a parameter changes.
+        This method must be called again whenever `requires_grad` of a parameter changes.
         """
         learns = torch.tensor([int(any(p.requires_grad for e in self.held.values() for p in e.parameters()))])
         dist.all_reduce(learns, op=dist.ReduceOp.MAX, group=self.groups.world)

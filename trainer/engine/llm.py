@@ -364,8 +364,9 @@ class _TrainedPacks:
     def labelled_rows(self, m: int) -> Tensor | None:
         """Return the rows [n], n ≥ 1, of a pack whose logits are computed; None for all rows.
 
-        On CPUs, only rows with a label are needed, since a large vocabulary takes much of the time. Their number
-        depends on the data, so on GPUs it would have to be awaited and would change the shapes.
+        On CPUs, the logits of rows without a label are not computed, because a large vocabulary takes much of the
+        time. On GPUs, all logits are computed: the number of rows with a label depends on the data, so the host would
+        have to wait for it, and shapes would change from pack to pack.
         """
         topology, device = self.engine.groups.topology, self.packs.labels.device
         if device.type != "cpu" or topology.tp > 1 or any(packed.rows for packed in self.losses):

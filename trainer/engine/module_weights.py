@@ -66,9 +66,9 @@ class ModuleWeights:
     def _keep_persistent(self) -> None:
         """Keep parameters below `stage3_param_persistence_threshold` gathered until the next update.
 
-        DeepSpeed releases parameters after every call if the order of module calls changes between steps. It does
-        change here, because the number of encoder calls depends on the batch. DeepSpeed never releases a parameter that
-        a module still uses, so these parameters are registered as used by a fictitious module.
+        DeepSpeed releases parameters after every call if the order of module calls changes between steps. The
+        order does change here, because the number of encoder calls depends on the batch. DeepSpeed never releases a
+        parameter that a module still uses, so these parameters are registered as used by a fictitious module.
         """
         for parameter in self.tower.parameters():
             if parameter.ds_persist:

@@ -136,8 +136,8 @@ def param_groups(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter, 
     """Return the parameter groups for a `torch.optim` optimizer, and set `requires_grad=False` for frozen parameters.
 
     Args:
-        config: the optimizer section.
-        params: the name, the parameter and its number of dimensions. The number is given separately, because the
+        config: The optimizer section.
+        params: The name, the parameter and its number of dimensions. The number is given separately, because the
             parameter itself does not have it once ZeRO-3 has partitioned it.
 
     Returns:

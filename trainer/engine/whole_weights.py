@@ -69,7 +69,7 @@ class Bucket:
         self._weights, self._weight_rows = self._views(self._whole)
         self._nothing = self._whole[:0]
         self._is_current = False
-        # Views of thousands of parameters take long to make, so they are kept from step to step, without their memory.
+        # Creating views of thousands of parameters is slow, so they are kept from step to step, without their memory.
         self._shards = [p.ds_tensor for p in parameters]
         self._mine, self._everyone = (self._buffer(rows, self._whole.dtype) for rows in ((), (self.num_ranks,)))
         if not places:
@@ -161,7 +161,7 @@ class Bucket:
 
 
 def _allocate(buffer: Tensor) -> None:
-    """Give a buffer its memory back, with undefined values."""
+    """Allocate the memory of a buffer that has none. Its values are undefined."""
     buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
 
 

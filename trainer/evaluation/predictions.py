@@ -114,8 +114,8 @@ def score_predictions(predictions: Sequence[Prediction], meteor: Meteor | None =
     """Return the scores of every task that occurs among the predictions.
 
     Args:
-        predictions: predictions of any tasks.
-        meteor: the METEOR scorer; None to score captions without METEOR.
+        predictions: Predictions of any tasks.
+        meteor: The METEOR scorer; None to score captions without METEOR.
     """
     return [s for task, found in by_task(predictions).items() for s in score(task, *columns(found), meteor)]
 

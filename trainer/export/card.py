@@ -31,11 +31,11 @@ def model_card(source: Source, selection: Selection, summary: Mapping[str, Any],
     """Return the text of README.md.
 
     Args:
-        source: the checkpoint.
-        selection: the exported encoders.
-        summary: the content of the run's summary.json; it may be empty.
-        found: the measurements of the export.
-        dtype: the name of the type of the weights.
+        source: The checkpoint.
+        selection: The exported encoders.
+        summary: The content of the run's summary.json; it may be empty.
+        found: The measurements of the export.
+        dtype: The name of the type of the weights.
     """
     manifest = source.reader.manifest
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", source.extra["recipe"])), default=0))

@@ -27,7 +27,7 @@ def remote_code(families: Collection[str], adapter: str = "convolutions") -> dic
     """Return the source code of each file, by file name.
 
     Args:
-        families: names of the encoder families that the exported model uses.
+        families: The names of the encoder families that the exported model uses.
         adapter: The kind of its adapter.
 
     Raises:

@@ -70,10 +70,10 @@ def export(
     """Export a checkpoint as a folder.
 
     Args:
-        source: the checkpoint.
-        out: the folder to create.
-        options: the options of the export.
-        on_bytes: a function that is called with the bytes written since the last call and the bytes in total.
+        source: The checkpoint.
+        out: The folder to create.
+        options: The options of the export.
+        on_bytes: A function that is called with the bytes written since the last call and the bytes in total.
 
     Returns:
         The measurements of the export.

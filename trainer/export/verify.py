@@ -68,11 +68,11 @@ def verify(
     """Compare an exported model with the training graph, whose weights are rounded to the dtype of the export.
 
     Args:
-        folder: the exported model.
-        source: the checkpoint that it was exported from.
-        selection: the exported encoders.
-        dtype: the type of the exported weights.
-        samples: the samples to compare on.
+        folder: The exported model.
+        source: The checkpoint that it was exported from.
+        selection: The exported encoders.
+        dtype: The type of the exported weights.
+        samples: The samples to compare on.
 
     Returns:
         The largest differences.
@@ -122,12 +122,12 @@ def scores(
     """Score the answers that the model with the selected encoders generates greedily.
 
     Args:
-        source: the checkpoint.
-        selection: the encoders of the model.
-        dtype: the type to which weights are rounded; the computation is in fp32.
-        processor: the exported processor.
-        settings: the exported GenerationConfig.
-        samples: the samples to answer.
+        source: The checkpoint.
+        selection: The encoders of the model.
+        dtype: The type to which weights are rounded; the computation is in fp32.
+        processor: The exported processor.
+        settings: The exported GenerationConfig.
+        samples: The samples to answer.
 
     Returns:
         The scores by name.

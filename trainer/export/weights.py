@@ -71,11 +71,11 @@ def plan_targets(
     """Return the tensors to export.
 
     Args:
-        reader: the checkpoint.
-        names: the name in the checkpoint of each exported name.
-        dtype: the type that floating-point tensors are converted to.
-        rows: the rows to export, by name in the checkpoint, for each tensor that is not exported as a whole.
-        adapters: the adapters to merge, by name of the weight in the checkpoint.
+        reader: The checkpoint.
+        names: The name in the checkpoint of each exported name.
+        dtype: The type that floating-point tensors are converted to.
+        rows: The rows to export, by name in the checkpoint, for each tensor that is not exported as a whole.
+        adapters: The adapters to merge, by name of the weight in the checkpoint.
     """
     targets = []
     for name, source in names.items():
@@ -92,9 +92,9 @@ def stack_targets(targets: Sequence[Target], stacked: Mapping[str, Stacked], pre
     """Return the targets with published tensors of all experts in place of those of single experts.
 
     Args:
-        targets: the targets, with one per tensor of an expert.
-        stacked: the published tensors.
-        prefix: the prefix of the LLM's exported names.
+        targets: The targets, with one per tensor of an expert.
+        stacked: The published tensors.
+        prefix: The prefix of the LLM's exported names.
     """
     by_name = {target.name: target for target in targets}
     owners = {prefix + part.name: name for name, tensor in stacked.items() for part in tensor.parts}
@@ -134,10 +134,10 @@ def write_weights(
     """Write the files that do not exist yet, and their index.
 
     Args:
-        reader: the checkpoint.
-        shards: the targets of each file, by file name.
-        folder: the folder to write into.
-        on_bytes: a function that is called with the size in bytes of every tensor that was written or already existed.
+        reader: The checkpoint.
+        shards: The targets of each file, by file name.
+        folder: The folder to write into.
+        on_bytes: A function that is called with the size in bytes of every tensor that was written or already existed.
     """
     for name, targets in shards.items():
         if (folder / name).is_file():

@@ -39,8 +39,8 @@ def cancelled_by(state: JobState, batch_signals: Sequence[int], events: Sequence
     attempt = current_attempt(events)
     if any(e["event"] in ("failed", "hang", "peer_lost") for e in attempt):
         sent = [n for n in _BY_A_PERSON if n in batch_signals]
-    told = {name for e in attempt if e["event"] == "signal" for name in str(e.get("name")).split("+")}
-    names = [n.name for n in _BY_A_PERSON if n in sent or n.name in told]
+    recorded = {name for e in attempt if e["event"] == "signal" for name in str(e.get("name")).split("+")}
+    names = [n.name for n in _BY_A_PERSON if n in sent or n.name in recorded]
     return f"scancel --signal={names[0].removeprefix('SIG')}" if names else None
 
 

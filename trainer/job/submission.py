@@ -1,4 +1,4 @@
-"""What is checked before the ranks of a job start: the recipe, its data, and its plans."""
+"""The checks of a job's recipe, data and plans, before its ranks start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.telemetry.origin import PLAN_NAME, plan_json_name
 STORE_SEC = 10.0
 """The time in seconds for which an unreachable bucket is retried in the first attempt."""
 _PER_NODE = 8
-"""The number of ranks per node if neither the job nor PLAN_ACCELERATOR says it, as in a plan."""
+"""The number of ranks per node if neither the job nor PLAN_ACCELERATOR specifies it. Plans have the same default."""
 
 
 class RefusedError(UserError):
@@ -55,8 +55,8 @@ def check(
         plan: Whether to make and print the plan.
         per_node: The number of ranks per node that the plan assumes, unless PLAN_ACCELERATOR contains `per_node`; None
             for the plan's default.
-        smaller: Whether to check also the layouts on which `restart.min_nodes` lets a restarted job continue, so that a
-            mistake that appears only there is found before the job starts.
+        smaller: Whether to also check the layouts with which `restart.min_nodes` lets a restarted job continue, so that
+            a mistake that affects only them is found before the job starts.
 
     Returns:
         The properties of the recipe that the job needs.
@@ -85,7 +85,7 @@ def check(
 
 
 def keep_plan(facts: Facts, is_whole: bool = True) -> None:
-    """Write the plan of a job to the folder of its run, which is compared with it. Nothing is written without a plan.
+    """Write the plan of a job to the folder of its run, if there is a plan. The run is compared with it.
 
     Args:
         facts: The properties of the recipe.

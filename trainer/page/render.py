@@ -16,10 +16,10 @@ def render(template: Path, title: str, tree: dict[str, Any]) -> str:
     The page loads no other files. Names that come from manifests are never parsed as HTML.
 
     Args:
-        template: an HTML file that contains `{{title}}`, `{{style}}` (for base.css), `{{data}}` and `{{elements}}` (for
+        template: An HTML file that contains `{{title}}`, `{{style}}` (for base.css), `{{data}}` and `{{elements}}` (for
             elements.js).
-        title: the title, as plain text.
-        tree: the report's data (JSON-serializable). elements.js makes it available to the page's script as the constant
+        title: The title, as plain text.
+        tree: The report's data (JSON-serializable). elements.js makes it available to the page's script as the constant
             `data`.
     """
     # The first "</" would end the script element that contains the JSON, so every "<" is escaped.

@@ -25,7 +25,7 @@ _ROUNDS = 16
 _FEW_ITEMS, _FEW_ITEMS_PER_BIN = 8192, 64
 """The numbers of items, in total and per bin, up to which the longest-processing-time rule alone is fast enough.
 
-The rule alone balances better than if items are dealt out first.
+The rule alone balances better than dealing out items first.
 """
 
 
@@ -100,7 +100,7 @@ def _runs(filled: Floats, num_bins: int, limit: float) -> Ints:
     num, start = len(filled), 0
     if num > _MANY_ITEMS_PER_BIN * num_bins:
         return _runs_one_by_one(filled, num_bins, limit)
-    # `ends` contains the end of a bin that begins at each item. The loop below then only follows these ends.
+    # `ends[i]` is the end of a bin that begins at item i. The loop below then only follows these ends.
     limits = np.full(num + 1, limit)
     limits[1:] += filled
     ends = np.searchsorted(filled, limits, side="right")

@@ -27,9 +27,9 @@ def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages:
     is the WER with the normalization of versions before 0.2, for comparisons with older runs.
 
     Args:
-        references: the correct transcript of each sample.
-        hypotheses: the model's transcript of each sample.
-        languages: the language of each sample, in any form that `language_code` knows.
+        references: The correct transcript of each sample.
+        hypotheses: The model's transcript of each sample.
+        languages: The language of each sample, in any form that `language_code` knows.
     """
     expected = [normalise(text, language) for text, language in zip(references, languages, strict=True)]
     said = [normalise(text, language) for text, language in zip(hypotheses, languages, strict=True)]

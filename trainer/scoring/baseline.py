@@ -24,9 +24,9 @@ def majority_baseline(
     is the error rate of the most frequent transcript.
 
     Args:
-        train_metas: manifest fields of the training samples.
-        test_metas: manifest fields of the samples to score.
-        meteor: the METEOR metric; None skips it.
+        train_metas: The manifest fields of the training samples.
+        test_metas: The manifest fields of the samples to score.
+        meteor: The METEOR metric; None skips it.
 
     Returns:
         The scores of all tasks and subsets.

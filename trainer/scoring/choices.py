@@ -42,9 +42,9 @@ def chosen(text: str, choices: Sequence[str], language: str = "en") -> str | Non
     An answer whose letter and words name different choices names no choice.
 
     Args:
-        text: the answer.
-        choices: the choices.
-        language: the language of the answer and the choices; see `language_code`.
+        text: The answer.
+        choices: The choices.
+        language: The language of the answer and the choices; see `language_code`.
     """
     if not text.strip():
         return None
@@ -87,9 +87,9 @@ def class_metric(name: str, references: Sequence[str], answers: Sequence[str], c
     """Return the macro-F1 metric; see `macro_f1`.
 
     Args:
-        name: the name of the metric.
-        references: the correct class of each sample.
-        answers: the class that was named for each sample, or "" if none was.
+        name: The name of the metric.
+        references: The correct class of each sample.
+        answers: The class that was named for each sample, or "" if none was.
         counted: [N] mask of the samples that the metric includes.
     """
     labels = sorted({label for label, here in zip(references, counted, strict=True) if here})

@@ -26,8 +26,8 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> l
     therefore depends on all samples, and a single sample scores 0.
 
     Args:
-        hypotheses: the model's caption of each sample.
-        references: the human captions of each sample.
+        hypotheses: The model's caption of each sample.
+        references: The human captions of each sample.
     """
     counts = [[ngrams(reference) for reference in group] for group in references]
     frequency = Counter(ngram for group in counts for ngram in set().union(*group))

@@ -170,8 +170,8 @@ class Endpoint:
         """Send a request and return the parsed reply.
 
         Args:
-            path: the path that is appended to the base address.
-            body: the JSON value to send.
+            path: The path that is appended to the base address.
+            body: The JSON value to send.
 
         Raises:
             RequestFailed: If all attempts failed, or an attempt failed in a way that a retry cannot fix.

@@ -38,8 +38,8 @@ def intent_metrics(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]
     commands whose intent and slots are all correct. Names and values are compared after normalization.
 
     Args:
-        hypotheses: the model's answer to each sample.
-        metas: the manifest fields of each sample; answer, choices (of the intent) and language are used.
+        hypotheses: The model's answer to each sample.
+        metas: The manifest fields of each sample; answer, choices (of the intent) and language are used.
     """
     right, whole = [], []
     slots = np.zeros((len(hypotheses), 3))
@@ -56,8 +56,8 @@ def command_of(text: str, language: str = "en") -> Command:
     """Return the command that `text` contains.
 
     Args:
-        text: an answer, in which other text may surround the JSON object.
-        language: the language of the values of slots.
+        text: An answer, in which other text may surround the JSON object.
+        language: The language of the values of slots.
     """
     begin, end = text.find("{"), text.rfind("}")
     try:

@@ -152,9 +152,9 @@ class Judge:
     """A language model that rates answers at temperature 0, with a cache of its ratings.
 
     Args:
-        endpoint: the service that runs the model.
-        model: the model's name in the service.
-        cache: a folder for ratings, with one JSON file per request, named by the request's SHA-256. Failures are not
+        endpoint: The service that runs the model.
+        model: The model's name in the service.
+        cache: A folder for ratings, with one JSON file per request, named by the request's SHA-256. Failures are not
             stored, so these requests are sent again next time.
     """
 
@@ -165,8 +165,8 @@ class Judge:
         """Yield the verdicts on `items`, in their order.
 
         Args:
-            items: the answers to rate, or the pairs of answers to compare.
-            num_workers: the number of simultaneous requests.
+            items: The answers to rate, or the pairs of answers to compare.
+            num_workers: The number of simultaneous requests.
 
         Raises:
             UserError: If the service rejects the key or does not know the model or the address, or a cache file is

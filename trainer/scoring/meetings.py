@@ -30,9 +30,9 @@ def meeting_metrics(references: Sequence[str], hypotheses: Sequence[str], langua
     difference between the numbers of speakers in the reference and the hypothesis.
 
     Args:
-        references: the correct transcript of each sample.
-        hypotheses: the model's transcript of each sample.
-        languages: the language of each sample, in any form that `language_code` knows.
+        references: The correct transcript of each sample.
+        hypotheses: The model's transcript of each sample.
+        languages: The language of each sample, in any form that `language_code` knows.
     """
     errors = np.zeros((len(references), 2))
     speakers = np.ones((len(references), 2))

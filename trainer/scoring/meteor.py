@@ -19,7 +19,7 @@ class Meteor:
     "? ", so the result may differ for text with abbreviations.
 
     Args:
-        wordnet: the folder returned by `find_wordnet`; it is read when the first score is computed.
+        wordnet: The folder returned by `find_wordnet`; it is read when the first score is computed.
     """
 
     def __init__(self, wordnet: Path) -> None:

@@ -55,8 +55,8 @@ def resampled_sums(
 
     Args:
         statistics: [N, K] statistics per sample, N ≥ 1.
-        num_resamples: the number of resamples, R.
-        seed: the seed of the draws.
+        num_resamples: The number of resamples, R.
+        seed: The seed of the draws.
 
     Returns:
         [R, K] sums.

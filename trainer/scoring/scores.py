@@ -46,10 +46,10 @@ def task_metrics(
     """Return the metrics of one task, beginning with the metric that is most informative for a single sample.
 
     Args:
-        task: the name of the task.
-        hypotheses: the model's answer to each sample.
-        metas: the manifest fields of each sample; answer, subset, language, choices and references are used.
-        meteor: the METEOR metric; None skips it.
+        task: The name of the task.
+        hypotheses: The model's answer to each sample.
+        metas: The manifest fields of each sample; answer, subset, language, choices and references are used.
+        meteor: The METEOR metric; None skips it.
 
     Raises:
         UserError: If the task is unknown.

@@ -32,9 +32,9 @@ def translation_metrics(
     other languages in `tokenizer_of` that are compared by characters, and `13a` otherwise.
 
     Args:
-        references: the correct translations of each sample, at least one.
-        hypotheses: the model's translation of each sample.
-        languages: the language that each sample is translated into, in any form that `language_code` knows.
+        references: The correct translations of each sample, at least one.
+        hypotheses: The model's translation of each sample.
+        languages: The language that each sample is translated into, in any form that `language_code` knows.
     """
     from sacrebleu.metrics import BLEU, CHRF
 

@@ -21,7 +21,7 @@ def find_wordnet(given: str | None = None) -> Path:
     """Find the folder of the WordNet database.
 
     Args:
-        given: the folder; None means the environment variable WNSEARCHDIR or, if it is not set, the usual folders.
+        given: The folder; None means the environment variable WNSEARCHDIR or, if it is not set, the usual folders.
 
     Raises:
         UserError: If no database is found, or the named folder lacks a file.
@@ -43,8 +43,8 @@ def wordnet_if_any(given: str | None, what: str) -> Path | None:
     """Return the folder of the WordNet database. If none is given or installed, print a note and return None.
 
     Args:
-        given: the folder; None as in `find_wordnet`.
-        what: a description of the work that is done without METEOR, for the note.
+        given: The folder; None as in `find_wordnet`.
+        what: A description of the work that is done without METEOR, for the note.
 
     Raises:
         UserError: If a folder is given that does not contain WordNet.
@@ -85,7 +85,7 @@ class WordNet:
     only from NLTK's data folders.
 
     Args:
-        folder: the folder returned by `find_wordnet`.
+        folder: The folder returned by `find_wordnet`.
     """
 
     def __init__(self, folder: Path) -> None:

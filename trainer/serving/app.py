@@ -59,12 +59,12 @@ def make_app(
     """Return the web application.
 
     Args:
-        service: the model.
-        hosts: the names by which clients may address the server. Other names are refused, so that a web page cannot
+        service: The model.
+        hosts: The names by which clients may address the server. Other names are refused, so that a web page cannot
             reach a server on this machine through a host name of the web page (DNS rebinding).
-        key: the key that clients must send as `Authorization: Bearer KEY`; None for no key.
-        max_request_bytes: the largest size of a request's body.
-        max_upload_sec: the longest time in which a request's body may arrive, in seconds.
+        key: The key that clients must send as `Authorization: Bearer KEY`; None for no key.
+        max_request_bytes: The largest size of a request's body.
+        max_upload_sec: The longest time in which a request's body may arrive, in seconds.
     """
     app = FastAPI(title="earshot", docs_url=None, redoc_url=None, openapi_url=None)
     queue = _Queue(max_upload_sec)
@@ -126,7 +126,7 @@ def make_app(
         parts: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(part: str | None) -> None:
+        def send(part: str | None) -> None:
             loop.call_soon_threadsafe(parts.put_nowait, part)
 
         async def answer() -> tuple[Reply, bool]:
@@ -137,7 +137,7 @@ def make_app(
                     body = _read_body(content)
                     clips, fields = read_messages(body.get("messages"), service.max_chars)
                     streams = bool(body.get("stream"))
-                    emit = tell if streams else None
+                    emit = send if streams else None
                     return service.answer(clips, fields, _max_tokens(body), emit, gone.is_set), streams
 
                 return await queue.run(request, compute)
@@ -145,7 +145,7 @@ def make_app(
         def end(task: asyncio.Task[Any]) -> None:
             if not task.cancelled():
                 task.exception()  # asyncio logs exceptions that nobody retrieves, for example if the client is gone.
-            tell(None)
+            send(None)
 
         task = asyncio.create_task(answer())
         task.add_done_callback(end)
@@ -155,7 +155,7 @@ def make_app(
             reply, streams = await task
             if not streams:
                 return _completion(service, reply)
-            tell(None)
+            send(None)
         return StreamingResponse(_events(service, part or "", parts, task), media_type="text/event-stream")
 
     return app
@@ -165,7 +165,7 @@ class _Queue:
     """A queue in which requests wait for the model. The audio of a request is decoded when it is the request's turn.
 
     Args:
-        max_upload_sec: the longest time in which a request's body may arrive, in seconds.
+        max_upload_sec: The longest time in which a request's body may arrive, in seconds.
     """
 
     def __init__(self, max_upload_sec: float = MAX_UPLOAD_SEC) -> None:
@@ -199,8 +199,8 @@ class _Queue:
         """Run `work` in a thread when it is the request's turn, and return its result.
 
         Args:
-            request: the request, whose body has been read.
-            work: a function whose argument is an event that is set when its result is no longer wanted.
+            request: The request, whose body has been read.
+            work: A function whose argument is an event that is set when its result is no longer wanted.
         """
         gone = threading.Event()
         with anyio.CancelScope() as waiting:  # Cancelling the scope does not end a thread, but setting `gone` does.
@@ -282,10 +282,10 @@ async def _events(
     """Yield an answer as server-sent events while it is generated.
 
     Args:
-        service: the model.
-        first: the first part of the text.
-        parts: the other parts, followed by None.
-        task: the task that computes the answer.
+        service: The model.
+        first: The first part of the text.
+        parts: The other parts, followed by None.
+        task: The task that computes the answer.
     """
     head = {**_head(service), "object": "chat.completion.chunk"}
 

@@ -35,9 +35,9 @@ def decoded(audio: bytes, param: str, others: Sequence[Clip] = ()) -> Clip:
     """Return the waveform of an audio file.
 
     Args:
-        audio: the file.
-        param: the field of the request that contains the file, for the error message.
-        others: the clips of the same request that were decoded before.
+        audio: The file.
+        param: The field of the request that contains the file, for the error message.
+        others: The clips of the same request that were decoded before.
 
     Raises:
         RequestError: If the file cannot be decoded, or the request has too much audio.
@@ -59,8 +59,8 @@ def read_messages(messages: Any, max_chars: int) -> tuple[list[Clip], dict[str, 
     its clients cannot.
 
     Args:
-        messages: the value of `messages`.
-        max_chars: the largest number of characters of text in all messages.
+        messages: The value of `messages`.
+        max_chars: The largest number of characters of text in all messages.
 
     Raises:
         RequestError: If the messages have another form, their text is too long, or their audio cannot be decoded.

@@ -66,9 +66,9 @@ class Service:
     """A model that answers requests, one at a time. Its methods may be called from any thread.
 
     Args:
-        url: an exported folder, a checkpoint, or a run.
-        max_new_tokens: the largest number of tokens in an answer; None for the value of the training run.
-        device: the device of the model; None for a GPU if there is one, and the CPU otherwise.
+        url: An exported folder, a checkpoint, or a run.
+        max_new_tokens: The largest number of tokens in an answer; None for the value of the training run.
+        device: The device of the model; None for a GPU if there is one, and the CPU otherwise.
 
     Raises:
         UserError: If there is no model at `url`, or it is damaged.
@@ -99,13 +99,13 @@ class Service:
         """Answer a request.
 
         Args:
-            clips: the waveforms.
-            fields: the manifest fields of the request: `instruction`, or `messages` that end with an arbitrary answer.
-            max_new_tokens: the largest number of tokens in the answer. It is limited to the value of the service, which
+            clips: The waveforms.
+            fields: The manifest fields of the request: `instruction`, or `messages` that end with an arbitrary answer.
+            max_new_tokens: The largest number of tokens in the answer. It is limited to the value of the service, which
                 is also the default.
-            emit: a function that is called with each part of the text when it is generated. Together, the parts are the
+            emit: A function that is called with each part of the text when it is generated. Together, the parts are the
                 whole text. A transcript of several windows is one part. None if the text is not needed in parts.
-            unwanted: a function that says whether the answer is no longer wanted. It is called after every token.
+            unwanted: A function that says whether the answer is no longer wanted. It is called after every token.
 
         Raises:
             Stopped: If `unwanted` returned True.

@@ -34,10 +34,11 @@ class BucketStore:
 
     Args:
         scheme: `s3`, `gs` or `az`.
-        bucket: name of the bucket (for Azure, of the container).
-        prefix: path below which all objects are stored; empty for the whole bucket.
-        access: endpoint and credentials.
-        retry_sec: time in seconds for which a request is retried while the server does not answer or answers with 5xx.
+        bucket: The name of the bucket (for Azure, of the container).
+        prefix: The path below which all objects are stored; empty for the whole bucket.
+        access: The endpoint and credentials.
+        retry_sec: The time in seconds for which a request is retried while the server does not answer or answers with
+            5xx.
 
     Raises:
         UserError: If obstore does not accept the endpoint or the credentials.

@@ -59,7 +59,7 @@ def find_access(scheme: str, environ: Mapping[str, str] = os.environ) -> Access:
 
     Args:
         scheme: `s3`, `gs` or `az`.
-        environ: the environment variables.
+        environ: The environment variables.
 
     Raises:
         UserError: If there are no credentials, or a file that should contain them is malformed.

@@ -35,8 +35,8 @@ def open_store(url: str, retry_sec: float | None = None) -> Store:
     """Return the store at `url`, without sending any request to it.
 
     Args:
-        url: local path, or `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`.
-        retry_sec: time in seconds for which a bucket may be unreachable before a request fails; None for
+        url: A local path, or `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`.
+        retry_sec: The time in seconds for which a bucket may be unreachable before a request fails; None for
             `bucket.RETRY_SEC`.
 
     Raises:

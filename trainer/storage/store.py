@@ -57,10 +57,10 @@ class Store(Protocol):
         """Return a byte range of an object.
 
         Args:
-            name: name of the object.
-            offset: first byte of the range.
-            num_bytes: length of the range.
-            total_bytes: expected size of the whole object; None if unknown.
+            name: The name of the object.
+            offset: The first byte of the range.
+            num_bytes: The length of the range.
+            total_bytes: The expected size of the whole object; None if unknown.
 
         Raises:
             MissingError: If there is no such object.
@@ -101,7 +101,7 @@ class Store(Protocol):
         """List objects by name.
 
         Args:
-            prefix: beginning of the names to list. It is empty for all objects, and must end with '/' otherwise.
+            prefix: The beginning of the names to list. It is empty for all objects, and must end with '/' otherwise.
 
         Returns:
             The size in bytes of each object by name, sorted by name.
@@ -241,10 +241,10 @@ def check_size(where: str, size: int, end: int, total_bytes: int | None) -> None
     """Check that an object has the expected size and contains all bytes before `end`.
 
     Args:
-        where: URL of the object, for the message.
-        size: size of the object in bytes.
-        end: byte after the last one to be read.
-        total_bytes: expected size of the object; None if unknown.
+        where: The URL of the object, for the message.
+        size: The size of the object in bytes.
+        end: The byte after the last one to be read.
+        total_bytes: The expected size of the object; None if unknown.
 
     Raises:
         ChangedError: If the object is shorter than `end`, or its size is not `total_bytes`.

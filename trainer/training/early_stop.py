@@ -14,7 +14,7 @@ def stops_early(config: EvalConfig, checkpoints: CheckpointManager, done: int, *
 
     Args:
         config: The recipe's `eval` section.
-        checkpoints: The run's checkpoints, with which the scores of all evaluations so far are stored.
+        checkpoints: The run's checkpoints, which also store the scores of all evaluations so far.
         done: The number of steps completed.
         just_evaluated: Whether an evaluation took place after the last of these steps.
 

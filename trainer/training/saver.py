@@ -172,7 +172,7 @@ class Saver:
 def check_adapters(stored: str, lora: Sequence[LoraConfig]) -> None:
     """Check that a resumed run multiplies its adapters by the same factors as before.
 
-    The factors are in no tensor, so loading a checkpoint cannot notice a difference.
+    The factors are not stored in tensors, so loading a checkpoint cannot detect a difference.
 
     Args:
         stored: The recipe in the checkpoint, as YAML; empty if the checkpoint has none.

@@ -344,29 +344,29 @@ class Step:
         dist.all_reduce(tensor, group=self.groups.world)
         return tensor
 
-    def update(self, step: int, mistrust: str | None, stop: StopRequest) -> Update:
+    def update(self, step: int, skip_reason: str | None, stop: StopRequest) -> Update:
         """Clip the gradients and update all weights (line 9), and count the ranks that were asked to stop.
 
         Collective: every rank of the world must call it.
 
         Args:
             step: The number of steps completed before this one.
-            mistrust: The reason why this rank wants to skip the update; None if it has none. The update is skipped if
-                any rank has a reason or if the gradient norm is not finite.
+            skip_reason: The reason why this rank wants to skip the update; None if it does not. The update is skipped
+                if any rank has a reason or if the gradient norm is not finite.
             stop: This rank's request to stop.
         """
-        votes = to_device(np.array([mistrust is not None, *stop.votes], dtype=np.float64), self.groups.device)
+        votes = to_device(np.array([skip_reason is not None, *stop.votes], dtype=np.float64), self.groups.device)
         sums = torch.cat([torch.stack([self.audio.grad_norm_sq(), self.llm.grad_norm_sq()]), votes])
         dist.all_reduce(sums, group=self.groups.world)
-        audio_square, llm_square, num_doubts, *votes_of_all = sums.tolist()
+        audio_square, llm_square, num_skipping, *votes_of_all = sums.tolist()
         signals = signal_counts(votes_of_all)
         audio_norm, norm = audio_square**0.5, (audio_square + llm_square) ** 0.5
         index, stage = self.stages.at(step)
         scale = lr_scale(stage.optim, step - stage.start, stage.steps)
-        if not np.isfinite(norm) or num_doubts > 0:
+        if not np.isfinite(norm) or num_skipping > 0:
             self.audio.discard()
             why = f"gradient norm is {norm}" if not np.isfinite(norm) else "another rank rejects the loss"
-            return Update(norm, scale, mistrust or why, signals)
+            return Update(norm, scale, skip_reason or why, signals)
         clip_coef = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
         self.audio.step(clip_coef, audio_norm, scale, index)
         self.llm.step(clip_coef, scale, index)

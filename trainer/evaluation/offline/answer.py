@@ -41,10 +41,10 @@ class Windows:
         """Return the windows that the user chose, with the model's defaults for values that are None.
 
         Args:
-            origin: the model.
-            window_sec: the length of a window, in seconds; None selects the length of the longest clip in training, but
+            origin: The model.
+            window_sec: The length of a window, in seconds; None selects the length of the longest clip in training, but
                 at most 30 s.
-            overlap_sec: the minimum overlap, in seconds; None selects `OVERLAP_SHARE` of a window.
+            overlap_sec: The minimum overlap, in seconds; None selects `OVERLAP_SHARE` of a window.
 
         Raises:
             UserError: If a value is out of range.
@@ -111,9 +111,9 @@ class Answerer:
     """A model that answers questions. An answer does not depend on the other questions in the same batch.
 
     Args:
-        loaded: the model.
-        windows: the windows into which long recordings are cut.
-        decoding: the settings of text generation.
+        loaded: The model.
+        windows: The windows into which long recordings are cut.
+        decoding: The settings of text generation.
     """
 
     def __init__(self, loaded: Loaded, windows: Windows, decoding: Decoding) -> None:
@@ -128,8 +128,8 @@ class Answerer:
         Audio is never truncated to make a sample fit.
 
         Args:
-            questions: the questions.
-            progress: a function that is called after every step of greedy decoding; None for none. Its argument is the
+            questions: The questions.
+            progress: A function that is called after every step of greedy decoding; None for none. Its argument is the
                 list of tokens of the answer so far if there is only one prompt, and None otherwise. It may raise an
                 exception to stop the decoding.
         """

@@ -58,7 +58,7 @@ def earshot_model_generation(self: Any, input: Mapping[str, Any] | Sequence[Mapp
 
     Args:
         self: AudioBench's object, after `earshot_model_loader`.
-        input: a sample or a list of samples. A sample has `audio` (with `array` and `sampling_rate`), `instruction` (in
+        input: A sample or a list of samples. A sample has `audio` (with `array` and `sampling_rate`), `instruction` (in
             older versions `text`) and, in some datasets, `task_type`.
 
     Raises:

@@ -37,7 +37,7 @@ class RoomyLayer(DynamicLayer):
     Appending a token does not copy the keys and values of earlier tokens.
 
     Args:
-        max_tokens: the number of tokens for which memory is allocated.
+        max_tokens: The number of tokens for which memory is allocated.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -76,11 +76,11 @@ def decode(
     """Generate an answer to every prompt.
 
     Args:
-        loaded: the model.
-        inputs: the output of the model's processor, on the model's device. Prompts are padded on the left.
-        max_new_tokens: the largest number of tokens in an answer.
-        beams: the number of beams; 1 selects greedy decoding, more select the beam search of transformers' `generate`.
-        progress: a function that is called after every step of greedy decoding; None for none.
+        loaded: The model.
+        inputs: The output of the model's processor, on the model's device. Prompts are padded on the left.
+        max_new_tokens: The largest number of tokens in an answer.
+        beams: The number of beams; 1 selects greedy decoding, more select the beam search of transformers' `generate`.
+        progress: A function that is called after every step of greedy decoding; None for none.
 
     Returns:
         The tokens of every answer, without the end token. An answer with `max_new_tokens` tokens was truncated.

@@ -20,7 +20,9 @@ called again.
 _AHEAD = 2
 """The number of batches assigned to each worker: the one that it is answering and the one whose audio it is reading."""
 _JOIN_SEC = 10.0
-"""The time in seconds to wait for a worker to exit after its connection was lost. Its exit code is unknown before."""
+"""The time in seconds to wait for a worker to exit after its connection was lost. Its exit code is not known until
+then.
+"""
 
 
 @contextmanager
@@ -30,8 +32,8 @@ def open_workers(request: Request, num: int) -> Iterator[AnswerJobs]:
     Each process loads the model. The processes share the devices of this machine.
 
     Args:
-        request: the evaluation.
-        num: the number of processes. If it is 1, no process is started, and the current process loads the model.
+        request: The evaluation.
+        num: The number of processes. If it is 1, no process is started, and the current process loads the model.
 
     Raises:
         UserError: If the data or the model cannot be used, or a worker process ended unexpectedly.

@@ -47,10 +47,10 @@ def run_evaluation(
     """Generate predictions for the samples that have no prediction in `folder` yet.
 
     Args:
-        request: the evaluation.
-        folder: the folder for predictions.jsonl, skipped.jsonl and evaluation.json.
-        num_processes: the number of worker processes.
-        on_progress: a function that is called with the number of finished samples and the number of all samples.
+        request: The evaluation.
+        folder: The folder for predictions.jsonl, skipped.jsonl and evaluation.json.
+        num_processes: The number of worker processes.
+        on_progress: A function that is called with the number of finished samples and the number of all samples.
 
     Raises:
         UserError: If the folder contains another evaluation, the data or the model cannot be used, or a worker process

@@ -1,8 +1,8 @@
 """Overlapping windows of a long recording, and the joining of their transcripts.
 
-The overlap of two neighboring windows is in both transcripts. To locate it, the longest sequence of words is used that
-occurs both near the end of one transcript and near the start of the next. The edge of a window may cut a word in two.
-Between the common sequence and the edge, the transcript of the other window is therefore used.
+The overlap of two neighboring windows is in both transcripts. It is located by the longest sequence of words that
+occurs both near the end of one transcript and near the start of the next. The edge of a window may cut a word in two,
+so the transcript of the other window is used between the common sequence and the edge.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def window_spans(num_samples: int, window: int, overlap: int) -> list[tuple[int,
     The windows are evenly spaced, have equal length and cover the whole clip.
 
     Args:
-        num_samples: the length of the clip.
-        window: the length of a window; a clip that is not longer than this is a single window.
-        overlap: the minimum overlap of neighboring windows.
+        num_samples: The length of the clip.
+        window: The length of a window; a clip that is not longer than this is a single window.
+        overlap: The minimum overlap of neighboring windows.
     """
     assert 0 <= overlap < window, (overlap, window)
     if num_samples <= window:
@@ -42,8 +42,8 @@ def join_windows(texts: Sequence[str], shares: Sequence[float]) -> str:
     """Join the transcripts of a recording's windows.
 
     Args:
-        texts: the transcript of each window.
-        shares: for each pair of neighboring windows, the overlap as a fraction of a window, between 0 and 1.
+        texts: The transcript of each window.
+        shares: For each pair of neighboring windows, the overlap as a fraction of a window, between 0 and 1.
     """
     assert len(shares) == max(0, len(texts) - 1), (len(texts), len(shares))
     joined: list[str] = []
@@ -62,10 +62,10 @@ def join_units(before: Sequence[str], after: Sequence[str], reach_before: int, r
     nearest to the seam is used. Case and punctuation are ignored. If there is no common word, all words are kept.
 
     Args:
-        before: the words of the earlier window.
-        after: the words of the later window.
-        reach_before: the number of words at the end of `before` that may be in the overlap.
-        reach_after: the number of words at the start of `after` that may be in the overlap.
+        before: The words of the earlier window.
+        after: The words of the later window.
+        reach_before: The number of words at the end of `before` that may be in the overlap.
+        reach_after: The number of words at the start of `after` that may be in the overlap.
     """
     start = max(0, len(before) - reach_before)
     tail, head = [_key(w) for w in before[start:]], [_key(w) for w in after[:reach_after]]

@@ -100,9 +100,9 @@ def batches(request: Request, stored: StoredData, indices: Sequence[int]) -> lis
     """Divide samples into batches that are answered together, in the given order.
 
     Args:
-        request: the evaluation.
-        stored: the data.
-        indices: the indices of the samples, longest audio first.
+        request: The evaluation.
+        stored: The data.
+        indices: The indices of the samples, longest audio first.
     """
     found: list[list[int]] = []
     for index in indices:
@@ -118,9 +118,9 @@ class Worker:
     """The model and the data of one process, which answers batches of samples.
 
     Args:
-        request: the evaluation.
-        index: the index of this process among `num`, which selects its device.
-        num: the number of processes that share the machine's devices.
+        request: The evaluation.
+        index: The index of this process among `num`, which selects its device.
+        num: The number of processes that share the machine's devices.
 
     Raises:
         UserError: If the data or the model cannot be used.
@@ -170,10 +170,10 @@ def serve(connection: Connection, request: Request, index: int, num: int) -> Non
     The message None ends a sequence of batches. The text of a UserError is sent back as the last message.
 
     Args:
-        connection: the connection to the process that started this one.
-        request: the evaluation.
-        index: the index of this process among `num`.
-        num: the number of worker processes.
+        connection: The connection to the process that started this one.
+        request: The evaluation.
+        index: The index of this process among `num`.
+        num: The number of worker processes.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

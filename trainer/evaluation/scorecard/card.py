@@ -66,13 +66,13 @@ def make_card(
     """Return the scorecard as a tree of plain values.
 
     Args:
-        title: the title of the page.
-        about: facts about the evaluation that the page shows, by name.
-        predictions: the predictions of all tasks.
-        skipped: for each sample without a prediction, the reason.
-        meteor: the METEOR scorer; None to score captions without METEOR.
-        read_clips: a function that reads the audio of samples, for the page.
-        audio_bytes: the largest amount of encoded audio that the page may contain.
+        title: The title of the page.
+        about: Facts about the evaluation that the page shows, by name.
+        predictions: The predictions of all tasks.
+        skipped: The reason for each sample without a prediction.
+        meteor: The METEOR scorer; None to score captions without METEOR.
+        read_clips: A function that reads the audio of samples, for the page.
+        audio_bytes: The largest amount of encoded audio that the page may contain.
     """
     scores: list[GroupScore] = []
     samples: list[dict[str, Any]] = []
@@ -109,9 +109,9 @@ def group_scores(task: str, metrics: Sequence[Metric], predictions: Sequence[Pre
     Groups to which a metric does not apply are omitted.
 
     Args:
-        task: the task.
-        metrics: the task's metrics.
-        predictions: the predictions that the metrics were computed from.
+        task: The task.
+        metrics: The task's metrics.
+        predictions: The predictions that the metrics were computed from.
     """
     groups: dict[tuple[str, str], list[int]] = {("", ALL): list(range(len(predictions)))}
     for dimension, name_of in DIMENSIONS.items():

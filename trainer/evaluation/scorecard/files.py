@@ -19,8 +19,8 @@ def write_files(tree: dict[str, Any], folder: Path) -> list[Path]:
     """Write scores.json, scores.csv, report.html and the PNG plots, replacing older ones.
 
     Args:
-        tree: the result of `make_card`.
-        folder: the folder to write into, which is created if it does not exist.
+        tree: The result of `make_card`.
+        folder: The folder to write into, which is created if it does not exist.
 
     Returns:
         The paths of the files.

@@ -21,8 +21,8 @@ def draw(tree: dict[str, Any], folder: Path) -> list[Path]:
     """Draw the main scores, the scores by duration and the confusion matrices.
 
     Args:
-        tree: the result of `make_card`.
-        folder: the folder to write the PNG files into.
+        tree: The result of `make_card`.
+        folder: The folder to write the PNG files into.
 
     Returns:
         The paths of the files.

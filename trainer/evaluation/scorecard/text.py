@@ -14,7 +14,7 @@ def describe(tree: dict[str, Any], all_metrics: bool) -> str:
     """Format a scorecard as tables.
 
     Args:
-        tree: the result of `make_card`.
+        tree: The result of `make_card`.
         all_metrics: True to show every metric of every group, False to show only the main metric of each task by group.
     """
     lines = [f"{tree['num_samples']:,} samples, {tree['audio_sec'] / 3600:.2f} h of audio"]

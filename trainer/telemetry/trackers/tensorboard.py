@@ -12,7 +12,8 @@ from trainer.telemetry.trackers.base import TrackedRun, flatten_params
 class TensorboardTracker(BackgroundTracker):
     """A tracker that writes to the `tensorboard` folder in the run's folder.
 
-    A resumed run adds a file to this folder, which tells TensorBoard to discard earlier values after the checkpoint.
+    A resumed run adds a file to this folder, which tells TensorBoard to discard the values of steps after the
+    checkpoint.
 
     Args:
         run: The training run.
