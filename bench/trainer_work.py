@@ -91,7 +91,6 @@ class Stopwatch:
 
         Times are in seconds since `start`. The peak memory is in MiB since the start of the process.
 
-
         Collective: every rank of the world must call it.
         """
         cpu_sec = time.process_time() - self._start_cpu_sec

@@ -107,7 +107,7 @@ def recipes(arm: str, seed: int, folder: Path, scale: float = 1.0) -> list[Recip
 
 
 def run(recipe: Recipe, folder: Path, deadline: float) -> int:
-    """Train a run until it is finished or a time has come, and return the exit code of the trainer.
+    """Train a run until it is finished or a deadline has passed, and return the exit code of the trainer.
 
     Args:
         recipe: The run.
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arm", choices=tuple(ARMS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=12.0, help="time after which a call stops (default: 12)")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on all numbers of steps, for a quick test")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for all numbers of steps, for a quick test")
     parser.add_argument("--folder", type=Path, default=Path("runs/unimoe"))
     parser.add_argument("--table", action="store_true", help="print the results of all arms and seeds so far")
     options = parser.parse_args(arguments)

@@ -87,7 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command's name and its arguments; None for the arguments of this process.
 
-
     Returns:
         The command's exit code; 2 for an unknown command, after printing one line that lists the known commands.
     """

@@ -4,10 +4,8 @@
     earshot evaluate runs/demo --data data/shards --split test --nproc 2      a run, in two processes
 
 The command prints the scores with their 95 % intervals, including the main metrics by subset, language, source and
-duration.
-It writes predictions.jsonl (which `earshot compare` and `earshot judge` read), scores.json, scores.csv, report.html
-and plots.
-Rerun an interrupted command to resume it. docs/evaluation.md explains the metrics.
+duration. It writes predictions.jsonl (which `earshot compare` and `earshot judge` read), scores.json, scores.csv,
+report.html and plots. Rerun an interrupted command to resume it. docs/evaluation.md explains the metrics.
 
 Exit code 0: all samples have an answer. 1: some samples have no answer; skipped.jsonl lists them with the reason.
 2: invalid arguments, or data or a model that cannot be used.

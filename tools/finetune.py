@@ -91,7 +91,7 @@ def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def fetch_weights(recipe: Recipe) -> None:
-    """Download the missing weights of a recipe, as far as `earshot models` offers them.
+    """Download the missing weights of a recipe that `earshot models` can download.
 
     Raises:
         UserError: If a download fails.

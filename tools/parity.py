@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--audio-shard",
         type=int,
         metavar="N",
-        help="parallel.audio_shard; compares the topologies with more than N processes in which it is legal",
+        help="parallel.audio_shard; compares the topologies with more than N processes that allow it",
     )
     parser.add_argument("--recompute-calls", action="store_true", help="train.recompute_encoder_calls")
     parser.add_argument(

@@ -171,10 +171,10 @@ def _held_out(kit: Path) -> set[str]:
 
 
 class Speaker:
-    """Speaks texts with random voices.
+    """A synthesizer that speaks texts with random voices.
 
     Args:
-        rng: Chooses the voices and how they speak.
+        rng: The generator from which the voices and their prosody are drawn.
     """
 
     def __init__(self, rng: random.Random) -> None:

@@ -140,7 +140,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 70 else text[:67] + "…"
 
 
-_LEFT_OUT = ("MFU", "goodput", "tokens/s", "last event", "score")
+_OMITTED = ("MFU", "goodput", "tokens/s", "last event", "score")
 """The fields that a table of runs lacks on a narrow terminal, the least important one first."""
 
 
@@ -158,7 +158,7 @@ def as_table(runs: Sequence[tuple[str, Status | str]], now_sec: float, width: in
         rows.append([path, "unreadable", status] if isinstance(status, str) else [path, *_cells(status, now_sec)])
     widths = [max(len(row[i]) for row in rows if i < len(row) and len(row) == len(head)) for i in range(len(head))]
     widths[0] = max(len(row[0]) for row in rows)
-    for name in _LEFT_OUT if width is not None else ():
+    for name in _OMITTED if width is not None else ():
         if sum(widths) + 2 * (len(widths) - 1) <= (width or 0):
             break
         i = head.index(name)

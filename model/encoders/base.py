@@ -133,9 +133,7 @@ def at_mixture_rate(frames: Ragged, frame_samples: int, lengths: tuple[int, ...]
 
 
 class DrawnAsTransformers:
-    """A mixin for this project's transformers models.
-
-    Their random weights are then drawn as by transformers' own classes.
+    """A mixin with which this project's transformers models draw random weights as transformers' own classes do.
 
     Without this mixin, transformers (5.23) skips every module that has no direct parameters. Whisper's encoder, whose
     positions are never trained, would then keep random positions in place of its sinusoids.

@@ -97,7 +97,7 @@ class MixtureLayer(nn.Module):
         With `Mixture.returns_scores`, the weights [n, k] of the chosen experts are returned as well.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
-        # All names are equal, unless they are those of rows.
+        # If all experts share one matrix, all names are equal. Otherwise, each name is that of an expert's row.
         names = dict.fromkeys(self.router_name.format(e=expert) for expert in self.mixture.experts)
         scores = torch.cat([self.get_parameter(f"{name}.weight") for name in names])
         bias = self.get_parameter(f"{self.router_name}.bias").float() if self.mixture.biases else None

@@ -20,7 +20,7 @@ class LinearWithFrozenWeight(layers.LinearWithFrozenWeight):  # type: ignore[mis
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the input, [..., inputs], for that of the output, [..., outputs]."""
+        """Return the gradient of the input, [..., inputs], given that of the output, [..., outputs]."""
         grad_input, *others = _megatron_backward(ctx, grad_output.reshape(-1, grad_output.shape[-1]))
         return grad_input.view(*grad_output.shape[:-1], grad_input.shape[-1]), *others
 

@@ -158,8 +158,8 @@ def _add_to_columns(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor,
     low = linear(args[0], torch.cat([module.lora_A(part.key) for part in parts]))
     if module.sequence_parallel and not module.explicit_expert_comm:
         low = gather_from_sequence_parallel_region(low, group=module.tp_group)
-    # One matrix for all outputs, in which the factors B lie side by side. Scattering its few rows takes much less time
-    # than scattering the outputs of every token.
+    # All factors B form one matrix for all outputs. Scattering its few columns takes much less time than scattering the
+    # outputs of every token.
     factor = low.new_zeros(values.shape[-1], low.shape[-1])
     first = 0
     for part in parts:

@@ -170,7 +170,7 @@ def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedMod
 
 
 def _attention_of(hf_config: PretrainedConfig) -> str:
-    """Return transformers' name of the attention with which it computes an LLM: SDPA has neither sinks nor bounds."""
+    """Return transformers' name of the attention that supports an LLM, since SDPA has neither sinks nor bounds."""
     family = family_of(hf_config)
     return "eager" if family.sinks or family.scales(hf_config).scores_cap is not None else "sdpa"
 

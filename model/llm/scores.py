@@ -1,4 +1,4 @@
-"""Attention in PyTorch, with what some LLMs add to its scores: attention sinks and bounds.
+"""Attention in PyTorch with the attention sinks and the bounded scores of some LLMs.
 
 An *attention sink* is a learned score per head that takes part in the softmax of every query, but has no value
 (GPT-OSS, arXiv 2508.10925). It is computed as an additional key with a value of zero, so that any kernel for attention

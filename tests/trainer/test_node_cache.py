@@ -26,7 +26,7 @@ SIZE = 1000
 
 
 class Bucket:
-    """Counts what is fetched."""
+    """A store that counts what is fetched."""
 
     def __init__(self) -> None:
         self.fetched: list[int] = []

@@ -77,7 +77,7 @@ def test_records_wait_for_space_on_a_full_disk_with_a_warning(tmp_path: Path, ca
     assert sum("CANNOT BE WRITTEN" in r.message for r in caplog.records) == 1 and tracker.num_lost == 2
     tracker._log._file = disk
     tracker.log({"a": 1.0}, 4)
-    assert steps_in(path) == [1, 2, 3, 4] and tracker.num_lost == 0 and "the 2 entries that waited" in caplog.text
+    assert steps_in(path) == [1, 2, 3, 4] and tracker.num_lost == 0 and "the 2 entries that were kept" in caplog.text
     tracker._log._file = full.open("ab", buffering=0)
     tracker.log({"a": 1.0}, 5)
     tracker.close()

@@ -44,7 +44,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates the model with its current weights on splits of the data.
+    """An evaluator of the model with its current weights on splits of the data.
 
     Args:
         config: The recipe's `eval` section.

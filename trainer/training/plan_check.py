@@ -40,7 +40,7 @@ _PLACES = {ENCODERS: "the encoders", LLM: "the LLM", UPDATE: "the update", OTHER
 
 
 class PlanCheck:
-    """Compares the steps of this process with a plan. Only rank 0 has one.
+    """A comparison of the steps of this process with a plan. Only rank 0 has one.
 
     The times of phases are measured on the device. On GPUs, an event is recorded at the start and the end of each
     phase. The events of a step are read after the next step, because the host has waited for them by then. Therefore,

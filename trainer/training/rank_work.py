@@ -19,7 +19,7 @@ from trainer.telemetry.waiting import WaitSampler
 
 
 class Work:
-    """Measures how long this rank works, and compares all ranks to find slow ones.
+    """A meter of this rank's work, which compares all ranks to find slow ones.
 
     Use it as a context manager around the steps.
 

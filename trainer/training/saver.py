@@ -26,7 +26,7 @@ from trainer.training.step import Step
 
 
 class Saver:
-    """Saves and restores the state of a run, and reports whether each save succeeded.
+    """The part of a run that saves and restores its state, and reports whether each save succeeded.
 
     The checkpoint manager stores the engines. This class adds everything else that a resumed run needs: the position in
     the data, the state of the spike guard, the summary, and the run ids that the trackers assigned.

@@ -12,7 +12,7 @@ from trainer.training.divergence import Past
 
 
 class SpikeGuard:
-    """Compares the loss of each step with those of earlier steps, and decides whether to skip the update.
+    """A guard that compares the loss of each step with earlier losses, and decides whether to skip the update.
 
     All ranks see the same losses and therefore make the same decisions. Checkpoints must contain the guard's `state`.
 

@@ -10,7 +10,7 @@ from trainer.engine.stages import Stage, stage_at, stages_of
 
 
 class StageSwitch:
-    """Prepares the engines for the stage of each step.
+    """A switch that prepares the engines for the stage of each step.
 
     Args:
         optim: The settings of the run.

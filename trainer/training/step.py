@@ -97,7 +97,7 @@ class Embedded:
 
 
 class Step:
-    """Executes training steps with both engines and the exchanges between them.
+    """The training step, which runs both engines and the exchanges between them.
 
     Args:
         model: The model's config.
