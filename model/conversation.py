@@ -87,7 +87,7 @@ def read_turns(messages: Any) -> tuple[Turn, ...]:
     if not isinstance(messages, list | tuple) or not messages:
         raise ConversationError(f"messages = {_short(messages)}, but must be a list of objects with role and content")
     if len(messages) > MAX_MESSAGES:
-        raise ConversationError(f"{len(messages)} messages, the limit is {MAX_MESSAGES}")
+        raise ConversationError(f"there are {len(messages)} messages, but the limit is {MAX_MESSAGES}")
     turns = tuple(_turn(f"message {number}", message) for number, message in enumerate(messages, 1))
     first = 1 if turns[0].role == "system" else 0
     if first == len(turns):

@@ -103,7 +103,7 @@ def test_step_that_fails_twice_in_the_same_way_is_not_retried(
         capsys.readouterr()
         assert restart.main([str(run), "--exit-code", str(code)]) == again
     printed = capsys.readouterr().out
-    assert "step 3 failed twice in the same way: ValueError: cannot do" in printed
+    assert "failed twice in the same way in step 3: ValueError: cannot do" in printed
     assert all(sample in printed for sample in failed["samples"])
 
 

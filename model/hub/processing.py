@@ -173,7 +173,8 @@ class EarshotProcessor(ProcessorMixin):
         pieces = {turns: self._pieces(turns) for turns in dict.fromkeys(conversations)}
         for turns, own in zip(conversations, samples, strict=True):
             if len(pieces[turns]) != len(own) + 1:
-                raise ValueError(f"{len(own)} clips, but {len(pieces[turns]) - 1} places for them in the messages")
+                num_places = len(pieces[turns]) - 1
+                raise ValueError(f"there are {len(own)} clips, but {num_places} places for them in the messages")
         prompts = [
             fill(pieces[turns], [self.count_audio_tokens(len(c)) for c in own], self.placeholder_id)
             for turns, own in zip(conversations, samples, strict=True)

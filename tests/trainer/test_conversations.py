@@ -283,7 +283,7 @@ ODD: list[tuple[Any, str]] = [
     ([{"role": "user", "content": [{"type": "text", "text": "<audio>"}]}, A], "use a block of type audio"),
     ([{"role": "user", "content": [{"type": "audio", "url": "x"}]}, A], "block"),
     ([{"role": "user", "content": "<audio>"}, A], "0 clips, but 1 places"),
-    ([U, A] * 300, "600 messages, the limit is 512"),
+    ([U, A] * 300, "there are 600 messages, but the limit is 512"),
 ]
 
 
@@ -302,7 +302,7 @@ def test_messages_and_other_fields_must_agree() -> None:
     for name in ("instruction", "answer"):
         with pytest.raises(SampleError, match=f"ambiguous: {name} differs"):
             check_metadata(good | {name: "other"}, 0)
-    with pytest.raises(SampleError, match="bad_messages: 2 clips, but 0 places"):
+    with pytest.raises(SampleError, match="bad_messages: there are 2 clips, but 0 places"):
         check_metadata(good, 2)
     assert sample_module.IGNORE == IGNORE
     with pytest.raises(ConversationError):

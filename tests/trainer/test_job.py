@@ -49,9 +49,11 @@ def test_ranks_fill_nodes(num_nodes: int, num_ranks: int, tensor: int, expected:
 
 
 def test_impossible_layout_names_the_remedy() -> None:
-    with pytest.raises(UserError, match=r"needs 16 nodes of 8 tasks, but the job has 2: sbatch --nodes=16, or .*=16$"):
+    with pytest.raises(
+        UserError, match=r"needs 16 nodes of 8 tasks, but the job has 2: use sbatch --nodes=16, or .*=16$"
+    ):
         lay_out(allocation(2), 128, 8)
-    with pytest.raises(UserError, match="parallel.num_ranks = 12: not a multiple of the 8 tasks"):
+    with pytest.raises(UserError, match="parallel.num_ranks = 12: must be a multiple of 8, the number of tasks"):
         lay_out(allocation(2), 12, 1)
     with pytest.raises(UserError, match="parallel.tensor = 16: .* set it to one of 1, 2, 4, 8"):
         lay_out(allocation(2), 16, 16)

@@ -55,11 +55,11 @@ def test_words_and_choices_are_told_apart_in_every_language(capsys: pytest.Captu
         ("field-types/m.jsonl", "choices = [1, 2], but must be a list of texts"),
         ("field-types/language.jsonl", "language = ['en'], but must be text"),
         ("field-types/references.jsonl", "references = 5, but must be a list of texts"),
-        ("mp3-cut/m.jsonl", "12719 of 32000 audio frames could be decoded"),
+        ("mp3-cut/m.jsonl", "only 12719 of 32000 audio frames could be decoded"),
         ("no-audio/m.jsonl", "3 no_audio"),
         ("subset-names/all.jsonl", "subset = 'all'"),
         ("surrogate/m.jsonl", "line 1"),
-        ("wav-1-hz/m.jsonl", "sampling rate 1 Hz"),
+        ("wav-1-hz/m.jsonl", "the sampling rate is 1 Hz"),
     ],
 )
 def test_an_odd_manifest_is_refused_with_a_reason(tmp_path: Path, manifest: str, words: str) -> None:

@@ -106,7 +106,7 @@ def test_number_of_restarts_within_the_window_is_limited() -> None:
 def test_step_that_fails_twice_in_the_same_way_is_not_retried() -> None:
     first = [event("started"), failed(7), event("requeued"), event("started")]
     twice = decide([*first, failed(7)], 1, CONFIG, NOW)
-    assert not twice.again and "step 7 failed twice in the same way" in twice.why and "a, b" in twice.why
+    assert not twice.again and "failed twice in the same way in step 7" in twice.why and "a, b" in twice.why
     assert decide([*first, failed(8)], 1, CONFIG, NOW).again
     assert decide([*first, failed(7, "OSError: disk")], 1, CONFIG, NOW).again
     assert decide([*first, event("peer_lost", step=7)], ExitCode.PEER_LOST, CONFIG, NOW).again

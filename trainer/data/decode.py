@@ -128,23 +128,24 @@ def _blocks_of_file(data: bytes | memoryview, start_sec: float, max_sec: float) 
     with _Sequential(io.BytesIO(data)) as file:
         rate, channels = file.samplerate, file.channels
         if not MIN_RATE <= rate <= MAX_RATE:
-            raise SampleError("broken", f"sampling rate {rate} Hz, but must be {MIN_RATE} to {MAX_RATE} Hz")
+            raise SampleError("broken", f"the sampling rate is {rate} Hz, but must be {MIN_RATE} to {MAX_RATE} Hz")
         # A FLAC file that was written to a pipe has no number of frames, and a damaged header may have any number.
         declared = file.frames if file.frames * channels <= most_values and declares_length(data) else None
         if declared is not None and declared > (max_sec - start_sec) * rate:
-            raise SampleError("too_long", f"{start_sec + declared / rate:.2f} s, the limit is {max_sec:g} s")
+            seconds = start_sec + declared / rate
+            raise SampleError("too_long", f"the audio is {seconds:.2f} s long, but the limit is {max_sec:g} s")
         at_once = _BLOCK_VALUES // channels
         at_once = at_once if declared is None else min(at_once, declared + 1)
         num = 0
         while len(frames := file.read(at_once, dtype="float32", always_2d=True)):
             num += len(frames)
             if num > (max_sec - start_sec) * rate:
-                raise SampleError("too_long", f"more than {max_sec:g} s, which is the limit")
+                raise SampleError("too_long", f"the audio is longer than the limit of {max_sec:g} s")
             if max(num * channels, num * SAMPLE_RATE / rate) > most_values:
-                raise SampleError("broken", f"{len(data)} bytes that decode to more than {most_values} values")
+                raise SampleError("broken", f"{len(data)} bytes decode to more than {most_values} values")
             yield _Block(_checked_mono(frames), rate)
     if declared is not None and num < MIN_SHARE * declared:
-        raise SampleError("broken", f"{num} of {declared} audio frames could be decoded")
+        raise SampleError("broken", f"only {num} of {declared} audio frames could be decoded")
 
 
 def _checked_mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -157,6 +158,7 @@ def _checked_mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise SampleError("nan", f"{int((~np.isfinite(frames)).sum())} of {frames.size} values are not finite")
     if max(-lowest, highest) > MAX_LEVEL:
-        raise SampleError("out_of_range", f"a value of {max(-lowest, highest):g}, but full scale is 1; scale the file")
+        level = max(-lowest, highest)
+        raise SampleError("out_of_range", f"the audio has a value of {level:g}, but full scale is 1; scale the file")
     mono: NDArray[np.float32] = frames.mean(axis=1) if frames.shape[1] > 1 else frames[:, 0]
     return mono

@@ -104,9 +104,9 @@ def check_metadata(metadata: dict[str, Any], num_clips: int) -> None:
     if TASKS[metadata["task"]].needs_audio and not num_clips:
         other = next((name for name in _OTHER_NAMES if metadata.get(name)), None)
         hint = f"; the field {other} must be called audio" if other else ""
-        raise SampleError("no_audio", f"no audio, which the task {metadata['task']} needs{hint}")
+        raise SampleError("no_audio", f"there is no audio, which the task {metadata['task']} needs{hint}")
     if num_clips > MAX_CLIPS:
-        raise SampleError("too_many_clips", f"{num_clips} clips, the limit is {MAX_CLIPS}")
+        raise SampleError("too_many_clips", f"there are {num_clips} clips, but the limit is {MAX_CLIPS}")
 
 
 def _check_messages(metadata: dict[str, Any], num_clips: int) -> None:
@@ -119,7 +119,8 @@ def _check_messages(metadata: dict[str, Any], num_clips: int) -> None:
     places = sum(turn.num_clips for turn in turns)
     if places != num_clips:
         raise SampleError(
-            "bad_messages", f"{num_clips} clips, but {places} places for them ({AUDIO_TAG} or blocks of type audio)"
+            "bad_messages",
+            f"there are {num_clips} clips, but {places} places for them ({AUDIO_TAG} or blocks of type audio)",
         )
     for name, text in (("instruction", turns[-2].text), ("answer", turns[-1].text)):
         if metadata.get(name) not in (None, text):

@@ -107,11 +107,13 @@ def make_sample(
     counts = [rate.tokens_of_samples(c.shape[0]) for c in clips]
     ids, mask = fill(cut([t for s in segments for t in s], tokenizer.placeholder_id), counts, tokenizer.placeholder_id)
     if not ids:
-        raise SampleError("wrong_type", "prompt is empty: no instruction, and the tokenizer has no start token")
+        raise SampleError(
+            "wrong_type", "the prompt is empty: there is no instruction, and the tokenizer has no start token"
+        )
     if max_tokens is not None and len(ids) + len(answer) > max_tokens:
         raise SampleError(
             "too_many_tokens",
-            f"{len(ids)} tokens of prompt and {len(answer)} of answer, the limit is {max_tokens}",
+            f"the prompt has {len(ids)} tokens and the answer {len(answer)}, but the limit is {max_tokens}",
         )
     labels = [IGNORE] * len(ids)
     if not evaluate:
@@ -191,4 +193,6 @@ def _check_lengths(texts: dict[str, Any], max_tokens: int | None) -> None:
         if not isinstance(text, str):
             raise SampleError("wrong_type", f"{name} = {ascii(text)[:80]}, but must be text")
         if max_tokens is not None and len(text) > _MAX_TOKEN_CHARACTERS * max_tokens:
-            raise SampleError("too_many_tokens", f"{name} has {len(text)} characters, the limit is {max_tokens} tokens")
+            raise SampleError(
+                "too_many_tokens", f"{name} has {len(text)} characters, but the limit is {max_tokens} tokens"
+            )

@@ -200,7 +200,7 @@ def _clips(fields: dict[str, Any], source: Source) -> tuple[Clip, ...]:
         start = start or 0.0
         length = _number(fields.get("duration"), "duration") if end is None else end - start
         if length is not None and length <= 0:
-            raise RowError("empty", f"the part from {start:g} s is {length:g} s long, but must be longer")
+            raise RowError("empty", f"the part from {start:g} s has a length of {length:g} s, which must be positive")
         if channel is not None and channel != int(channel):
             raise RowError("wrong_type", f"channel = {channel}, but must be a whole number")
         seconds = length if start or end is not None or channel is None else None

@@ -131,7 +131,7 @@ class Job:
             try:
                 fewer = check(arguments[0], arguments[1:], _STORE_AGAIN_SEC, per_node=self.allocation.tasks_per_node)
             except RefusedError as error:
-                print_timed(f"job: not possible: {error}")
+                print_timed(f"job: {num_ranks} ranks are not possible: {error}")
                 continue
             why = f"{facts.num_ranks} ranks do not fit on {', '.join(nodes)}"
             keep_plan(fewer, is_whole=False)

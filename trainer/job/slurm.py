@@ -90,14 +90,14 @@ def lay_out(allocation: Allocation, num_ranks: int, tensor: int) -> Layout:
     per_node = min(allocation.tasks_per_node, num_ranks)
     if num_ranks % per_node:
         raise UserError(
-            f"parallel.num_ranks = {num_ranks}: not a multiple of the {per_node} tasks of a node; "
-            "ranks must fill their nodes"
+            f"parallel.num_ranks = {num_ranks}: must be a multiple of {per_node}, the number of tasks "
+            "per node, because ranks must fill their nodes"
         )
     num_nodes = num_ranks // per_node
     if num_nodes > len(allocation.nodes):
         raise UserError(
             f"parallel.num_ranks = {num_ranks} needs {num_nodes} nodes of {per_node} tasks, but the job has "
-            f"{len(allocation.nodes)}: sbatch --nodes={num_nodes}, or parallel.num_ranks="
+            f"{len(allocation.nodes)}: use sbatch --nodes={num_nodes}, or set parallel.num_ranks="
             f"{len(allocation.nodes) * allocation.tasks_per_node}"
         )
     if per_node % tensor:

@@ -63,7 +63,7 @@ class AudioMemory:
 
 
 class EncoderTracer:
-    """Traces the encoder calls of an audio tower, and caches the results.
+    """A tracer of the encoder calls of an audio tower, which caches its results.
 
     All layers of an encoder have the same shapes. An encoder is therefore traced with one layer and with two layers,
     and every further layer is assumed to need as much memory as the second one. An encoder without a list `layers` is

@@ -95,10 +95,11 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
     repeated = next((e for e in failures if e.get("fingerprint") and _cause(e) in known), None)
     faulty = suspect_nodes(own)
     if repeated is not None and not faulty:
-        place = "before the first step" if repeated.get("step") is None else f"step {repeated['step']}"
+        when = "before the first step" if repeated.get("step") is None else f"in step {repeated['step']}"
         samples = ", ".join(map(str, repeated.get("samples") or ())) or "unknown"
         return Decision(
-            False, f"{place} failed twice in the same way: {repeated['error']}; samples of the step: {samples}"
+            False,
+            f"the run failed twice in the same way {when}: {repeated['error']}; samples of the step: {samples}",
         )
     window = (now_sec - config.window_sec, now_sec + _CLOCK_SEC)
     recent = sum(e["event"] == "requeued" and window[0] < e["time"] <= window[1] for e in events)
@@ -108,7 +109,7 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
     if faulty:
         reason += "; hardware fault on " + ", ".join(f"{node} ({what})" for node, what in sorted(faulty.items()))
     if recent >= config.max_restarts:
-        limit = f"{recent} restarts within {config.window_sec:g} s, restart.max_restarts = {config.max_restarts}"
+        limit = f"{recent} restarts within {config.window_sec:g} s, and restart.max_restarts = {config.max_restarts}"
         return Decision(False, f"{limit}: {reason}")
     return Decision(True, f"{reason}; restart {recent + 1} of {config.max_restarts}")
 

@@ -85,7 +85,7 @@ def read_messages(messages: Any, max_chars: int) -> tuple[list[Clip], dict[str, 
         raise RequestError("the last message must be the user's", "messages")
     num_chars = sum(len(block.get("text", "")) for message in found for block in message["content"])
     if num_chars > max_chars:
-        raise RequestError(f"{num_chars} characters of text, the limit is {max_chars}", "messages")
+        raise RequestError(f"the text has {num_chars} characters, but the limit is {max_chars}", "messages")
     return clips, _fields(clips, found)
 
 

@@ -39,7 +39,7 @@ EVENTS = {
     "signal": "ranks were asked to stop",
     "saved": "a checkpoint is complete",
     "save_failed": "a checkpoint could not be written, or not in time",
-    "stopped": "the attempt ended in order before the run's last step",
+    "stopped": "the attempt ended cleanly before the run's last step",
     "requeued": "the job will run again",
     "refused": "the job will not run again",
     "cancelled": "a person cancelled the job, which will not run again",
