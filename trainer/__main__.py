@@ -100,7 +100,7 @@ def _start_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
     """Start all ranks on this machine. If a user error ends a new run before its first step, remove its folder."""
     from trainer.data.config_files import check_files
 
-    check_files(recipe.data)  # before the ranks import packages, which takes long
+    check_files(recipe.data)  # before the ranks import packages, which takes a while
     if recipe.telemetry.progress:
         num = recipe.parallel.num_ranks
         ranks = "1 rank starts" if num == 1 else f"{num} ranks start"

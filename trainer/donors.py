@@ -91,7 +91,7 @@ def find_donors(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> 
 
     Collective: every rank of the world must call it. Rank 0 checks the donors' files and hashes their tensors. This may
     take many minutes, so no watchdog may be active. If the run has a checkpoint, the experts are later read from it. In
-    this case, the donors need not exist any more, and the returned weights are random.
+    this case, the donors no longer need to exist, and the returned weights are random.
 
     Args:
         recipe: The recipe of the run.

@@ -89,8 +89,9 @@ class CheckpointManager:
         Collective: every rank of the world must call it.
 
         This method returns when the state has been copied to host memory. It first waits for a previous save that is
-        still running, and logs a warning if that takes long. If `step` is the step that was saved or loaded last, the
-        method does nothing. If a save fails, the failure is logged and reported by `failed`, and training continues.
+        still running, and logs a warning if that takes a while. If `step` is the step that was saved or loaded last,
+        the method does nothing. If a save fails, the failure is logged and reported by `failed`, and training
+        continues.
 
         Args:
             step: The number of steps completed.

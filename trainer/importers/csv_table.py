@@ -19,7 +19,7 @@ class Record:
     """The number of the row's last line, or of the line that is not a row."""
     cells: tuple[str, ...] = ()
     problem: str = ""
-    """What is wrong with the line; empty if it is a row."""
+    """The problem with the line; empty if it is a row."""
 
 
 class _Lines:
