@@ -116,7 +116,7 @@ def test_step_that_fails_twice_in_the_same_way_is_not_retried() -> None:
     between = [event("signal"), event("requeued", 200), event("started")]
     assert not decide([*first, *between, failed(7)], 1, CONFIG, NOW).again
     start = [event("started"), failed(None), event("requeued"), event("started"), failed(None)]
-    assert "before the first step failed twice" in decide(start, 1, CONFIG, NOW).why
+    assert "failed twice in the same way before the first step" in decide(start, 1, CONFIG, NOW).why
 
 
 def test_errors_with_the_same_cause_are_equal() -> None:
