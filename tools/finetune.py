@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from model.errors import UserError
 from tools.demo import read_jsonl, report, run_command
 from tools.fetch_models import MODELS, fetch
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(RECIPE, keys)
         rows = rows_of(recipe)
         fetch_weights(recipe)
-        keys += speak(recipe)
+        keys += precision(recipe, options.overrides) + speak(recipe)
         print(f"training: earshot train {RECIPE} {' '.join(keys)}", flush=True)
         start_sec, start_cpu_sec = time.perf_counter(), _cpu_sec()
         code = run_command(module_command("trainer", RECIPE, *keys), KEEP_MEMORY | os.environ)
@@ -122,6 +124,27 @@ def speak(recipe: Recipe) -> list[str]:
         print(f"speech: earshot spoken-text {root} {folder}", flush=True)
         write(root, folder)
     return [f"data.datasets.{i}.manifest={folder / MANIFEST}" for i in numbers]
+
+
+def precision(recipe: Recipe, overrides: Sequence[str], cpu_flags: str | None = None) -> list[str]:
+    """Return the key that trains in fp32 where bf16 would be slower, which are CPUs without AMX; else no key.
+
+    Args:
+        recipe: The recipe, with the overrides.
+        overrides: The keys that the user gives. The precision that one of them names is kept.
+        cpu_flags: The contents of Linux's /proc/cpuinfo; None to read it. An unknown CPU counts as one without AMX.
+    """
+    if recipe.train.precision != "bf16" or torch.cuda.is_available():
+        return []
+    if any(key.startswith("train.precision=") for key in overrides):
+        return []
+    source = Path("/proc/cpuinfo")
+    if cpu_flags is None:
+        cpu_flags = source.read_text(encoding="utf-8") if source.exists() else ""
+    if "amx_bf16" in cpu_flags.split():
+        return []
+    print("precision: fp32, since this CPU has no AMX, without which bf16 is several times slower", flush=True)
+    return ["train.precision=fp32"]
 
 
 def append_results(recipe: Recipe, run_dir: Path, took: Mapping[str, float]) -> Path:

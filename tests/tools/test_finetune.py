@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools import finetune
+from trainer.config.load import load_recipe
 
 TRAINER = """
 import json, os, pathlib, sys
@@ -75,6 +76,24 @@ def test_it_fetches_trains_and_reports(
     assert [(line["run"], line["seed"]) for line in results] == [("finetune_kit", 1), ("finetune_kit-seed2", 2)]
     assert [line["scores"][0]["value"] for line in results] == [0.1, 0.2]
     assert all(line["step"] == 200 and line["versions"]["torch"] and line["cpu_sec"] >= 0 for line in results)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "cpu_flags", "keys"),
+    [
+        ("finetune_kit", [], "flags : fpu avx512f amx_bf16 amx_tile", []),
+        ("finetune_kit", [], "flags : fpu avx512f", ["train.precision=fp32"]),
+        ("finetune_kit", ["train.precision=bf16"], "flags : fpu avx512f", []),
+        ("finetune_cpu", [], "flags : fpu avx512f", []),
+    ],
+)
+def test_cpus_without_amx_train_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, overrides: list[str], cpu_flags: str, keys: list[str]
+) -> None:
+    monkeypatch.setattr(finetune.torch.cuda, "is_available", lambda: False)
+    assert finetune.precision(load_recipe(recipe, overrides), overrides, cpu_flags) == keys
+    monkeypatch.setattr(finetune.torch.cuda, "is_available", lambda: True)
+    assert finetune.precision(load_recipe(recipe, overrides), overrides, cpu_flags) == []
 
 
 def test_a_missing_manifest_is_one_line_before_anything_is_fetched(
