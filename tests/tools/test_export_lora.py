@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,15 @@ def test_a_run_starts_with_new_adapters_and_never_drops_any(made: tuple[Path, Sp
     root, oracle = made
     tensors = tensors_of(oracle)
     origin = open_origin(str(root / "run"), exported=False)
-    check_adapters(origin, set(tensors), tiny_model())
+    check_adapters(origin, set(tensors), tiny_model(), origin.lora)
     with pytest.raises(UserError, match="holds the adapter .*, which the recipe's section lora does not ask for"):
-        check_adapters(origin, {n for n in tensors if not is_factor(n)}, tiny_model())
+        check_adapters(origin, {n for n in tensors if not is_factor(n)}, tiny_model(), ())
+    assert origin.lora, "the settings are stored in the recipe of the checkpoint"
+    doubled = [replace(part, alpha=2 * part.alpha) for part in origin.lora]
+    with pytest.raises(UserError, match="was trained with alpha / rank = 8, but lora .* has 16; set alpha to 16, or"):
+        check_adapters(origin, set(tensors), tiny_model(), doubled)
+    same = [replace(part, rank=2 * part.rank, alpha=2 * part.alpha) for part in origin.lora]
+    check_adapters(origin, set(tensors), tiny_model(), same)
     shards = shards_of(tensors)
     assert fill_weights(origin, shards, tiny_model()) == ()
     check(shards, tensors)

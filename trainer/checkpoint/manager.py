@@ -6,13 +6,14 @@ import hashlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
+from model.config import LoraConfig
 from model.errors import UserError
 from trainer.checkpoint import engine_state, generators
 from trainer.checkpoint.attempt import Attempt, FencedRunError
@@ -245,7 +246,7 @@ class CheckpointManager:
         self._current, self._frozen = reader.manifest.step, Frozen.of(reader.manifest)
         return together(self.groups, folder.url, lambda: read_extra(folder))
 
-    def start(self, url: str, engines: Engines) -> None:
+    def start(self, url: str, engines: Engines, lora: Sequence[LoraConfig]) -> None:
         """Fill the engines with the weights of a run, a checkpoint or an export (see `trainer.checkpoint.start`).
 
         Collective: every rank of the world must call it.
@@ -253,6 +254,7 @@ class CheckpointManager:
         Args:
             url: The run, checkpoint or export.
             engines: The engines of a new run.
+            lora: The settings of the new run's adapters.
 
         Raises:
             UserError: If `url` contains no weights, or its weights do not fit the model.
@@ -267,7 +269,7 @@ class CheckpointManager:
         origin = together(self.groups, doing, lambda: open_origin(found, exported))
         shards = self._own_shards(engines)
         model, names = engines.audio.tower.config, self._names(engines)
-        together(self.groups, doing, lambda: check_adapters(origin, names, model))
+        together(self.groups, doing, lambda: check_adapters(origin, names, model, lora))
         new = together(self.groups, doing, lambda: fill_weights(origin, shards, model, self._place.heartbeat))
         if self.config.start_optimizer:
             updates = together(self.groups, doing, lambda: fill_moments(origin, shards))

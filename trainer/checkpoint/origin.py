@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import yaml
 from torch import Tensor
 
+from model.config import LoraConfig
 from model.errors import UserError
 from model.llm.families import LLM_FAMILIES
 from trainer.checkpoint.bucket_folder import BucketFolder
@@ -35,12 +37,31 @@ _KIND = "earshot"
 _LLM = "llm."
 
 
+def stored_adapters(recipe: str | None) -> tuple[LoraConfig, ...]:
+    """Return the section `lora` of a recipe that is stored in a checkpoint.
+
+    Args:
+        recipe: The recipe as YAML. If it is None or empty, there are no adapters.
+
+    Raises:
+        UserError: If the text is not a recipe of this version.
+    """
+    try:
+        tree = yaml.safe_load(recipe or "") or {}
+        return tuple(LoraConfig(**entry) for entry in tree.get("lora") or ())
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        raise UserError(f"the recipe in the checkpoint cannot be read ({error}); use another checkpoint") from None
+
+
 class Origin(Protocol):
     """Saved weights, which are addressed by the names that checkpoints use."""
 
     url: str
     experts: tuple[str, ...]
     """The names of the encoder experts, in order."""
+    lora: tuple[LoraConfig, ...]
+    """The settings of the adapters among the weights. They are empty if there are none, or if the settings are
+    unknown."""
 
     def names(self) -> Collection[str]:
         """Return the names of all tensors."""
@@ -73,7 +94,9 @@ class CheckpointOrigin:
     def __init__(self, folder: Folder) -> None:
         self.url = folder.url
         self._reader = Reader(folder, read_manifest(folder))
-        self.experts = _expert_names(read_extra(folder).get("model"), folder.url)
+        extra = read_extra(folder)
+        self.experts = _expert_names(extra.get("model"), folder.url)
+        self.lora = stored_adapters(extra.get("recipe"))
 
     def names(self) -> Collection[str]:
         return self._reader.manifest.tensors
@@ -107,6 +130,7 @@ class ExportOrigin:
         if signing_key() is not None:
             raise UserError(f"{self.url}: exports are not signed; start from a signed checkpoint, or unset {VARIABLE}")
         config = read_export_config(url)
+        self.lora: tuple[LoraConfig, ...] = ()  # an export contains the products of the adapters
         self.experts = _expert_names(config, self.url)
         above, _, name = self.url.rpartition("/")
         remote = bool(scheme_of(url))

@@ -17,8 +17,9 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, is_factor
+from model.config import LoraConfig, ModelConfig, is_factor
 from model.errors import UserError
+from model.lora import Adapters
 from trainer.checkpoint.layout import PARAM, Shard
 from trainer.checkpoint.origin import Origin
 from trainer.checkpoint.rect import Rect, matrix_of
@@ -124,17 +125,20 @@ def fill_moments(origin: Origin, shards: Sequence[Shard]) -> int:
     return max(learned.values())
 
 
-def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig) -> None:
-    """Check that the new model has all low-rank adapters of the origin's encoders and LLM.
+def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig, lora: Sequence[LoraConfig]) -> None:
+    """Check that the new model has all low-rank adapters of the origin's encoders and LLM, with the same factors.
 
     Args:
         origin: The weights to start from.
         names: The names of all tensors of the new model.
         model: The new model.
+        lora: The section `lora` of the new run.
 
     Raises:
-        UserError: If the new model lacks an adapter, whose training would otherwise be lost without a message.
+        UserError: If the new model lacks an adapter, whose training would otherwise be lost without a message, or
+            multiplies an adapter by another factor, which is not stored in tensors.
     """
+    former, own = Adapters(origin.lora), Adapters(tuple(lora))
     kept = ("llm.", "audio.primary.", *(f"audio.experts.{e.name}." for e in model.experts))
     for name in origin.names():
         if is_factor(name) and name.startswith(kept) and name not in names:
@@ -142,6 +146,13 @@ def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig) -
                 f"checkpoint.start_from: {origin.url}: holds the adapter {name}, which the recipe's section lora does "
                 "not ask for; give the section of that run, or export the run (earshot export merges adapters) and "
                 "start from the export"
+            )
+        before, now = (adapters.of_layer(name.rpartition(".")[0]) for adapters in (former, own))
+        if is_factor(name) and name in names and before and now and before.scale != now.scale:
+            raise UserError(
+                f"checkpoint.start_from: {origin.url}: {name} was trained with alpha / rank = {before.scale:g}, but "
+                f"lora '{now.pattern}' has {now.scale:g}; set alpha to {before.scale * now.rank:g}, or export the run "
+                "(earshot export merges adapters) and start from the export"
             )
 
 

@@ -8,11 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from model.config import LoraConfig
 from model.errors import UserError
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.origin import stored_adapters
 from trainer.config.load import dump
 from trainer.config.schema import Recipe
 from trainer.data.state import State, merge_states
@@ -80,7 +79,7 @@ class Saver:
         latest = self._checkpoints.latest()
         if latest is None:
             if self._recipe.checkpoint.start_from is not None:
-                self._checkpoints.start(self._recipe.checkpoint.start_from, self._step)
+                self._checkpoints.start(self._recipe.checkpoint.start_from, self._step, self._recipe.lora)
             return 0, {}
         extra = self._checkpoints.load(latest, self._step)
         check_adapters(extra.get("recipe", ""), self._recipe.lora)
@@ -181,10 +180,9 @@ def check_adapters(stored: str, lora: Sequence[LoraConfig]) -> None:
     Raises:
         UserError: If the patterns or the factors differ.
     """
-    tree = yaml.safe_load(stored)
-    if tree is None:
+    if not stored:
         return
-    before = [LoraConfig(**entry) for entry in tree.get("lora", ())]
+    before = stored_adapters(stored)
     if [(part.pattern, part.scale) for part in before] != [(part.pattern, part.scale) for part in lora]:
         raise UserError(
             f"lora = {_entries(lora)}: this run has trained its adapters with {_entries(before)}; give these values, "
