@@ -152,12 +152,12 @@ class AdapterConfig:
         check_least("model.adapter", self, block_frames=0)
         if self.block_frames and (self.kind == "convolutions" or self.last_group == "drop"):
             raise UserError(
-                f"model.adapter.block_frames = {self.block_frames}: not with kind convolutions or last_group: drop; "
-                "remove the key"
+                f"model.adapter.block_frames = {self.block_frames}: cannot be combined with kind convolutions or "
+                "last_group: drop; remove the key"
             )
         if self.kind != "queries" and self.num_queries != 1:
             raise UserError(
-                f"model.adapter.num_queries = {self.num_queries}: only kind queries has queries; remove the key"
+                f"model.adapter.num_queries = {self.num_queries}: only the kind queries has queries; remove the key"
             )
 
     @property

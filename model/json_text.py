@@ -37,7 +37,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
     # An unpaired surrogate can only come from an escape such as \ud800, or from the text itself.
     if ("\\u" in text or _SURROGATE.search(text)) and (broken := _broken_text(value)) is not None:
-        raise BrokenTextError(f"{ascii(broken)[:80]} contains half of a surrogate pair, which is no character")
+        raise BrokenTextError(f"{ascii(broken)[:80]} contains half of a surrogate pair, which is not a character")
     return value
 
 

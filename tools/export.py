@@ -65,7 +65,9 @@ def _check(options: argparse.Namespace) -> None:
         for flag in ("llm_only", "adapter", "verify", "activated_only"):
             if getattr(options, flag):
                 name = flag.replace("_", "-")
-                raise UserError(f"--original {options.original}: not possible with --{name}; remove one of the two")
+                raise UserError(
+                    f"--original {options.original}: cannot be combined with --{name}; remove one of the two"
+                )
     if options.dev is not None and not options.activated_only:
         raise UserError(
             f"--dev {options.dev}: needs --activated-only, whose effect it measures; use --verify to compare the export"

@@ -353,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.audio_shard is not None:
             check_at_least(1, audio_shard=options.audio_shard)
             if options.gathering == "per_module":
-                raise UserError("--audio-shard: not with --gathering per_module, which shares weights over all ranks")
+                raise UserError("--audio-shard: cannot be combined with --gathering per_module; remove one of them")
         check_at_least(0, steps=options.steps)
         dense = [name for name, family in LLM_FAMILIES.items() if family.experts is None]
         has_experts = options.family not in (*dense, ALL_DENSE)

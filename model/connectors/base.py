@@ -61,9 +61,11 @@ def check_default_shape(config: AdapterConfig) -> None:
         UserError: If one of them has a different value.
     """
     if not config.bias:
-        raise UserError(f"model.adapter.bias = false: the layers of {config.kind} have biases; remove the key")
+        raise UserError(f"model.adapter.bias = false: the kind {config.kind} always has biases; remove the key")
     if config.last_group != "pad":
-        raise UserError(f"model.adapter.last_group = {config.last_group}: {config.kind} pads; remove the key")
+        raise UserError(
+            f"model.adapter.last_group = {config.last_group}: the kind {config.kind} always pads; remove the key"
+        )
 
 
 def build_adapter(config: AdapterConfig, input_dim: int) -> Adapter:

@@ -186,7 +186,9 @@ def test_groups_begin_anew_in_every_block() -> None:
     assert [rate.frames_of_samples(n) for n in (1, 320, 479, 480, 640, 3_359, 3_360)] == [1, 1, 1, 2, 2, 10, 11]
     assert [rate.tokens_of_samples(n) for n in (3_200, 3_359, 3_360, 6_400)] == [3, 3, 4, 6]
     for wrong in ({"kind": "convolutions"}, {"kind": "pooling", "last_group": "drop"}):
-        with pytest.raises(UserError, match=r"block_frames = 10: not with kind convolutions or last_group: drop"):
+        with pytest.raises(
+            UserError, match=r"block_frames = 10: cannot be combined with kind convolutions or last_group: drop"
+        ):
             AdapterConfig(block_frames=10, **wrong)  # type: ignore[arg-type]
 
 

@@ -46,7 +46,7 @@ class CheckpointConfig:
         if self.every_steps < 0:
             raise UserError(f"checkpoint.every_steps = {self.every_steps}: must be 0 (only at the end) or positive")
         if self.start_optimizer and self.start_from is None:
-            raise UserError("checkpoint.start_optimizer = true: only with checkpoint.start_from; set it, too")
+            raise UserError("checkpoint.start_optimizer = true: needs checkpoint.start_from; set it, too")
         if self.retry_sec <= 0:
             raise UserError(f"checkpoint.retry_sec = {self.retry_sec}: must be positive")
         for key, url in (("root", self.root), ("start_from", self.start_from)):
