@@ -38,7 +38,7 @@ def rotary_positions(hidden: Tensor, head_width: int, base: float) -> Tensor:
 
     Args:
         hidden: [B, F, D]; only its shape, dtype and device are used.
-        head_width: d.
+        head_width: The width d of a head.
         base: The base of the frequencies.
 
     Returns:

@@ -39,10 +39,10 @@ def padded_fbank(
 
     Args:
         audio: The waveforms [ΣT].
-        num_mels: N.
+        num_mels: The number N of mel bins.
         window: The name of the window for transformers' `window_function`.
         scale: The factor by which samples are multiplied; 2¹⁵ for models that were trained on 16-bit integers.
-        least_frames: Shorter clips are padded with zeros until they have this number of frames.
+        least_frames: The number of frames to which shorter clips are padded with zeros.
 
     Returns:
         [B, max M, N] in fp32, zero after each clip's M frames, and the M of every clip.

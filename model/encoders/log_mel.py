@@ -37,7 +37,7 @@ def log_mel(audio: Ragged, num_mels: int = 80) -> Ragged:
 
     Args:
         audio: The waveforms [ΣT].
-        num_mels: N.
+        num_mels: The number N of mel bins.
 
     Returns:
         [ΣM, N] in fp32, with M = `num_mel_frames(T)` for each clip.
@@ -52,7 +52,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
 
     Args:
         audio: The waveforms [ΣT].
-        num_mels: N.
+        num_mels: The number N of mel bins.
         pad_samples: The length to which every clip is first padded with silence (Whisper's 30 s). The spectrogram
             includes the silence. None if clips keep their length.
 

@@ -59,7 +59,7 @@ class RaggedParakeetEncoder(DrawnAsTransformers, ParakeetPreTrainedModel):
 
         Args:
             mel: [B, max M, N], zero after each window's M.
-            num_mel_frames: M of each window.
+            num_mel_frames: The number M of mel frames of each window.
             recompute: True to recompute every layer in the backward pass.
 
         Returns:
@@ -108,7 +108,7 @@ def normalized_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...
 
     Args:
         audio: The waveforms [ΣT].
-        num_mels: N.
+        num_mels: The number N of mel bins.
 
     Returns:
         [B, max M, N] in fp32, zero after each clip's M frames, and the M of every clip.

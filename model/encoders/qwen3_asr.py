@@ -156,7 +156,7 @@ def clip_log_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]]
 
     Args:
         audio: The waveforms [ΣT]. Waveforms shorter than `LEAST_SAMPLES` are padded with silence.
-        num_mels: N.
+        num_mels: The number N of mel bins.
 
     Returns:
         [B, N, max M] in fp32, zero after each clip's M frames, and the M of every clip.

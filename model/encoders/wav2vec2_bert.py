@@ -92,7 +92,7 @@ class RaggedWav2Vec2Bert(DrawnAsTransformers, Wav2Vec2BertPreTrainedModel):
 
         Args:
             features: [B, max F, 2N].
-            lengths: F of each window.
+            lengths: The number F of frames of each window.
             recompute: True to recompute every layer in the backward pass.
 
         Returns:
@@ -141,7 +141,7 @@ def stacked_fbank(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]
 
     Args:
         audio: The waveforms [ΣT].
-        num_mels: N.
+        num_mels: The number N of mel bins.
 
     Returns:
         [B, max F, 2N] in fp32, of which the first F frames of each clip are valid, and the F of every clip.

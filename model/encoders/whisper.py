@@ -52,7 +52,7 @@ class MelTransformer(DrawnAsTransformers):
 
         Args:
             mel: [B, N, max M], zero after each window's M.
-            num_mel_frames: M of each window.
+            num_mel_frames: The number M of mel frames of each window.
             recompute: True to recompute every layer in the backward pass.
             kept: The number F of frames of each window that are kept after the convolutions. None to keep all F =
                 ceil(M / 2) frames.

@@ -69,7 +69,7 @@ class MixtureLayer(nn.Module):
 
     Args:
         mixture: The experts.
-        hidden_size: H.
+        hidden_size: The hidden width H.
         router: The name of the router within this module. If it contains `{e}`, which stands for the name of the
             expert, it names the router's row for each expert.
         projections: The names of gate, up and down within this module. `{e}` stands for the name of the expert.

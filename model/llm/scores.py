@@ -85,7 +85,7 @@ def _add_sink(key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
     Args:
         key: [..., K, D].
         value: [..., K, D].
-        width: W.
+        width: The width W of a query with its additional channels.
     """
     head_width = key.shape[-1]
     keys, values = (functional.pad(x, (0, width - head_width, 1, 0)) for x in (key, value))

@@ -98,7 +98,7 @@ def encode_header(
     """Return the bytes that precede the tensors in a safetensors file.
 
     Args:
-        tensors: Key → (dtype, shape), in the order of the tensors in the file.
+        tensors: The (dtype, shape) of each tensor by its key, in the order of the tensors in the file.
         metadata: The file's metadata, or None if it has none.
     """
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}

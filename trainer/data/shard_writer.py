@@ -104,7 +104,7 @@ class Groups:
             key: The key of the sample.
             metadata: The fields of the manifest.
             seconds: The total length of the clips.
-            xxh3: XXH3-64 of the sample's bytes, in hexadecimal.
+            xxh3: The XXH3-64 hash of the sample's bytes, in hexadecimal.
             members: The extension, the first byte and the number of bytes of every member.
         """
         group = tuple(str(metadata.get(n, "")) for n in ("task", "subset", "split", "language", "source"))

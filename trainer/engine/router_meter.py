@@ -86,7 +86,7 @@ class RouterMeter:
     Args:
         losses: The losses of the routers.
         model: The model's config.
-        counts: Name of each loss → the count in the global batch by which the loss is divided.
+        counts: The count in the global batch by which each loss is divided, by the name of the loss.
         tokens: The meter that counts the tokens of each expert.
         kinds: The kind [M·t] int64 of each row of this replica's packs.
     """
