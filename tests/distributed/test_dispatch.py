@@ -147,8 +147,5 @@ def planners_disagree() -> str:
 
 @pytest.mark.timeout(60)
 def test_ranks_with_a_different_plan_are_named() -> None:
-    assert (
-        run_ranks(4, planners_disagree, timeout_sec=50)
-        == ["encoders: the plans of ranks [2] differ from that of rank 0, so their input or topology must differ, too"]
-        * 4
-    )
+    error = "encoders: the plans of ranks [2] differ from that of rank 0, so their input or topology differs, too"
+    assert run_ranks(4, planners_disagree, timeout_sec=50) == [error] * 4
