@@ -1,7 +1,8 @@
-"""The experts of GPT-OSS as published: each tensor contains one projection, or its biases, of all experts of a layer.
+"""Tensors in transformers that contain one projection, or its biases, of all experts of a layer.
 
-Everywhere else, and in checkpoints, each projection of an expert is a separate matrix [outputs, inputs]. The published
-tensors are those of `GptOssExperts` in transformers: matrices are transposed, and the columns of gate and up alternate.
+In checkpoints of runs, each projection of an expert is a separate matrix [outputs, inputs]. GPT-OSS is published with
+the tensors of `GptOssExperts` in transformers: matrices are transposed, and the columns of gate and up alternate. The
+models of the other families have such parameters too, but are published with separate matrices.
 
 Shapes: E experts, H hidden width, F width of an expert.
 """
@@ -39,6 +40,11 @@ class Part:
         """Return a view of the expert's tensor, given the part of the published tensor that belongs to the expert."""
         part = published[..., self.columns]
         return part.T if self.transposed else part
+
+    def put(self, values: Tensor, whole: Tensor) -> None:
+        """Copy the values of the expert's tensor, in any shape, into the published tensor."""
+        own = self.of(whole)
+        own.copy_(values.view(own.shape))
 
     def of_row(self, row: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the expert's tensor, given all values of the published tensor that belong to the expert.
@@ -81,6 +87,53 @@ def stacked_tensors(hf_config: PretrainedConfig) -> dict[str, Stacked]:
                 )
                 shape = (count, rows, columns) if kind == "weight" else (count, columns)
                 found[f"{root}.{name}{'_bias' if kind == 'bias' else ''}"] = Stacked(shape, parts)
+    return found
+
+
+@dataclass(frozen=True)
+class FusedProjection:
+    """A parameter in transformers that contains a projection of all experts of a layer, or their gates and ups."""
+
+    num_experts: int
+    num_outputs: int
+    """The number of outputs of each expert, including those of gate and up if both are in the parameter."""
+    parts: dict[str, tuple[int, slice]]
+    """Name of an expert's layer in checkpoints → the index of the expert, and the layer's outputs among those of the
+    parameter."""
+
+
+EXPERTS_MODULE = "mlp.experts"
+"""The module with the experts of a layer in transformers, which is the same for all families with experts."""
+
+
+def fused_projections(hf_config: PretrainedConfig) -> dict[str, FusedProjection]:
+    """Return the parameters of an LLM in transformers that contain projections of experts, by name.
+
+    They are in the order in which the modules have them. The result is empty for an LLM without experts.
+    """
+    mixture = mixture_of(hf_config)
+    if mixture is None:
+        return {}
+    modules, width = modules_of(hf_config), mixture.width
+    both = (
+        (slice(0, None, 2), slice(1, None, 2))
+        if family_of(hf_config).stacks_experts
+        else (slice(width), slice(width, None))
+    )
+    sides = {
+        "gate_up_proj": (2 * width, {"expert_gate": both[0], "expert_up": both[1]}),
+        "down_proj": (hf_config.hidden_size, {"expert_down": slice(None)}),
+    }
+    found = {}
+    for n in mixture.layers:
+        prefix = modules["layer"].format(n=n)
+        for name, (num_outputs, roles) in sides.items():
+            parts = {
+                f"{prefix}.{modules[role].format(e=expert)}": (e, outputs)
+                for e, expert in enumerate(mixture.experts)
+                for role, outputs in roles.items()
+            }
+            found[f"{prefix}.{EXPERTS_MODULE}.{name}"] = FusedProjection(len(mixture.experts), num_outputs, parts)
     return found
 
 

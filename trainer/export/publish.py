@@ -22,7 +22,7 @@ from trainer.checkpoint.reader import MANIFEST, hash_file
 from trainer.data.config import DataConfig
 from trainer.data.tokenizer import Tokenizer
 from trainer.export.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from trainer.export.adapter import adapter_names, write_adapter_config
+from trainer.export.adapter import adapter_names, fuse_expert_factors, write_adapter_config
 from trainer.export.card import Findings, model_card
 from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_name
 from trainer.export.published.exporting import original_names, read_original, write_original_files
@@ -109,7 +109,10 @@ def _export(source: Source, out: Path, options: Options, on_bytes: Callable[[int
         names = original_names(original)
     try:
         targets = plan_targets(source.reader, names, dtype, source.rows(selection), source.adapters())
-        targets = stack_targets(targets, source.stacked(), "" if options.llm_only else LLM)
+        if options.adapter:
+            targets = fuse_expert_factors(source, targets)
+        else:
+            targets = stack_targets(targets, source.stacked(), "" if options.llm_only else LLM)
         total = sum(t.num_bytes for t in targets)
         shards = {ADAPTER_WEIGHTS: targets} if options.adapter else plan_shards(targets, options.shard_bytes)
         write_weights(source.reader, shards, temporary, lambda n: on_bytes(n, total))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,6 +35,9 @@ from trainer.export.weights import LowRank, read_merged
 from trainer.run_tokenizer import check_digest, of_checkpoint
 from trainer.telemetry.expert_load import ALL, add_up
 from trainer.telemetry.load_history import HISTORY_NAME, read_history
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 AUDIO, LLM = "audio.", "llm."
 LAST_SHARE = 0.25
@@ -189,9 +192,14 @@ class Source:
 
     def stacked(self) -> dict[str, Stacked]:
         """Return the tensors of the LLM that contain tensors of several experts in transformers, by name there."""
+        return stacked_tensors(self.hf_config())
+
+    def hf_config(self) -> PretrainedConfig:
+        """Return the LLM's config in transformers."""
         from transformers import AutoConfig
 
-        return stacked_tensors(AutoConfig.for_model(**self.model.text_config))
+        config: PretrainedConfig = AutoConfig.for_model(**self.model.text_config)
+        return config
 
     def adapters(self) -> dict[str, LowRank]:
         """Return the low-rank adapters of the checkpoint, by the saved name of the adapted weight."""

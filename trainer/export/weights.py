@@ -13,10 +13,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from model.llm.stacked import Part, Stacked
+from model.llm.stacked import Stacked
 from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import PARAM, key_of
 from trainer.checkpoint.reader import Reader
@@ -39,6 +40,14 @@ class LowRank:
     scale: float
 
 
+class Place(Protocol):
+    """The place of a tensor within a larger tensor that is exported in its stead."""
+
+    def put(self, values: torch.Tensor, whole: torch.Tensor) -> None:
+        """Copy the tensor's values, a matrix or a single row, into the larger tensor."""
+        ...
+
+
 @dataclass(frozen=True)
 class Target:
     """A tensor of the exported model."""
@@ -52,8 +61,9 @@ class Target:
     """The rows of the checkpoint's tensor to export, in order; None for all rows."""
     adapter: LowRank | None = None
     """The adapter to merge into the tensor; None for none."""
-    parts: tuple[tuple[Part, Target], ...] = ()
-    """For a tensor of all experts of a layer: its parts, each with the target that it would be as a separate tensor."""
+    parts: tuple[tuple[Place, Target], ...] = ()
+    """For a tensor of all experts of a layer: its parts, each with the target that it would be as a separate tensor.
+    All other values of the tensor are 0."""
 
     @property
     def num_bytes(self) -> int:
@@ -173,12 +183,12 @@ def _write_shard(reader: Reader, targets: Sequence[Target], path: Path, on_bytes
 
 def _write_tensor(reader: Reader, target: Target, handle: int, offset: int) -> None:
     if target.parts:
-        stacked = torch.empty(target.shape, dtype=target.dtype)
-        for part, own in target.parts:
+        whole_layer = torch.zeros(target.shape, dtype=target.dtype)
+        for place, own in target.parts:
             adapter = own.adapter
             read = _read_whole(reader, own.source) if adapter is None else read_merged(reader, own.source, adapter)
-            part.of(stacked).copy_(read.view(own.shape))
-        _write_at(handle, offset, memory_of(stacked))
+            place.put(read, whole_layer)
+        _write_at(handle, offset, memory_of(whole_layer))
         return
     entry = reader.manifest.tensors[target.source]
     whole = matrix_of(entry.shape)
