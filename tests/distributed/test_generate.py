@@ -1,13 +1,21 @@
-"""Tests that greedy decoding with the distributed model generates the same tokens as the single-process model."""
+"""Tests that greedy decoding with the distributed model computes the logits and tokens of the single-process model."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
 
-from model.batch import Batch
+from model.batch import IGNORE, Batch, Sample
+from model.llm.packing import PADDING
+from model.speech_llm import SpeechLLM
 from tests.distributed.harness import run_ranks
 from tests.oracle import greedy, prompt_of
 from tools.parity import DS_CONFIG
@@ -22,8 +30,23 @@ EOS = 7
 
 def body(
     tp: int, pp: int, family: str = "llama", ffn_ep: int = 1, num_samples: int | None = None, vp: int = 1, cp: int = 1
-) -> list[list[list[int]]]:
-    """Return the answers to this rank's prompts and those of the oracle; `num_samples` keeps the first prompts."""
+) -> list[Any]:
+    """Decode with the engines and with the oracle.
+
+    Args:
+        tp: The tensor-parallel size.
+        pp: The number of pipeline stages.
+        family: The family of the LLM.
+        ffn_ep: The expert-parallel size of the LLM.
+        num_samples: The number of prompts to keep of all ranks' prompts; None for all.
+        vp: The number of virtual stages.
+        cp: The context-parallel size.
+
+    Returns:
+        The answers to this rank's prompts, those of the oracle, the largest difference between the logits from which
+        this replica chose tokens and the oracle's, relative to the largest logit, and the number of these tokens. The
+        last two are 0 except on the last pipeline stage.
+    """
     rank, world, device = connect()
     topology = Topology(world, tp, pp, 1, ffn_ep, 1 if ffn_ep > 1 else tp, vp, cp)
     groups = build_groups(topology, rank, device, parity_cases.SEED)
@@ -41,8 +64,44 @@ def body(
     if family != "llama":  # the first answer ends after one token
         eos = greedy(oracle, samples[0][0], -1, parity_cases.VOCAB_SIZE, 2)[1]
     tokenizer: Any = SimpleNamespace(end_ids=(eos,), vocab_size=parity_cases.VOCAB_SIZE)
-    answers = answer(step, Batch(tuple(samples[rank])), tokenizer, config)
-    return [answers, [greedy(oracle, s, eos, parity_cases.VOCAB_SIZE, MAX_NEW_TOKENS) for s in samples[rank]]]
+    batch = Batch(tuple(samples[rank]))
+    members = step.embed(batch).packing.members(groups.without_context.place.dp, 0).tolist()
+    seen = record_logits(step.llm)
+    answers = answer(step, batch, tokenizer, config)
+    everyone = [sample for own in samples for sample in own]
+    gaps = [gap(oracle, everyone[members[sequence]], torch.stack(logits)) for sequence, logits in seen.items()]
+    expected = [greedy(oracle, s, eos, parity_cases.VOCAB_SIZE, MAX_NEW_TOKENS) for s in samples[rank]]
+    return [answers, expected, max(gaps, default=0.0), sum(map(len, seen.values()))]
+
+
+def record_logits(llm: Any) -> dict[int, list[Tensor]]:
+    """Collect the logits [V] from which each pass of the LLM chooses a token, by the index of the sequence."""
+    run, seen = llm.forward_only, defaultdict[int, list[Tensor]](list)
+
+    def forward_only(packs: Any, embed: Any, read: Any) -> Any:
+        def read_and_record(m: int, logits: Tensor) -> Any:
+            whole = gather_from_tensor_model_parallel_region(logits.contiguous())
+            last = np.cumsum(packs[m].lengths) - 1
+            for sequence, row in zip(packs[m].sequences, last, strict=False):
+                if sequence != PADDING:
+                    seen[sequence].append(whole[row, : parity_cases.VOCAB_SIZE])
+            return read(m, logits)
+
+        return run(packs, embed, read_and_record)
+
+    llm.forward_only = forward_only
+    return seen
+
+
+def gap(oracle: SpeechLLM, prompt: Sample, logits: Tensor) -> float:
+    """Return the largest difference of logits [n, V], each followed by its most probable token, from the oracle's."""
+    new = logits.argmax(-1)[:-1]
+    ids = torch.cat([prompt.token_ids, new])
+    mask = torch.cat([prompt.audio_mask, torch.zeros(len(new), dtype=torch.bool)])
+    batch = Batch((replace(prompt, token_ids=ids, audio_mask=mask, labels=torch.full((len(ids),), IGNORE)),))
+    with torch.no_grad():
+        wanted = oracle.logits(batch, oracle.embed_audio(batch))[0, -len(logits) :, : parity_cases.VOCAB_SIZE]
+    return float((logits - wanted).abs().max() / wanted.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -50,9 +109,23 @@ def body(
     [(2, 1, 1, 1, 1), (2, 2, 1, 1, 1), (2, 1, 2, 1, 1), (2, 1, 2, 2, 1), (2, 1, 1, 1, 2), (4, 1, 2, 1, 2)],
 )
 def test_decoding_equals_the_oracle(world: int, tp: int, pp: int, vp: int, cp: int) -> None:
-    for answers, expected in run_ranks(world, body, {"tp": tp, "pp": pp, "vp": vp, "cp": cp}):
+    check(run_ranks(world, body, {"tp": tp, "pp": pp, "vp": vp, "cp": cp}))
+
+
+def check(ranks: list[list[Any]]) -> None:
+    """Check the results of `body`."""
+    for answers, expected, difference, _ in ranks:
         assert answers == expected
         assert len({tuple(a) for a in answers}) > 1, "the same answer to everything shows nothing"
+        assert difference <= 1e-5
+    num_compared = max(num for *_, num in ranks)
+    assert num_compared > sum(len(answers) for answers, *_ in ranks), "logits of later passes are compared"
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_sinks_and_windows_with_a_cache_equal_the_oracle(tp: int, pp: int) -> None:
+    """GPT-OSS: the heads' attention sinks are divided among ranks, and prompts are longer than the windows."""
+    check(run_ranks(tp * pp, body, {"tp": tp, "pp": pp, "family": "gpt_oss"}))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +136,7 @@ def test_replicas_that_share_experts_decode_in_lockstep(world: int, tp: int, pp:
     """The prompts of the replicas end after different numbers of tokens, or a replica has no prompt."""
     task = {"tp": tp, "pp": pp, "family": "mixtral", "ffn_ep": world // pp, "num_samples": num_samples}
     answers = run_ranks(world, body, task)
-    assert all(found == expected for found, expected in answers)
-    assert sum(len(found) for found, _ in answers) == (num_samples or sum(len(e) for _, e in answers))
+    assert all(found == expected and difference <= 1e-5 for found, expected, difference, _ in answers)
+    assert sum(len(found) for found, *_ in answers) == (num_samples or sum(len(e) for _, e, *_ in answers))
     if num_samples is None:
-        assert len({len(a) for found, _ in answers for a in found}) > 1, "all answers end after the same token"
+        assert len({len(a) for found, *_ in answers for a in found}) > 1, "all answers end after the same token"

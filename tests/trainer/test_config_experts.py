@@ -11,6 +11,7 @@ from trainer.config.load import dump, load_recipe, parse_stored_recipe
 MIXTRAL = "model.llm.config={model_type: mixtral, vocab_size: 256, hidden_size: 32, intermediate_size: 64, \
 num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, num_local_experts: 6, num_experts_per_tok: 2, \
 max_position_embeddings: 1024}"
+GPT_OSS = MIXTRAL.replace("mixtral", "gpt_oss")
 EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
 
 
@@ -24,6 +25,10 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         ),
         (
             [MIXTRAL, "parallel={num_ranks: 2, context: 2}"],
+            "parallel.context = 2: the only legal value for an LLM with experts is 1",
+        ),
+        (
+            [GPT_OSS, "parallel={num_ranks: 2, context: 2}"],
             "parallel.context = 2: the only legal value for an LLM with experts is 1",
         ),
         (
