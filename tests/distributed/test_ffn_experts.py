@@ -40,6 +40,12 @@ CHANGED_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
 ]
 
 
+def case_name(case: tuple[Topology, str, dict[str, Any]]) -> str:
+    topology, family, options = case
+    split = f"tp{topology.tp}-pp{topology.pp}-ep{topology.ffn_ep}"
+    return f"{family}-{split}{'-lora' if options.get('lora') else ''}"
+
+
 def check(topology: Topology, family: str, options: dict[str, Any]) -> list[Row]:
     task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "vp": 1, "num_steps": 0, "family": family}
     task |= {"kinds": ["mixed"], "deepspeed": None, "ffn_ep": topology.ffn_ep, "ffn_etp": topology.ffn_etp, **options}
@@ -58,7 +64,7 @@ def test_topology_equals_the_oracle(topology: Topology, family: str, options: di
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("topology", "family", "options"), MORE_CASES)
+@pytest.mark.parametrize(("topology", "family", "options"), MORE_CASES, ids=map(case_name, MORE_CASES))
 def test_more_topologies_equal_the_oracle(topology: Topology, family: str, options: dict[str, Any]) -> None:
     rows = check(topology, family, options)
     assert all(row.passed for row in rows), rows
