@@ -33,6 +33,7 @@ from tools.espeak import Espeak, Prosody
 from trainer.scoring.text import DIGIT_WORDS
 
 NUM_SENTENCES, NUM_DIGIT_STRINGS = 6000, 1500
+REPORT_EVERY = 1000
 MANIFEST = "spoken.jsonl"
 FLITE_VOICES = ("slt", "rms", "awb", "kal16")
 ESPEAK_VOICES = tuple(
@@ -98,6 +99,8 @@ def write(
     seconds = 0.0
     lines = []
     for i, (subset, text) in enumerate(texts):
+        if i and i % REPORT_EVERY == 0:
+            print(f"{i:,} of {len(texts):,} texts have been spoken", flush=True)
         voice, samples = speaker.speak(text)
         name = f"audio/{i:05}.flac"
         soundfile.write(out / name, samples, SAMPLE_RATE)
