@@ -213,9 +213,9 @@ def test_values_that_a_kind_of_adapter_refuses() -> None:
         AdapterConfig(num_queries=2)
     with pytest.raises(UserError, match=r"model\.adapter\.num_heads = 3: must divide hidden_size = 4"):
         build_adapter(AdapterConfig("queries", 4, num_heads=3), 3)
-    with pytest.raises(UserError, match=r"model\.adapter\.bias = false: the layers of convolutions have biases"):
+    with pytest.raises(UserError, match=r"model\.adapter\.bias = false: the kind convolutions always has biases"):
         build_adapter(AdapterConfig(bias=False), 3)
-    with pytest.raises(UserError, match=r"model\.adapter\.last_group = drop: queries pads"):
+    with pytest.raises(UserError, match=r"model\.adapter\.last_group = drop: the kind queries always pads"):
         build_adapter(AdapterConfig("queries", 4, num_heads=2, last_group="drop"), 3)
     with pytest.raises(UserError, match=r"model\.adapter\.hidden_size = 4: pooling keeps the width .* set it to 3"):
         build_adapter(AdapterConfig("pooling", 4), 3)
