@@ -166,7 +166,7 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": [{"role": "user", "content": "x"}] * 2}, "must be from the assistant", "messages"),
     ({"messages": [{"role": "tool", "content": "x"}, {"role": "user", "content": "x"}]}, "role", "messages"),
     ({"messages": [{"role": "user", "content": []}]}, "empty", "messages"),
-    ({"messages": [{"role": "user", "content": "a " * 100_000}]}, "characters of text", "messages"),
+    ({"messages": [{"role": "user", "content": "a " * 100_000}]}, "characters, but the limit is", "messages"),
     (
         {"messages": [{"role": "user", "content": [block(wave())] * 257}]},
         "more than 256 clips",

@@ -61,7 +61,7 @@ def test_the_reproducibility_of_a_resumed_run_is_printed() -> None:
         "train.deterministic = false: a resumed run is bit-identical on CPUs and equal up to rounding on CUDA." in found
     )
     found = describe(load_recipe("debug", ["train.deterministic=true"]))
-    assert "train.deterministic = true: a resumed run is bit-identical on CPUs, and on CUDA as far as" in found
+    assert "train.deterministic = true: a resumed run is bit-identical on CPUs, and on CUDA for" in found
 
 
 def num_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
