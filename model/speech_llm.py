@@ -98,7 +98,7 @@ class SpeechLLM(nn.Module):
             logits = self.logits(batch, audio)
         lengths = torch.tensor(batch.tokens.lengths)
         real = (torch.arange(int(lengths.max())) < lengths[:, None]).flatten()
-        choices = tuple(Choice(c.logits[real], c.experts[real], c.weights[real]) for c in padded)
+        choices = tuple(choice.rows(real) for choice in padded)
         router_terms = self._router_terms(batch, choices)
         token_terms = [self._token_term(loss, batch, logits) for loss in self.losses if isinstance(loss, TokenLoss)]
         terms = (*token_terms, *router_terms, *audio_terms(self.losses, audio, batch, self.config))

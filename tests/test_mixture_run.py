@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.golden.corpus import write_corpus
@@ -20,6 +21,7 @@ RECIPE = (
     "parallel={num_ranks: 2, ffn_expert: 2}",
     "checkpoint.every_steps=2",
     "model.llm.moe_layers=second_half",
+    "model.llm.router={null_experts: 1, bias_rate: 0.001}",
     "lora=[{pattern: 'llm.*', rank: 2}]",
     "model.losses={expert_balance: {weight: 0.0001}, router_z: {weight: 0.0001}}",
 )
@@ -37,10 +39,12 @@ def test_experts_are_trained_saved_resumed_and_exported(tmp_path: Path) -> None:
     done = train(corpus, runs, *recipe, "train.steps=2")
     assert done.returncode == 0, done.stderr
     assert "expert speech of the LLM" in done.stdout + done.stderr
-    # Two equal experts and adapters that are zero compute what the donor does; the losses of the router add little.
+    # Two equal experts and adapters that are zero compute what the donor does, since every token chooses at least one
+    # of them. The losses of the router add little.
     assert losses(runs / "mixture")[1][0] == pytest.approx(FIRST_LOSS_OF_A_NEW_RUN, abs=1e-3)
     *_, load = read_history(runs / "mixture" / HISTORY_NAME)
     assert {(group.task, group.language) for group in load.cells} == {("asr", "en")}
+    assert load.experts == ("speech", "sound", "null")
     rows = [json.loads(line) for line in (corpus / "golden.jsonl").read_text().splitlines()]
     shutil.rmtree(donor)
     done = train(corpus, runs, *recipe, "train.steps=4")
@@ -61,5 +65,9 @@ def test_experts_are_trained_saved_resumed_and_exported(tmp_path: Path) -> None:
     assert export.main(command) == 0
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert "llm.model.layers.1.mlp.experts.speech.router.weight" in tensors
+    biases = [tensors[f"llm.model.layers.1.mlp.experts.{e}.router.score_bias"] for e in ("speech", "sound", "null")]
+    changes = torch.cat(biases) / 0.001
+    assert 1 <= changes.abs().max().round() <= 4, "each of four steps changes a bias by its rate or not at all"
+    torch.testing.assert_close(changes, changes.round(), atol=1e-3, rtol=0)
     assert export.main([str(runs / "mixture"), str(tmp_path / "llm"), "--llm-only", "--merge"]) == 2
     assert "| `speech` | `golden` | `2` |" in (tmp_path / "out" / "README.md").read_text()

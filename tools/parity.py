@@ -43,13 +43,13 @@ from model.llm.families import LLM_FAMILIES
 from tools.options import check_at_least
 from tools.parity_topologies import modes, name, topologies
 from trainer.parallel.topology import Topology
+from trainer.parity_llms import MIXTURES
 from trainer.run.command import module_command
 from trainer.run.launch import start_ranks
 
 KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks", "one_expert", "conversations")
 TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-4
-MIXTURE = "mixture"
 ALL_DENSE = "all"
 """The value of `--family` for all families without experts. They are compared in the same processes."""
 DS_CONFIG = {
@@ -295,9 +295,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--family",
         default="llama",
-        choices=(*LLM_FAMILIES, MIXTURE, ALL_DENSE),
-        help=f"family of the LLM (default: llama); {MIXTURE} is a Llama to which the recipe adds experts, and "
-        f"{ALL_DENSE} stands for all families without experts",
+        choices=(*LLM_FAMILIES, *MIXTURES, ALL_DENSE),
+        help=f"family of the LLM (default: llama); {' and '.join(MIXTURES)} are a Llama to which the recipe adds "
+        f"experts, and {ALL_DENSE} stands for all families without experts",
     )
     parser.add_argument(
         "--deepspeed",

@@ -33,13 +33,14 @@ SAVING_RANKS = 2
 
 # The cases that are saved on two ranks. They cover tied embeddings on two stages, norms of queries and keys on two
 # tensor-parallel ranks, virtual stages of unequal length, context parallelism, frozen parts, parameters that ZeRO-3
-# keeps gathered (persistence), an LLM whose experts are distributed over ranks, and blocks of ranks that hold copies of
-# the audio side.
+# keeps gathered (persistence), LLMs whose experts are distributed over ranks, one of them with biases that balance the
+# experts, and blocks of ranks that hold copies of the audio side.
 SAVED: dict[str, dict[str, Any]] = {
     "dp2·ep2": {"ep": 2, "persistence": 1000, "frozen": ["audio.primary.*", "llm.model.layers.0.*"]},
     "tp2": {"tp": 2, "family": "qwen3"},
     "pp2·ep2": {"pp": 2, "ep": 2, "family": "qwen2", "frozen": ["audio.experts.hubert.*"]},
     "ffn-ep2": {"family": "qwen3_moe", "ffn_ep": 2, "frozen": ["llm.model.layers.0.mlp.experts.[0-4].*"]},
+    "balanced": {"family": "mixture_balanced", "ffn_ep": 2, "frozen": ["llm.model.layers.1.mlp.experts.a.*"]},
     "pp2·vp2": {"pp": 2, "vp": 2, "layers": 7, "family": "qwen2"},
     "cp2": {"cp": 2, "family": "qwen3", "frozen": ["llm.model.layers.1.*"]},
     "dp2·shard1": {"shard": 1, "frozen": ["audio.experts.wavlm.*"]},

@@ -20,8 +20,9 @@ from torch import Tensor
 from model.audio_tower import AudioTower
 from model.batch import Batch, Sample
 from model.config import ModelConfig
-from model.llm.experts import smallest_gap
+from model.llm.experts import balance_experts, smallest_gap
 from model.llm.families import mixture_of
+from model.llm.mixture import SCORE_BIAS
 from model.llm.names import hf_to_local, local_pieces
 from model.llm.reference import resolve_hf_config
 from model.llm.stages import Recompute
@@ -38,7 +39,16 @@ from trainer.engine.stages import stage_at, stages_of
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
 from trainer.parallel.values import all_gather_values
-from trainer.parity_cases import ALL_WEIGHTS, NUM_LAYERS, SEED, VOCAB_SIZE, Learned, make_samples
+from trainer.parity_cases import (
+    ALL_WEIGHTS,
+    NUM_LAYERS,
+    SEED,
+    VOCAB_SIZE,
+    BiasedSource,
+    Learned,
+    drawn_biases,
+    make_samples,
+)
 from trainer.telemetry.metrics import StepReport
 from trainer.training.step import Step
 
@@ -105,6 +115,9 @@ def build_oracle(config: ModelConfig, learned: Learned = ALL_WEIGHTS) -> SpeechL
     """Return the single-process model. Parameters that are not trained require no gradient."""
     oracle = SpeechLLM(config, VOCAB_SIZE, SEED).train()
     draw_projection(oracle.audio)
+    for name, parameter in oracle.named_parameters():
+        if name.endswith(SCORE_BIAS):
+            parameter.data.copy_(drawn_biases(name.removeprefix("llm."), len(parameter)))
     add_adapters(oracle, "", learned.adapters)
     param_groups(learned.optim, [(n, p, p.dim()) for n, p in oracle.named_parameters()])
     return oracle
@@ -130,7 +143,7 @@ def build_step(
     """
     optim = learned.optim
     hf_config = resolve_hf_config(config.llm)
-    source = RandomSource(hf_config, SEED)
+    source = BiasedSource(RandomSource(hf_config, SEED))
     recompute = groups.topology.pp > 1  # so that topologies cover both settings
     llm_recompute = mode.recompute or ("full" if recompute else "none")
     llm = LLMEngine(hf_config, source, optim, groups, dtype, llm_recompute, learned.adapters, mode.reduction)
@@ -281,8 +294,21 @@ def _gather_gradients(engine: LLMEngine) -> None:
                 dist.all_gather(list(parts), mine, group=group)
 
 
+def _bias_difference(step: Step, oracle: SpeechLLM) -> float:
+    """Return the largest difference of a bias that balances experts on this rank; 0 if there are none."""
+    wanted = dict(oracle.named_parameters())
+    found = [0.0]
+    for name, parameter in step.llm.parameters():
+        if name.endswith(SCORE_BIAS):
+            own = hf_to_local(name, lambda hf_name, index: wanted["llm." + hf_name][index], step.llm.hf_config, 0, 1)
+            found.append(float((parameter - own).abs().max()))
+    return max(found)
+
+
 def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, float]:
     """Train both models, and return the largest relative difference of their losses and of their gradient norms.
+
+    A difference between biases that balance experts counts as a difference of losses.
 
     Collective: every rank of the world must call it.
     """
@@ -306,10 +332,12 @@ def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, f
             )
         set_rates(optimizer.param_groups, index, lr_scale(stage.optim, number - stage.start, stage.steps))
         optimizer.zero_grad()
-        loss = oracle(whole, step.router_noise(number, whole)).total
+        losses = oracle(whole, step.router_noise(number, whole))
+        loss = losses.total
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(oracle.parameters(), optim.clip_norm))
         optimizer.step()
-        worst_loss = max(worst_loss, abs(report.loss - float(loss)) / abs(float(loss)))
+        balance_experts(oracle.llm, losses.choices)
+        worst_loss = max(worst_loss, abs(report.loss - float(loss)) / abs(float(loss)), _bias_difference(step, oracle))
         worst_norm = max(worst_norm, abs(report.grad_norm - norm) / norm)
     return worst_loss, worst_norm

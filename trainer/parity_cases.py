@@ -11,6 +11,9 @@ from torch import Tensor
 from model.batch import IGNORE, Sample
 from model.config import AdapterConfig, EncoderConfig, LLMConfig, LoraConfig, ModelConfig, RouterConfig
 from model.lengths import TokenRate
+from model.llm.mixture import SCORE_BIAS
+from model.llm.names import Index
+from model.llm.weights import WeightSource
 from model.lora import Adapters, initial_factor
 from trainer.engine.optim import OptimConfig, PartConfig
 from trainer.engine.stages import StageConfig, staged_optim
@@ -29,6 +32,27 @@ def drawn_factor(name: str, shape: tuple[int, int]) -> Tensor:
     """Return random initial values for factor A or B of a low-rank adapter. With B = 0, A would have no gradient."""
     values = initial_factor(f"{name}.random", shape, SEED)
     return 0.3 * values if name.endswith("lora_B") else values
+
+
+def drawn_biases(name: str, num_rows: int) -> Tensor:
+    """Return random biases [num_rows] that balance experts. With their initial zeros, they would change no choice."""
+    return 0.05 * initial_factor(f"{name}.random", (num_rows, 1), SEED)[:, 0]
+
+
+class BiasedSource:
+    """The weights of `source`, in which the biases that balance experts have the values of `drawn_biases`."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self.shape, self.where = source.shape, source.where
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """Implement `WeightSource`."""
+        if not name.endswith(SCORE_BIAS):
+            return self._source.read(name, index)
+        shape = self.shape(name)
+        assert shape is not None, name
+        return drawn_biases(name, *shape)[index]
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,23 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "model_type": "llama",
         "ffn_experts": {"experts": ["d", "b", "c", "a"], "layers": [1, 3], "top_k": 2, "normalize": True},
     },
+    "mixture_balanced": {
+        "model_type": "llama",
+        "ffn_experts": {
+            "experts": ["d", "b", "c", "a"],
+            "layers": [1, 3],
+            "top_k": 3,
+            "normalize": True,
+            "null_experts": 2,
+            "bias_rate": 0.02,
+        },
+    },
 }
 """The config fields of families with FFN experts. One layer of the Qwen3-MoE has no experts. The gates of GPT-OSS are
 bounded so tightly that some values are clamped. `mixture` is a Llama in which the recipe adds experts to every second
-layer."""
+layer. `mixture_balanced` also has null experts, and biases that change so much per step that they decide choices."""
+MIXTURES = tuple(name for name, fields in EXPERTS.items() if "ffn_experts" in fields)
+"""The entries of `EXPERTS` in which the recipe adds experts to a dense LLM."""
 
 
 _FEATURES: dict[str, dict[str, Any]] = {

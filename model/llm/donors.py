@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from model.llm.families import mixture_of, modules_of
+from model.llm.mixture import SCORE_BIAS
 from model.llm.names import Index
 from model.llm.weights import WeightSource, check_tensor
 
@@ -18,8 +19,8 @@ class MixtureSource:
     Args:
         base: The weights of the dense LLM.
         donors: The weights of a dense LLM of the same architecture for each expert, by its name.
-        routers: The weights of the routers. They must be random, because routers with equal rows would give all experts
-            the same score.
+        routers: The weights and biases of the routers. The weights must be random, because routers with equal rows
+            would give all experts the same score.
         hf_config: The LLM with its experts.
 
     Raises:
@@ -42,14 +43,15 @@ class MixtureSource:
         shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
         for n in mixture.layers:
             prefix = modules["layer"].format(n=n)
+            for path, _ in mixture.router_parts(modules["router"]):
+                for kind in ("weight", SCORE_BIAS):
+                    self._sources[f"{prefix}.{path}.{kind}"] = routers, f"{prefix}.{path}.{kind}"
             for expert in mixture.experts:
                 for role, shape in shapes.items():
                     name = f"{prefix}.{modules[role]}.weight"
                     check_tensor(donors[expert], name, shape)
                     own = f"{prefix}.{modules[f'expert_{role}'].format(e=expert)}.weight"
                     self._sources[own] = donors[expert], name
-                router = f"{prefix}.{modules['router'].format(e=expert)}.weight"
-                self._sources[router] = routers, router
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Implement `WeightSource`."""

@@ -2,9 +2,11 @@
 
 A layer with experts has a router, which scores every expert for every token, and one gated feed-forward network per
 expert. A token is sent to the `top_k` experts with the highest scores, and their outputs are summed with the router's
-weights. `model.llm.megatron_experts` computes the same on several ranks.
+weights. The router may also choose null experts, which compute nothing. Biases that are updated from the numbers of
+tokens may take part in the choice. `model.llm.megatron_experts` computes the same on several ranks.
 
-Shapes: n tokens, E experts, k chosen experts per token, H hidden width, F width of an expert.
+Shapes: n tokens, E experts, C = E + N choices with N null experts, k chosen experts per token, H hidden width, F width
+of an expert.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.llm.mixture import Clamp, Mixture
+from model.llm.mixture import SCORE_BIAS, Clamp, Mixture
 
 
 @dataclass(frozen=True)
@@ -26,32 +28,72 @@ class Choice:
     """The decisions of a router for n tokens."""
 
     logits: Tensor
-    """The scores [n, E] in fp32."""
+    """The scores [n, C] in fp32."""
     experts: Tensor
-    """The indices [n, k] of the chosen experts, the highest score first."""
+    """The indices [n, k] of the chosen experts, the highest rank first. Indices from E are null experts."""
     weights: Tensor
-    """The weights [n, k] of the chosen experts in fp32, with gradient."""
+    """The weights [n, k] of the chosen experts in fp32, with gradient. The weight of a null expert is 0."""
+    ranking: Tensor
+    """The values [n, C] in fp32 of which the k highest were chosen: the scores, or the probabilities plus the
+    biases."""
+
+    def rows(self, index: slice | Tensor) -> Choice:
+        """Return the decisions for some of the tokens."""
+        return Choice(self.logits[index], self.experts[index], self.weights[index], self.ranking[index])
+
+    def counts(self) -> Tensor:
+        """Return the number of tokens [C] that chose each expert, in fp64."""
+        return self.experts.flatten().bincount(minlength=self.logits.shape[1]).double()
 
 
 _CERTAIN = 1e4
 """The number that is added to the score of a forced expert. All other probabilities are then exactly 0 in fp32."""
 
 
-def choose(logits: Tensor, mixture: Mixture) -> Choice:
+def choose(logits: Tensor, mixture: Mixture, score_bias: Tensor | None = None) -> Choice:
     """Return the experts that are chosen for each token.
 
     Args:
-        logits: The router's scores [n, E] in fp32.
+        logits: The router's scores [n, C] in fp32.
         mixture: The experts.
+        score_bias: The biases [C] in fp32 that are added to the probabilities for the choice of experts, but not for
+            their weights; None for no biases. They are ignored if the choice is forced.
     """
     if mixture.forced is not None:
+        score_bias = None
         logits = logits + _CERTAIN * functional.one_hot(
-            torch.tensor(mixture.experts.index(mixture.forced), device=logits.device), len(mixture.experts)
+            torch.tensor(mixture.experts.index(mixture.forced), device=logits.device), mixture.num_choices
         )
-    weights, experts = logits.softmax(-1).topk(mixture.top_k, dim=-1)
+    probabilities = logits.softmax(-1)
+    if score_bias is None:
+        ranking = logits.detach()
+        weights, experts = probabilities.topk(mixture.top_k, dim=-1)
+    else:
+        ranking = probabilities.detach() + score_bias
+        experts = ranking.topk(mixture.top_k, dim=-1).indices
+        weights = probabilities.gather(-1, experts)
+    if mixture.num_null:
+        weights = weights * (experts < len(mixture.experts))
     if mixture.normalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return Choice(logits, experts, weights)
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / (total + (total == 0))  # The sum is 0 if a token chose only null experts.
+    return Choice(logits, experts, weights, ranking)
+
+
+@torch.no_grad()
+def balance(score_bias: Tensor, counts: Tensor, rate: float) -> None:
+    """Update the biases of a router after a training step (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    The bias of an expert is raised by `rate` if the expert was chosen less often than the average of all choices, and
+    lowered by `rate` if it was chosen more often.
+
+    Args:
+        score_bias: The biases [C] in fp32, which are changed in place.
+        counts: The number of tokens [C] of the global batch that chose each expert, in fp64, so that the average is
+            exact.
+        rate: The amount of a change.
+    """
+    score_bias.add_((counts.mean() - counts).sign().to(score_bias.dtype), alpha=rate)
 
 
 def gate_experts(gate: Tensor, up: Tensor, clamp: Clamp | None) -> Tensor:
@@ -70,26 +112,27 @@ class MixtureLayer(nn.Module):
     Args:
         mixture: The experts.
         hidden_size: The hidden width H.
-        router: The name of the router within this module. If it contains `{e}`, which stands for the name of the
-            expert, it names the router's row for each expert.
+        router: The name of the router within this module, see `Mixture.router_parts`.
         projections: The names of gate, up and down within this module. `{e}` stands for the name of the expert.
     """
 
     def __init__(self, mixture: Mixture, hidden_size: int, router: str, projections: tuple[str, str, str]) -> None:
         super().__init__()
-        self.mixture, self.router_name, self.projections = mixture, router, projections
+        self.mixture, self.projections = mixture, projections
         self.observe: Callable[[Choice], None] | None = None
         """A function that is called in every forward pass with the choices for its tokens, row by row."""
-        self.has_rows = "{e}" in router
-        if not self.has_rows:
-            _add(self, router, nn.Linear(hidden_size, len(mixture.experts), bias=mixture.biases))
+        self.routers = [path for path, _ in mixture.router_parts(router)]
+        """The names of the router's parts within this module. Their outputs are concatenated."""
+        for path, num_rows in mixture.router_parts(router):
+            part = nn.Linear(hidden_size, num_rows, bias=mixture.biases)
+            if mixture.bias_rate:
+                part.register_parameter(SCORE_BIAS, nn.Parameter(torch.zeros(num_rows), requires_grad=False))
+            _add(self, path, part)
         for expert in mixture.experts:
             gate, up, down = (name.format(e=expert) for name in projections)
             for name in (gate, up):
                 _add(self, name, nn.Linear(hidden_size, mixture.width, bias=mixture.biases))
             _add(self, down, nn.Linear(mixture.width, hidden_size, bias=mixture.biases))
-            if self.has_rows:
-                _add(self, router.format(e=expert), nn.Linear(hidden_size, 1, bias=False))
 
     def forward(self, hidden: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the weighted sum of the chosen experts' outputs, in the shape [..., H] of `hidden`.
@@ -97,11 +140,9 @@ class MixtureLayer(nn.Module):
         With `Mixture.returns_scores`, the weights [n, k] of the chosen experts are returned as well.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
-        # If all experts share one matrix, all names are equal. Otherwise, each name is that of an expert's row.
-        names = dict.fromkeys(self.router_name.format(e=expert) for expert in self.mixture.experts)
-        scores = torch.cat([self.get_parameter(f"{name}.weight") for name in names])
-        bias = self.get_parameter(f"{self.router_name}.bias").float() if self.mixture.biases else None
-        choice = choose(functional.linear(rows.float(), scores.float(), bias), self.mixture)
+        scores, bias = self._router_values("weight"), self._router_values("bias") if self.mixture.biases else None
+        score_bias = self._router_values(SCORE_BIAS) if self.mixture.bias_rate else None
+        choice = choose(functional.linear(rows.float(), scores, bias), self.mixture, score_bias)
         if self.observe is not None:
             self.observe(choice)
         output = torch.zeros_like(rows)
@@ -115,6 +156,23 @@ class MixtureLayer(nn.Module):
             output = output.index_add(0, row, found)
         output = output.view_as(hidden)
         return (output, choice.weights) if self.mixture.returns_scores else output
+
+    def _router_values(self, kind: str) -> Tensor:
+        """Return the weights [C, H], biases [C] or score biases [C] of the router in fp32."""
+        return torch.cat([self.get_parameter(f"{path}.{kind}") for path in self.routers]).float()
+
+    def balance(self, choice: Choice) -> None:
+        """Update the biases that balance the experts, given the choices for all tokens of a global batch.
+
+        Biases of a router that is not trained are not changed.
+        """
+        routers: list[Any] = [self.get_submodule(path) for path in self.routers]
+        counts = choice.counts()
+        change = torch.zeros(len(counts), device=counts.device)
+        balance(change, counts, self.mixture.bias_rate)
+        for router, own in zip(routers, change.split([len(r.score_bias) for r in routers]), strict=True):
+            if router.weight.requires_grad:
+                router.score_bias.data += own
 
 
 def place_experts(model: Any, mixture: Mixture, modules: Mapping[str, str]) -> None:
@@ -140,6 +198,19 @@ def place_experts(model: Any, mixture: Mixture, modules: Mapping[str, str]) -> N
             layer.__dict__["mlp"] = experts
 
 
+def balance_experts(model: nn.Module, choices: Sequence[Choice]) -> None:
+    """Update the biases that balance the experts of a model after a training step, if it has such biases.
+
+    Args:
+        model: The model.
+        choices: The choices of each layer with experts for all tokens of the global batch, see `observed`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
+    for layer, choice in zip(layers, choices, strict=True):
+        if layer.mixture.bias_rate:
+            layer.balance(choice)
+
+
 @contextmanager
 def observed(model: nn.Module) -> Iterator[list[Choice]]:
     """Collect the choices of all layers with experts during the `with` block, in the order of computation."""
@@ -155,14 +226,15 @@ def observed(model: nn.Module) -> Iterator[list[Choice]]:
 
 
 def smallest_gap(choices: Sequence[Choice], top_k: int) -> float:
-    """Return the smallest difference, over all tokens, between the lowest chosen and the highest unchosen score.
+    """Return the smallest difference, over all tokens, between the lowest chosen and the highest unchosen value.
 
-    If the difference is below about 1e-5, two correct computations of a model may choose different experts.
+    The values are those by which experts are ranked (`Choice.ranking`). If the difference is below about 1e-5, two
+    correct computations of a model may choose different experts.
 
     Returns:
         The difference, or infinity if all experts are chosen or there is no token.
     """
-    gaps = [choice.logits.topk(top_k + 1, -1).values for choice in choices if choice.logits.shape[-1] > top_k]
+    gaps = [choice.ranking.topk(top_k + 1, -1).values for choice in choices if choice.ranking.shape[-1] > top_k]
     return min((float((g[:, -2] - g[:, -1]).min()) for g in gaps if len(g)), default=float("inf"))
 
 

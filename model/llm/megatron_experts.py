@@ -6,11 +6,12 @@ are entries of the loss table instead (`model.losses.router`).
 
 A *pack* is a packed sequence (`model.llm.packing`).
 
-Shapes: t rows of a pack, E experts, H hidden width.
+Shapes: t rows of a pack, E experts, C = E + N choices with N null experts, H hidden width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,8 @@ def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, exper
     assert ep_size > 1 or expert_tp_size == tp_size, "megatron-core 0.16.1 computes wrong gradients"
     return {
         "num_moe_experts": len(mixture.experts),
-        "moe_router_topk": mixture.top_k,
+        # Megatron only reads it to check it. With null experts, a token may choose more experts than there are.
+        "moe_router_topk": min(mixture.top_k, len(mixture.experts)),
         "moe_ffn_hidden_size": mixture.width,
         "moe_router_load_balancing_type": "none",
         "moe_router_pre_softmax": True,  # `Router` ignores it, but Megatron rejects top_k = 1 without it
@@ -162,13 +164,18 @@ class Router(nn.Module):
         super().__init__()
         self.mixture, self.tp_group = mixture, pg_collection.tp
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        shape = (len(mixture.experts), config.hidden_size)
+        shape = (mixture.num_choices, config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.bias: nn.Parameter | None = None
         if mixture.biases:
             self.bias = nn.Parameter(torch.empty(shape[0], dtype=config.params_dtype, device=device))
             self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.score_bias: nn.Parameter | None = None
+        """The biases [C] that balance the experts, in fp32. They have no gradient, and are the same on all ranks that
+        hold the layer; None if there are none."""
+        if mixture.bias_rate:
+            self.score_bias = nn.Parameter(torch.empty(shape[0], device=device), requires_grad=False)
         self.layer_number = 0
         self.packed: PackedSequences | None = None
         """The pack whose rows the next forward pass routes. A hook on the layer sets it (`watch`)."""
@@ -180,6 +187,8 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the weights [t/TP, E] of the experts (0 if not chosen), and a bool mask of the chosen experts.
 
+        Null experts are omitted, so the mask has fewer than `top_k` experts for some tokens.
+
         Args:
             hidden: This rank's rows [t/TP, 1, H] of a pack.
             padding_mask: An argument that Megatron passes. It must be None.
@@ -187,14 +196,22 @@ class Router(nn.Module):
         assert padding_mask is None
         rows = hidden.reshape(-1, hidden.shape[-1])
         bias = None if self.bias is None else self.bias.float()
-        choice = choose(linear(rows.float(), self.weight.float(), bias), self.mixture)
+        choice = choose(linear(rows.float(), self.weight.float(), bias), self.mixture, self.score_bias)
         packed = self.packed
         weights = choice.weights
         if packed is not None and packed.observe is not None and torch.is_grad_enabled():
             loss = packed.observe(self.layer_number - 1, choice, packed, self.tp_group)
             weights = _WithLoss.apply(weights, loss)
         probs = torch.zeros_like(choice.logits).scatter(1, choice.experts, weights)
-        return probs, torch.zeros_like(choice.logits, dtype=torch.bool).scatter(1, choice.experts, True)
+        chosen = torch.zeros_like(choice.logits, dtype=torch.bool).scatter(1, choice.experts, True)
+        count = len(self.mixture.experts)
+        return probs[:, :count], chosen[:, :count]
+
+
+def routers_of(chunks: Iterable[Any]) -> dict[int, Router]:
+    """Return the routers of a pipeline stage by the numbers of their layers, counted from 0."""
+    layers = (layer for chunk in chunks for layer in chunk.decoder.layers)
+    return {layer.layer_number - 1: layer.mlp.router for layer in layers if isinstance(layer.mlp, MoELayer)}
 
 
 def watch(gpt: Any) -> None:

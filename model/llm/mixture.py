@@ -3,7 +3,7 @@
 A family with experts, such as Mixtral, describes them in its Hugging Face config. A dense LLM gets experts from the
 recipe (`model.llm.experts`). The additional field `ffn_experts` of its Hugging Face config then describes them.
 
-Shapes: E experts, k chosen experts per token, F width of an expert.
+Shapes: E experts, N null experts, k chosen experts per token, F width of an expert.
 """
 
 from __future__ import annotations
@@ -52,10 +52,43 @@ class Mixture:
     """The gate of an expert if it is a clamped SwiGLU; None for SwiGLU."""
     returns_scores: bool = False
     """True if transformers' layer expects the router's scores next to the output of its feed-forward network."""
+    num_null: int = 0
+    """The number N of null experts, which compute nothing (AdaMoE, arXiv 2406.13233). In the order of the router's
+    outputs, they follow the E experts. Their weights are 0."""
+    bias_rate: float = 0.0
+    """The amount by which a step changes the biases that balance the experts; 0 if the routers have no such biases
+    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+    @property
+    def num_choices(self) -> int:
+        """The number E + N of outputs of the router."""
+        return len(self.experts) + self.num_null
+
+    @property
+    def mean_top_k(self) -> float:
+        """The mean number of experts that compute a token if all choices of the router are made equally often."""
+        return self.top_k * len(self.experts) / self.num_choices
+
+    def router_parts(self, router: str) -> list[tuple[str, int]]:
+        """Return the names of the parts of a layer's router and their numbers of outputs, in order.
+
+        Args:
+            router: The name of the router. If it contains `{e}`, which stands for the name of an expert, every expert
+                has its own part, and so have all null experts together.
+        """
+        if "{e}" not in router:
+            assert not self.num_null, "null experts need a router that consists of parts"
+            return [(router, len(self.experts))]
+        null = [(router.format(e=NULL), self.num_null)] if self.num_null else []
+        return [(router.format(e=expert), 1) for expert in self.experts] + null
 
 
 BASE = "base"
 """The value of `from` for an expert whose initial weights are the feed-forward network of the LLM itself."""
+NULL = "null"
+"""The name of the null experts of a layer in tensors, metrics and reports."""
+SCORE_BIAS = "score_bias"
+"""The last part of the names of the tensors with the biases that balance the experts."""
 FIELD = "ffn_experts"
 """The additional field in the Hugging Face config of a dense LLM to which experts were added."""
 
@@ -73,6 +106,8 @@ class ExpertConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise UserError(f"model.llm.experts: name = {self.name!r}: use letters, digits, '_' and '-'")
+        if self.name == NULL:
+            raise UserError(f"model.llm.experts: name = {self.name!r}: null experts have this name; choose another one")
 
 
 @dataclass(frozen=True)
@@ -81,10 +116,34 @@ class ExpertRouterConfig:
 
     normalize: bool = True
     """Whether the weights of the chosen experts are divided by their sum. This equals a softmax over the chosen
-    experts, as in Uni-MoE's code and Mixtral. If false, the softmax is over all experts, as in Uni-MoE's paper."""
+    experts, as in Uni-MoE's code and Mixtral. If false, the softmax is over all experts, as in Uni-MoE's paper. Null
+    experts are never part of the sum."""
     forced: str | None = None
     """The expert to which every token is sent with weight 1; null for the router's choice. Use it to test that an
     expert equals the run from which it was taken."""
+    null_experts: int = 0
+    """The number of null experts per layer. They compute nothing, so a token that chooses one of them uses fewer than
+    `top_k` experts. Add as many to `top_k` as a token should choose on average, and enable a way of balancing."""
+    bias_rate: float = 0.0
+    """The amount by which an update of the weights changes the router's biases, which balance the experts without a
+    loss; 0 for no biases. A typical value is 0.001. A bias is added to the probability of an expert only for the choice
+    of experts. It rises if the expert was chosen less often than the average in the global batch, and falls if more
+    often."""
+
+    def __post_init__(self) -> None:
+        if self.null_experts < 0:
+            raise UserError(f"model.llm.router.null_experts = {self.null_experts}: must be at least 0")
+        if not 0 <= self.bias_rate < 1:
+            raise UserError(f"model.llm.router.bias_rate = {self.bias_rate}: must be from 0 to below 1")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields other than `normalize` that differ from their default values."""
+        defaults = ExpertRouterConfig()
+        return {
+            name: getattr(self, name)
+            for name in ("forced", "null_experts", "bias_rate")
+            if getattr(self, name) != getattr(defaults, name)
+        }
 
 
 def describe_experts(
@@ -115,12 +174,12 @@ def describe_experts(
         )
     if len(set(names)) < len(names):
         raise UserError(f"model.llm.experts: the names {', '.join(names)} must be unique")
-    if not 1 <= top_k <= len(names):
-        raise UserError(f"model.llm.top_k = {top_k}: legal values are 1..{len(names)}")
+    if not 1 <= top_k <= len(names) + router.null_experts:
+        raise UserError(f"model.llm.top_k = {top_k}: legal values are 1..{len(names) + router.null_experts}")
     if router.forced is not None and router.forced not in names:
         raise UserError(f"model.llm.router.forced = {router.forced}: legal values are {', '.join(names)}, or null")
-    forced = {} if router.forced is None else {"forced": router.forced}
-    return {"experts": list(names), "layers": numbers, "top_k": top_k, "normalize": router.normalize, **forced}
+    described = {"experts": list(names), "layers": numbers, "top_k": top_k, "normalize": router.normalize}
+    return {**described, **router.settings()}
 
 
 def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
@@ -134,18 +193,17 @@ def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
         UserError: If `describe_experts` does not return this value for any experts of an LLM with `num_layers` layers.
     """
     kinds = {"experts": list, "layers": list, "top_k": int, "normalize": bool}
+    optional = {"forced": str, "null_experts": int, "bias_rate": float}
     found = tree if isinstance(tree, dict) else {}
-    forced = found.get("forced")
     if (
-        {*found} - {"forced"} != {*kinds}
-        or any(type(found[key]) is not kind for key, kind in kinds.items())
+        not {*kinds} <= {*found} <= {*kinds, *optional}
+        or any(type(value) is not {**kinds, **optional}[key] for key, value in found.items())
         or not all(isinstance(name, str) for name in found["experts"])
         or not all(type(number) is int for number in found["layers"])
-        or not isinstance(forced, str | None)
     ):
         raise UserError(f"{FIELD} = {repr(tree)[:80]}: needs {', '.join(kinds)} of the right types")
     names = [ExpertConfig(name).name for name in found["experts"]]
-    router = ExpertRouterConfig(found["normalize"], forced)
+    router = ExpertRouterConfig(found["normalize"], **{key: found[key] for key in optional if key in found})
     return describe_experts(names, found["layers"], found["top_k"], router, num_layers)
 
 
@@ -161,6 +219,8 @@ def described(hf_config: PretrainedConfig) -> Mixture | None:
         layers=tuple(stored["layers"]),
         normalize=stored["normalize"],
         forced=stored.get("forced"),
+        num_null=stored.get("null_experts", 0),
+        bias_rate=stored.get("bias_rate", 0.0),
     )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from model.llm.families import family_of, mixture_of, modules_of
+from model.llm.mixture import SCORE_BIAS
 
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], Tensor]
@@ -32,6 +33,7 @@ Read = Callable[[str, Index], Tensor]
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _FACTOR = re.compile(r"^(.+)\.(lora_[AB])\.([^.]+)$")
 """A pattern for the name of a LoRA factor (`model.llm.lora`), with groups for the layer, factor and projection."""
+_ROUTER = re.compile(rf"^mlp\.router\.(weight|bias|{SCORE_BIAS})$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
 
 _COLUMN_PARALLEL = (
@@ -47,7 +49,6 @@ _SINGLE = {
     "self_attention.core_attention.sinks": "sinks.sinks",
     "self_attention.q_layernorm.weight": "query_norm.weight",
     "self_attention.k_layernorm.weight": "key_norm.weight",
-    "mlp.router.bias": "router.bias",
     "mlp.linear_fc2.weight": "down.weight",
     "input_layernorm.weight": "attention_norm.weight",
     "self_attn_bda.norm.weight": "attention_output_norm.weight",
@@ -112,9 +113,10 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
         if mixture is None or n not in mixture.layers:
             add(dense, n)
             continue
-        shapes |= {name: (num_rows, hidden) for name, num_rows in _router_tensors(hf_config, n)}
-        if mixture.biases:
-            shapes[_hf_name(modules, "router.bias", n)] = (len(mixture.experts),)
+        kinds = {"weight": True, "bias": mixture.biases, SCORE_BIAS: mixture.bias_rate > 0}
+        for kind in (kind for kind, exists in kinds.items() if exists):
+            for name, num_rows in _router_tensors(hf_config, n, kind):
+                shapes[name] = (num_rows, hidden) if kind == "weight" else (num_rows,)
         sizes = {"expert_gate": (mixture.width, hidden), "expert_up": (mixture.width, hidden)}
         for expert in mixture.experts:
             for role, (rows, columns) in {**sizes, "expert_down": (hidden, mixture.width)}.items():
@@ -208,8 +210,10 @@ def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, 
             Piece(_hf_name(modules, f"{role}.weight", layer), (slice(start, start + rows), whole))
             for role, start in first.items()
         ]
-    if rest == "mlp.router.weight":
-        return [Piece(name, (slice(0, num_rows), whole)) for name, num_rows in _router_tensors(hf_config, layer)]
+    if (router := _ROUTER.match(rest)) is not None:
+        columns = (whole,) if router[1] == "weight" else ()
+        found = _router_tensors(hf_config, layer, router[1])
+        return [Piece(name, (slice(0, num_rows), *columns)) for name, num_rows in found]
     if (expert := _EXPERT.match(rest)) is not None:
         return _expert_pieces(layer, int(expert[1]), expert[2], expert[3], hf_config, tp_rank, tp_size)
     assert rest in _SINGLE, f"unknown Megatron parameter {megatron_name}"
@@ -297,13 +301,18 @@ def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int
             row += size
 
 
-def _router_tensors(hf_config: PretrainedConfig, layer: int) -> list[tuple[str, int]]:
-    """Return the names of the Hugging Face tensors of a layer's router and their numbers of rows, in order."""
+def _router_tensors(hf_config: PretrainedConfig, layer: int, kind: str) -> list[tuple[str, int]]:
+    """Return the names of the Hugging Face tensors of a layer's router and their numbers of rows, in order.
+
+    Args:
+        hf_config: The LLM.
+        layer: The number of the layer.
+        kind: `weight`, `bias` or `score_bias`.
+    """
     modules, mixture = modules_of(hf_config), mixture_of(hf_config)
     assert mixture is not None, "the LLM has no experts"
-    if "{e}" in modules["router"]:
-        return [(_hf_name(modules, "router.weight", layer, expert), 1) for expert in mixture.experts]
-    return [(_hf_name(modules, "router.weight", layer), len(mixture.experts))]
+    prefix = modules["layer"].format(n=layer)
+    return [(f"{prefix}.{path}.{kind}", num_rows) for path, num_rows in mixture.router_parts(modules["router"])]
 
 
 def _expert_pieces(

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from model.errors import UserError
 from model.llm.families import family_of
+from model.llm.mixture import SCORE_BIAS
 from model.llm.names import Index, hf_shapes, hf_to_local, is_expert, local_pieces
 
 RANDOM_BLOCK_ROWS = 256
@@ -153,7 +154,7 @@ class RandomSource:
         """Implement `WeightSource`. The result is in fp32."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            constant = torch.zeros if name.endswith((".bias", ".sinks")) else self._norm
+            constant = torch.zeros if name.endswith((".bias", ".sinks", f".{SCORE_BIAS}")) else self._norm
             return constant(shape)[index]
         start, stop, _ = index[0].indices(shape[0])
         blocks = range(start // RANDOM_BLOCK_ROWS, -(-stop // RANDOM_BLOCK_ROWS))

@@ -2,7 +2,7 @@
 
 The cases cover experts that are distributed over replicas, over tensor-parallel ranks or over both, experts that are
 divided among tensor-parallel ranks or not divided, recomputation (PP > 1), layers without experts, adapters on experts,
-and frozen experts. `earshot parity --family mixtral` covers more cases.
+frozen experts, null experts, and biases that balance experts. `earshot parity --family mixtral` covers more cases.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(2, 2, 1, 1, 2, 1), "qwen3_moe", {"kinds": ["mixed", "text_only"], "num_steps": 3}),
     (Topology(4, 2, 1, 2, 2, 2), "mixtral", {}),
     (Topology(4, 1, 2, 1, 2, 1), "qwen3_moe", {"num_steps": 2}),
+    (Topology(2, 2, 1, 1, 2, 1), "mixture_balanced", {"num_steps": 3}),
+    (Topology(4, 1, 2, 1, 2, 1), "mixture_balanced", {"num_steps": 2}),
 ]
 MORE_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(4, 1, 1, 2, 4, 1), "mixtral", {"kinds": ["mixed", "rank_without_audio"]}),
@@ -32,6 +34,11 @@ MORE_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(4, 2, 1, 1, 2, 2), "gpt_oss", {"lora": True, "num_steps": 2}),
     (Topology(4, 4, 1, 1, 2, 1), "qwen3_moe", {}),
     (Topology(4, 2, 1, 1, 2, 2), "mixtral", {"lora": True, "num_steps": 2}),
+    (Topology(1), "mixture_balanced", {"kinds": ["mixed", "conversations"], "num_steps": 3}),
+    (Topology(2, 2, 1, 1, 1, 2), "mixture_balanced", {"kinds": ["mixed", "text_only"]}),
+    (Topology(2, 1, 2), "mixture_balanced", {}),
+    (Topology(4, 2, 1, 1, 2, 2), "mixture_balanced", {"lora": True, "num_steps": 2}),
+    (Topology(4, 2, 2, 1, 2, 1), "mixture_balanced", {"kinds": ["mixed", "fewer_samples_than_ranks"]}),
     (Topology(4, 2, 2, 1, 2, 1), "qwen3_moe", {"lora": True, "num_steps": 2}),
 ]
 CHANGED_CASES: list[tuple[Topology, str, dict[str, Any]]] = [

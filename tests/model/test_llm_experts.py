@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from model.config import LLMConfig, ModelConfig
 from model.errors import UserError
-from model.llm.experts import Choice, choose, observed, smallest_gap
+from model.llm.experts import choose, observed, smallest_gap
 from model.llm.families import mixture_of
 from model.llm.mixture import Mixture
 from model.llm.names import hf_shapes
@@ -158,9 +158,7 @@ def test_ranks_that_share_the_tokens_of_samples_add_up_to_the_losses_of_all() ->
     halves = [slice(0, 4), slice(4, 8)]
 
     def part(rows: slice, reduce: Any) -> RoutedTokens:
-        choice = whole.choice
-        cut = Choice(choice.logits[rows], choice.experts[rows], choice.weights[rows])
-        return RoutedTokens(cut, whole.samples[rows], whole.lengths, reduce)
+        return RoutedTokens(whole.choice.rows(rows), whole.samples[rows], whole.lengths, reduce)
 
     for rows in halves:  # the first pass collects what each rank contributes to the reduction
         ExpertBalance().sum(part(rows, lambda t: counts.append(t.clone()) or t), CONFIG)

@@ -9,7 +9,7 @@ import pytest
 
 from model.config import LLMConfig
 from model.llm.families import mixture_of
-from model.llm.mixture import ExpertConfig
+from model.llm.mixture import ExpertConfig, ExpertRouterConfig
 from model.llm.names import hf_shapes
 from model.llm.reference import resolve_hf_config
 from trainer.config.chain import load_chain
@@ -80,6 +80,25 @@ def test_a_dense_llm_computes_as_much_per_token() -> None:
     active = matrices[0] - expert_parameters(config) // 2 - routers
     assert matrices[1] == active
     assert as_dense(dense) is dense
+
+
+def test_null_experts_are_planned_as_choices_that_compute_nothing() -> None:
+    experts = tuple(ExpertConfig(name) for name in "abcd")
+    plain = resolve_hf_config(LLMConfig(config=LLAMA, experts=experts, top_k=2))
+    router = ExpertRouterConfig(null_experts=4)
+    null = resolve_hf_config(LLMConfig(config=LLAMA, experts=experts, top_k=4, router=router))
+    assert as_dense(null).intermediate_size == as_dense(plain).intermediate_size == 2 * 16
+    routers = 4 * 4 * 8  # the rows of the null experts
+    assert active_parameters(null) == active_parameters(plain) + routers
+    topology = Topology(4, 1, 1, 1, 2, 1)
+    plans = [expert_plan(c, topology, 64, 3, 2, recompute=False) for c in (plain, null)]
+    assert plans[0] is not None and plans[1] is not None and plans[1].num_null == 4
+    assert plans[1].all_to_all_bytes == plans[0].all_to_all_bytes
+    # Two of two choices, or two of four, can be for the two experts of one rank, which on average computes one of them.
+    assert plans[1].worst_bytes == plans[0].worst_bytes
+    alone = [expert_plan(c, Topology(1, 1, 1), 64, 3, 2, recompute=False) for c in (plain, null)]
+    assert alone[0] is not None and alone[1] is not None and alone[0].worst_bytes == 0
+    assert alone[1].worst_bytes == 64 * 2 * (2 * 8 + 3 * 16) * 2 * 4, "no token chooses a null expert"
 
 
 def test_traffic_and_the_most_uneven_use() -> None:

@@ -6,17 +6,22 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
 from model.errors import UserError
+from model.llm.experts import choose
+from model.llm.mixture import Mixture
 from tests.trainer.data_corpus import row
 from tests.trainer.expert_usage_run import write_run
 from tools import profile_experts
 from trainer.data.prepare import PreparedData
 from trainer.data.shard_writer import Groups
+from trainer.engine.router_meter import TokenMeter
 from trainer.expert_usage.tokens import TokenProfile
 from trainer.telemetry.token_history import HISTORY_NAME, MIN_LINES, TokenHistory, read_history
 from trainer.telemetry.token_load import (
@@ -86,6 +91,24 @@ def test_a_long_history_is_merged_without_losing_tokens(tmp_path: Path) -> None:
     history.close()
     TokenHistory(path, 505).close()  # a resume from the newest checkpoint, of which every token is still counted
     assert add_up(read_history(path)).to_json() == add_up(loads[:252]).to_json()
+
+
+def test_null_experts_are_counted_together_and_are_not_dead() -> None:
+    mixture = Mixture(("speech", "text"), 2, 8, (1,), normalize=True, num_null=2)
+    meter = TokenMeter(mixture, 2, torch.device("cpu"))
+    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.05, 0.45, 0.4], [0.5, 0.1, 0.3, 0.1]]).log()
+    meter.add(1, choose(logits, mixture), torch.tensor([0, 1, 1]))
+    meter.num_steps = 1
+    with patch("torch.distributed.all_reduce"):
+        num_steps, sums = meter.take(cast(Any, SimpleNamespace(world=None)))
+    found = TokenLoad.of(1, num_steps, meter.names, mixture.layers, SampleKinds((("asr", "en"),)), sums)
+    assert found.experts == ("speech", "text", "null")
+    total = found.total()
+    assert total is not None
+    assert total.chosen.tolist() == [[2, 0, 4]] and total.first.tolist() == [[2, 0, 1]]
+    np.testing.assert_allclose(total.weights, [[2, 0, 0]])
+    assert found.dead == ("1/text",) and found.overload == 2.0
+    assert token_metrics(found)["ffn_expert/asr/audio/null/share"] == 0.75
 
 
 def test_drift_compares_quarters_of_the_steps() -> None:

@@ -9,11 +9,12 @@ vocabulary belong to no Hugging Face tensor. They are zero, remain zero, and are
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from model.llm.mixture import SCORE_BIAS
 from model.llm.names import tp_dim
 from trainer.checkpoint import adam
 from trainer.checkpoint.layout import PARAM, Shard
@@ -55,7 +56,10 @@ def shards(engine: LLMEngine) -> list[Shard]:
             if step is None:
                 saved_here = saved_here and engine.copy_index(name) == 0
             views = {kind: flat.data.view(-1) for kind, flat in flats.items()}
-            known = _Cut(addresses, list(_shards_of(engine, name, parameter, start, views, step, saved_here)))
+            cut = list(_shards_of(engine, name, parameter, start, views, step, saved_here))
+            if name.endswith(SCORE_BIAS):  # It has no gradient, but every step changes it.
+                cut = [replace(shard, frozen=False) for shard in cut]
+            known = _Cut(addresses, cut)
             cache[name] = known
         elif known.shards and known.shards[0].step != step:
             known.shards = [shard.changed(shard.values, step) for shard in known.shards]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model.config import LoraConfig, ModelConfig, is_factor
 from model.errors import UserError
+from model.llm.mixture import SCORE_BIAS
 from model.lora import Adapters
 from trainer.checkpoint.layout import PARAM, Shard
 from trainer.checkpoint.origin import Origin
@@ -89,6 +90,8 @@ def fill_weights(
             continue
         elif (head := _HEAD.match(shard.name)) and origin.shape(shard.name) is None:
             new.append(f"the head of the loss {head[1]}")
+        elif shard.name.endswith(SCORE_BIAS) and origin.shape(shard.name) is None:
+            new.append("the biases that balance the experts of the LLM")
         elif (expert := _FFN_EXPERT.match(shard.name)) and origin.shape(shard.name) is None:
             new.append(f"expert {expert[1]} of the LLM")
         elif is_factor(shard.name) and origin.shape(shard.name) is None:

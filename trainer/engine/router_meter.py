@@ -2,13 +2,13 @@
 
 Both are measured in the forward pass of each layer with FFN experts, on the rank that routes the tokens.
 
-Shapes: M micro-batches, t rows of a pack (packed sequence), L layers with experts, E experts, k experts chosen per
-token.
+Shapes: M micro-batches, t rows of a pack (packed sequence), L layers with experts, E experts (the null experts of a
+layer count as one), k experts chosen per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from model.batch import Batch
 from model.config import ModelConfig
 from model.llm.experts import Choice
-from model.llm.mixture import Mixture
+from model.llm.mixture import NULL, Mixture
 from model.llm.packing import PackedSequences
 from model.losses.base import LossTerm
 from model.losses.router import RoutedTokens, RouterLoss
@@ -39,10 +39,12 @@ class TokenMeter:
 
     def __init__(self, mixture: Mixture, num_kinds: int, device: torch.device) -> None:
         self.mixture = mixture
+        self.names = (*mixture.experts, *([NULL] if mixture.num_null else []))
+        """The names of the E experts."""
         self.num_steps = 0
         """The number of steps since the last call of `take`."""
         self._index = {layer: index for index, layer in enumerate(mixture.layers)}
-        shape = (len(mixture.layers), num_kinds, 2 + 3 * len(mixture.experts))
+        shape = (len(mixture.layers), num_kinds, 2 + 3 * len(self.names))
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add(self, layer: int, choice: Choice, kinds: Tensor) -> None:
@@ -58,9 +60,16 @@ class TokenMeter:
         chosen = none.scatter(1, choice.experts, 1.0)
         first = none.scatter(1, choice.experts[:, :1], 1.0)
         weights = none.scatter(1, choice.experts, choice.weights)
+        if self.mixture.num_null:
+            chosen, first, weights = (self._merge_null(values) for values in (chosen, first, weights))
         head = torch.stack([torch.ones_like(probs[:, 0]), torch.special.entr(probs).sum(-1)], dim=1)
         rows = torch.cat([head, chosen, first, weights], dim=1)
         self._sums[self._index[layer]].index_add_(0, kinds, rows.double())
+
+    def _merge_null(self, values: Tensor) -> Tensor:
+        """Return `values` [n, choices] with the sum over all null experts as the last column, [n, E]."""
+        count = len(self.mixture.experts)
+        return torch.cat([values[:, :count], values[:, count:].sum(-1, keepdim=True)], dim=1)
 
     def take(self, groups: Groups) -> tuple[int, NDArray[np.float64]]:
         """Return the number of steps and the sums over all ranks since the last call, and reset the meter.
@@ -89,6 +98,8 @@ class RouterMeter:
         counts: The count in the global batch by which each loss is divided, by the name of the loss.
         tokens: The meter that counts the tokens of each expert.
         kinds: The kind [M·t] int64 of each row of this replica's packs.
+        count: A further function that is called with the number of a layer and its choices for real tokens; None for
+            none.
     """
 
     def __init__(
@@ -98,7 +109,9 @@ class RouterMeter:
         counts: Mapping[str, int],
         tokens: TokenMeter,
         kinds: Tensor,
+        count: Callable[[int, Choice], None] | None = None,
     ) -> None:
+        self.count = count
         self.losses, self.model, self.tokens, self.kinds = tuple(losses), model, tokens, kinds
         self.num_layers = len(tokens.mixture.layers)
         self.factors = [loss.weight(model) / max(1, counts[loss.name]) / self.num_layers for loss in losses]
@@ -126,6 +139,8 @@ class RouterMeter:
             found = loss.sum(tokens, self.model)
             self.sums[index] += found.detach() / self.num_layers
             total = total + factor * found
+        if self.count is not None:
+            self.count(layer, tokens.choice)
         with torch.no_grad():
             first = microbatch * packed.num_tokens + tp_group.rank() * len(choice.logits)
             self.tokens.add(layer, tokens.choice, self.kinds[first : first + len(tokens.samples)])
@@ -149,7 +164,7 @@ def routed_tokens(choice: Choice, packed: PackedSequences, tp_group: dist.Proces
     first = tp_group.rank() * share
     # Padding is at the end of a pack, so the host knows how many rows are real.
     num_real = min(max(sum(packed.lengths[: packed.num_samples]) - first, 0), share)
-    kept = Choice(choice.logits[:num_real], choice.experts[:num_real], choice.weights[:num_real])
+    kept = choice.rows(slice(num_real))
     samples = packed.row_samples(device)[first : first + num_real]
 
     def reduce(tensor: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
 """Parameters, computation, traffic and memory of FFN experts in a plan.
 
-The plan assumes that all experts of a layer receive the same number of tokens, because the true numbers are not known
-in advance. No token is dropped, so the plan also contains the memory that the most uneven distribution would need.
+The plan assumes that all experts of a layer, including null experts, are chosen equally often, because the true numbers
+are not known in advance. No token is dropped, so the plan also contains the memory that the most uneven distribution
+would need.
 
-With k chosen experts of width F, a layer computes as much per token as a dense layer of width k·F. Therefore, the time
-of its matmuls is planned for the dense LLM that `as_dense` returns.
+With k chosen experts of width F that are not null, a layer computes as much per token as a dense layer of width k·F.
+Therefore, the time of its matmuls is planned for the dense LLM that `as_dense` returns.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -34,13 +36,13 @@ def as_dense(hf_config: PretrainedConfig) -> PretrainedConfig:
     if mixture is None:
         return hf_config
     dense, layers = copy.deepcopy(hf_config), hf_config.num_hidden_layers
-    active = len(mixture.layers) * mixture.top_k * mixture.width
+    active = len(mixture.layers) * mixture.mean_top_k * mixture.width
     active += (layers - len(mixture.layers)) * hf_config.intermediate_size
     if hasattr(dense, FIELD):
         delattr(dense, FIELD)
     else:
         dense.num_experts = 0
-    dense.intermediate_size = -(-active // layers)
+    dense.intermediate_size = math.ceil(active / layers)
     return dense
 
 
@@ -55,12 +57,13 @@ def expert_parameters(hf_config: PretrainedConfig) -> int:
 
 
 def active_parameters(hf_config: PretrainedConfig) -> int:
-    """Return the number of the LLM's parameters that are used for a token."""
+    """Return the mean number of the LLM's parameters that are used for a token."""
     total = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in hf_shapes(hf_config).values())
     mixture = mixture_of(hf_config)
     if mixture is None:
         return total
-    return total - expert_parameters(hf_config) * (len(mixture.experts) - mixture.top_k) // len(mixture.experts)
+    unused = 1 - mixture.mean_top_k / len(mixture.experts)
+    return round(total - expert_parameters(hf_config) * unused)
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,17 @@ class ExpertPlan:
     """The memory and traffic of FFN experts on a rank."""
 
     num_experts: int
-    """The number of experts in a layer."""
+    """The number of experts in a layer, without null experts."""
+    num_null: int
+    """The number of null experts in a layer."""
     top_k: int
-    """The number of experts that are chosen for a token."""
+    """The number of experts, including null experts, that are chosen for a token."""
     num_layers: int
     """The number of layers with experts in the LLM."""
     total_parameters: int
     """The number of the LLM's parameters."""
     active_parameters: int
-    """The number of the LLM's parameters that are used for a token."""
+    """The mean number of the LLM's parameters that are used for a token."""
     layer_bytes: int
     """The bytes of received tokens, outputs and router values that a layer keeps for a micro-batch's backward pass, if
     all experts are used equally. A dense layer with as much computation does not keep them."""
@@ -112,19 +117,20 @@ def expert_plan(
     ep, etp = topology.ffn_ep, topology.expert_tp
     rows = pack_tokens / topology.tp  # tokens that a rank routes
     # All experts are assumed to be used equally. Ranks that share an expert receive each other's tokens.
-    arrived = rows * mixture.top_k * etp
-    routed = rows * count * _ROUTER_VALUES * _FP32_BYTES
+    arrived = rows * mixture.mean_top_k * etp
+    routed = rows * mixture.num_choices * _ROUTER_VALUES * _FP32_BYTES
     layer_bytes = 2 * arrived * hidden * value_bytes + routed
     # A token cannot choose more experts on one rank than the rank has.
-    factor = ep * min(mixture.top_k, count // ep) / mixture.top_k
+    factor = ep * min(mixture.top_k, count // ep) / mixture.mean_top_k
     per_row = (2 * hidden + 3 * width / etp) * value_bytes
     layers = -(-len(mixture.layers) // topology.pp)
     worst = (factor - 1) * arrived * per_row * (1 if recompute else layers)
-    sent = rows * mixture.top_k * hidden * value_bytes * (ep - 1) / ep
+    sent = rows * mixture.mean_top_k * hidden * value_bytes * (ep - 1) / ep
     passes = 4 + (2 if recompute else 0)  # to the experts and back, in the forward and the backward pass
     total = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in hf_shapes(hf_config).values())
     return ExpertPlan(
         count,
+        mixture.num_null,
         mixture.top_k,
         len(mixture.layers),
         total,

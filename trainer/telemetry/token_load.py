@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from model.llm.mixture import NULL
+
 Floats = NDArray[np.float64]
 
 MODALITIES = ("text", "audio")
@@ -117,6 +119,7 @@ class TokenLoad:
     """The last of the steps, counted from 1."""
     num_steps: int
     experts: tuple[str, ...]
+    """The names of the experts. The last one is `NULL` if a layer has null experts, which are counted together."""
     layers: tuple[int, ...]
     """The numbers of the layers with experts."""
     cells: Mapping[TokenGroup, TokenCell]
@@ -182,21 +185,29 @@ class TokenLoad:
 
     @property
     def dead(self) -> tuple[str, ...]:
-        """The experts that processed no token, as `layer/expert`."""
+        """The experts that processed no token, as `layer/expert`. Null experts are not listed."""
         total = self.total()
         if total is None:
             return ()
-        none = np.argwhere(total.chosen == 0)
+        none = np.argwhere(total.chosen[:, self._computing] == 0)
         return tuple(f"{self.layers[layer]}/{self.experts[expert]}" for layer, expert in none)
 
     @property
     def overload(self) -> float:
         """The largest fraction of a layer's choices that fall on one expert, multiplied by the number of experts.
 
-        It is 1 if all experts are chosen equally often.
+        It is 1 if all experts are chosen equally often. Null experts and choices of them are not counted.
         """
         total = self.total()
-        return float(total.share.max()) * len(self.experts) if total is not None else 1.0
+        if total is None:
+            return 1.0
+        chosen = total.chosen[:, self._computing]
+        return float((chosen / np.maximum(chosen.sum(-1, keepdims=True), 1)).max()) * chosen.shape[1]
+
+    @property
+    def _computing(self) -> slice:
+        """The experts that compute something. Null experts, if there are any, are the last ones."""
+        return slice(len(self.experts) - (self.experts[-1:] == (NULL,)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the load as a tree that `from_json` reads. It becomes one line of the history."""

@@ -37,6 +37,7 @@ from model.losses.table import active_losses
 from model.transfer import to_device
 from trainer.config.spike import SpikeConfig
 from trainer.engine.encoders import AudioEngine
+from trainer.engine.expert_biases import ExpertBiases
 from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import OptimConfig, lr_scale
 from trainer.engine.packs import Packs
@@ -144,6 +145,7 @@ class Step:
         self.token_meter: TokenMeter | None = None
         if mixture is not None:
             self.token_meter = TokenMeter(mixture, len(self.kinds.pairs) * len(MODALITIES), groups.device)
+        self.expert_biases = ExpertBiases.of(llm)
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
         self.router_noise: RouterNoise = partial(router_noise, model, seed)
         self._expected_values = FIRST
@@ -202,10 +204,10 @@ class Step:
         if self.token_meter is None:
             return None
         num_steps, sums = self.token_meter.take(self.groups)
-        mixture = self.token_meter.mixture
         if self.groups.rank != 0:
             return None
-        return TokenLoad.of(step, num_steps, mixture.experts, mixture.layers, self.kinds, sums)
+        names, layers = self.token_meter.names, self.token_meter.mixture.layers
+        return TokenLoad.of(step, num_steps, names, layers, self.kinds, sums)
 
     def share(self, batch: Batch, notes: Sequence[float] | Floats = (), *, training: bool = True) -> Shared:
         """Gather the descriptions of the ranks' parts of a global batch, and return a description of the whole batch.
@@ -334,7 +336,11 @@ class Step:
             return None
         losses = [loss for loss in self.losses if isinstance(loss, RouterLoss)]
         kinds = token_kinds(packs.lengths, packs.samples, packs.is_audio, whole.kinds, len(MODALITIES), self.groups)
-        return RouterMeter(losses, self.model, whole.counts, self.token_meter, kinds)
+        count = None
+        if self.expert_biases is not None:
+            self.expert_biases.clear()
+            count = self.expert_biases.add
+        return RouterMeter(losses, self.model, whole.counts, self.token_meter, kinds, count)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks in place.
@@ -357,8 +363,11 @@ class Step:
         """
         votes = to_device(np.array([skip_reason is not None, *stop.votes], dtype=np.float64), self.groups.device)
         sums = torch.cat([torch.stack([self.audio.grad_norm_sq(), self.llm.grad_norm_sq()]), votes])
+        num_sums, biases = len(sums), self.expert_biases
+        if biases is not None:
+            sums = torch.cat([sums, biases.counts.flatten()])
         dist.all_reduce(sums, group=self.groups.world)
-        audio_square, llm_square, num_skipping, *votes_of_all = sums.tolist()
+        audio_square, llm_square, num_skipping, *votes_of_all = sums[:num_sums].tolist()
         signals = signal_counts(votes_of_all)
         audio_norm, norm = audio_square**0.5, (audio_square + llm_square) ** 0.5
         index, stage = self.stages.at(step)
@@ -370,6 +379,8 @@ class Step:
         clip_coef = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
         self.audio.step(clip_coef, audio_norm, scale, index)
         self.llm.step(clip_coef, scale, index)
+        if biases is not None:
+            biases.update(sums[num_sums:].view_as(biases.counts), index)
         self.stages.updated = step + 1
         if self.model.experts:
             self.audio.tower.router.advance()

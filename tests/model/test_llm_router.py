@@ -1,0 +1,136 @@
+"""Tests of the router's settings for experts that a recipe adds: null experts, and biases that balance the experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from model.config import LLMConfig
+from model.errors import UserError
+from model.llm.experts import MixtureLayer, balance, balance_experts, choose, observed
+from model.llm.mixture import ExpertConfig, ExpertRouterConfig, Mixture, described, read_experts
+from model.llm.names import hf_shapes, local_pieces
+from model.llm.reference import build_reference, resolve_hf_config
+from model.llm.weights import RandomSource
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+ROUTER = ExpertRouterConfig(null_experts=2, bias_rate=0.01)
+TWO = Mixture(("a", "b"), 2, 1, (0,), normalize=False, num_null=2)
+PROBABILITIES = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.05, 0.45, 0.4], [0.5, 0.3, 0.1, 0.1]])
+"""Of two experts and two null experts. The tokens choose one, none and both of the two experts."""
+
+
+def llm(router: ExpertRouterConfig, top_k: int = 2) -> LLMConfig:
+    experts = (ExpertConfig("speech"), ExpertConfig("text"))
+    return LLMConfig(config=LLAMA, experts=experts, moe_layers=(1,), top_k=top_k, router=router)
+
+
+def test_null_experts_have_no_weight() -> None:
+    logits = PROBABILITIES.log().requires_grad_()
+    found = choose(logits, TWO)
+    assert found.experts.tolist() == [[0, 2], [2, 3], [0, 1]]
+    torch.testing.assert_close(found.weights, torch.tensor([[0.4, 0.0], [0.0, 0.0], [0.5, 0.3]]))
+    assert found.counts().tolist() == [2, 1, 2, 1]
+    normalized = choose(logits, replace(TWO, normalize=True))
+    torch.testing.assert_close(normalized.weights, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.625, 0.375]]))
+    (gradient,) = torch.autograd.grad(normalized.weights[:, 0].sum(), logits)
+    assert torch.isfinite(gradient).all() and not gradient[:2].any() and gradient[2, :2].all()
+
+
+def test_a_bias_changes_the_choice_but_not_the_weights() -> None:
+    logits, bias = PROBABILITIES.log(), torch.tensor([0.0, 0.25, 0.0, 0.0])
+    found = choose(logits, TWO, bias)
+    assert found.experts.tolist() == [[0, 1], [2, 3], [1, 0]]
+    torch.testing.assert_close(found.weights, torch.tensor([[0.4, 0.1], [0.0, 0.0], [0.3, 0.5]]))
+    torch.testing.assert_close(found.ranking, PROBABILITIES + bias)
+    forced = choose(logits, replace(TWO, forced="a"), torch.tensor([-10.0, 0, 0, 0]))
+    assert forced.experts[:, 0].tolist() == [0, 0, 0] and forced.weights[:, 0].tolist() == [1, 1, 1]
+
+
+def test_biases_follow_the_counts() -> None:
+    bias = torch.tensor([0.5, 0.0, 0.0, -0.25])
+    balance(bias, torch.tensor([7.0, 1.0, 4.0, 4.0], dtype=torch.float64), 0.01)
+    torch.testing.assert_close(bias, torch.tensor([0.49, 0.01, 0.0, -0.25]))
+
+
+def test_biases_make_the_use_of_experts_even() -> None:
+    model = build_reference(llm(ExpertRouterConfig(bias_rate=0.02), top_k=1), seed=1)
+    ids = torch.randint(0, 61, (4, 40), generator=torch.Generator().manual_seed(2))
+
+    def shares() -> Tensor:
+        with torch.no_grad(), observed(model) as choices:
+            model(ids, use_cache=False)
+        balance_experts(model, choices)
+        return choices[0].counts() / 160
+
+    first = shares()
+    for _ in range(40):
+        last = shares()
+    assert (first - 0.5).abs().max() > 0.1 and (last - 0.5).abs().max() < 0.05, (first, last)
+
+
+def test_a_layer_adds_only_the_experts_that_compute() -> None:
+    torch.manual_seed(1)
+    mixture = replace(TWO, normalize=True, width=4)
+    layer = MixtureLayer(mixture, 8, "experts.{e}.router", ("{e}.gate", "{e}.up", "{e}.down"))
+    hidden = torch.randn(30, 8)
+    chosen: list[Any] = []
+    layer.observe = chosen.append
+    output = layer(hidden)
+    for row, experts, weights, found in zip(hidden, chosen[0].experts, chosen[0].weights, output, strict=True):
+        wanted = torch.zeros(8)
+        for expert, weight in zip(experts.tolist(), weights, strict=True):
+            if expert < 2:
+                gate, up, down = (layer.get_submodule(f"{'ab'[expert]}.{name}") for name in ("gate", "up", "down"))
+                wanted = wanted + weight * down(torch.nn.functional.silu(gate(row)) * up(row))
+        torch.testing.assert_close(found, wanted)
+    counts = chosen[0].counts()
+    assert counts[:2].all() and counts[2:].all(), "all kinds of choices are tested"
+
+
+def test_tensors_of_the_router() -> None:
+    config: PretrainedConfig = resolve_hf_config(llm(ROUTER))
+    shapes, prefix = hf_shapes(config), "model.layers.1.mlp.experts"
+    assert shapes[f"{prefix}.null.router.weight"] == (2, 16) and shapes[f"{prefix}.text.router.weight"] == (1, 16)
+    assert shapes[f"{prefix}.null.router.score_bias"] == (2,) and shapes[f"{prefix}.text.router.score_bias"] == (1,)
+    pieces = local_pieces("decoder.layers.1.mlp.router.score_bias", config, 1, 2)
+    assert [str(p.hf_name).split(".")[5] for p in pieces] == ["speech", "text", "null"]
+    values = RandomSource(config, 1).read(f"{prefix}.null.router.score_bias", (slice(None),))
+    assert values.tolist() == [0, 0], "biases start at 0"
+    model = build_reference(llm(ROUTER), seed=1)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(shapes) - trained == {f"{prefix}.{e}.router.score_bias" for e in ("speech", "text", "null")}
+
+
+def test_the_settings_are_stored_in_the_config_and_read_again() -> None:
+    config = resolve_hf_config(llm(ROUTER))
+    stored = config.to_dict()["ffn_experts"]
+    assert stored == {
+        **{"experts": ["speech", "text"], "layers": [1], "top_k": 2, "normalize": True},
+        **{"null_experts": 2, "bias_rate": 0.01},
+    }
+    assert read_experts(stored, 2) == stored
+    found = described(config)
+    assert found is not None and (found.num_null, found.bias_rate, found.num_choices) == (2, 0.01, 4)
+    plain = resolve_hf_config(llm(ExpertRouterConfig())).ffn_experts
+    assert set(plain) == {"experts", "layers", "top_k", "normalize"}, "earlier versions read it, too"
+    for wrong in ({**stored, "null_experts": True}, {**stored, "bias_rate": "0.01"}, {**stored, "jitters": 0.1}):
+        with pytest.raises(UserError, match="ffn_experts = .*: needs experts, layers, top_k, normalize of the right"):
+            read_experts(wrong, 2)
+    with pytest.raises(UserError, match="null_experts = -1: must be at least 0"):
+        read_experts({**stored, "null_experts": -1}, 2)
