@@ -15,7 +15,7 @@ from model.audio_output import AudioOutput
 from model.audio_tower import AudioTower
 from model.batch import IGNORE, Batch, Ragged, Sample
 from model.config import ModelConfig
-from model.llm.experts import Choice, observed
+from model.llm.experts import Choice, jittered, observed
 from model.llm.reference import build_reference, weight_source
 from model.llm.weights import embedding_rms
 from model.losses.base import LossTerm, TokenLoss, alone, audio_terms, labelled_losses
@@ -86,17 +86,19 @@ class SpeechLLM(nn.Module):
         # Padding on the right needs no mask under causal attention.
         return self.llm(inputs_embeds=Ragged(text, batch.tokens.lengths).padded(), use_cache=False).logits
 
-    def forward(self, batch: Batch, noise: Tensor | None = None) -> Losses:
+    def forward(self, batch: Batch, noise: Tensor | None = None, jitter: Tensor | None = None) -> Losses:
         """Return all terms of the loss, with `batch` as the global batch.
 
         Args:
             batch: The batch.
-            noise: Standard normal noise [B, G, K] for the router; None outside training.
+            noise: Standard normal noise [B, G, K] for the router of encoders; None outside training.
+            jitter: The identities [number of samples] int64 of the samples in the step, from which the jitter of the
+                LLM's routers follows; None for no jitter, as outside training.
         """
         audio = self.embed_audio(batch, noise)
-        with observed(self.llm) as padded:
-            logits = self.logits(batch, audio)
         lengths = torch.tensor(batch.tokens.lengths)
+        with observed(self.llm) as padded, jittered(self.llm, jitter, int(lengths.max())):
+            logits = self.logits(batch, audio)
         real = (torch.arange(int(lengths.max())) < lengths[:, None]).flatten()
         choices = tuple(choice.rows(real) for choice in padded)
         router_terms = self._router_terms(batch, choices)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
@@ -50,6 +51,7 @@ from trainer.parity_cases import (
     make_samples,
 )
 from trainer.telemetry.metrics import StepReport
+from trainer.training.router_noise import jitter_ids, sample_digest
 from trainer.training.step import Step
 
 
@@ -201,7 +203,7 @@ def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: 
     step.timer.take()
     whole = Batch(tuple(s for one in samples for s in one))
     oracle.zero_grad(set_to_none=True)
-    losses = oracle(whole, step.router_noise(number, whole))
+    losses = oracle(whole, step.router_noise(number, whole), _jitter(step, number, whole))
     losses.total.backward()
     reference = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in oracle.named_parameters()}
     _check_learned(step, oracle)
@@ -294,6 +296,14 @@ def _gather_gradients(engine: LLMEngine) -> None:
                 dist.all_gather(list(parts), mine, group=group)
 
 
+def _jitter(step: Step, number: int, batch: Batch) -> Tensor | None:
+    """Return the identities of samples in a step, from which the jitter of routers follows; None without jitter."""
+    if step.routing is None or not step.routing.mixture.jitter:
+        return None
+    digests = np.array([sample_digest(sample.key) for sample in batch.samples], dtype=np.int64)
+    return torch.from_numpy(jitter_ids(step.seed, number, digests))
+
+
 def _bias_difference(step: Step, oracle: SpeechLLM) -> float:
     """Return the largest difference of a bias that balances experts on this rank; 0 if there are none."""
     wanted = dict(oracle.named_parameters())
@@ -332,7 +342,7 @@ def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, f
             )
         set_rates(optimizer.param_groups, index, lr_scale(stage.optim, number - stage.start, stage.steps))
         optimizer.zero_grad()
-        losses = oracle(whole, step.router_noise(number, whole))
+        losses = oracle(whole, step.router_noise(number, whole), _jitter(step, number, whole))
         loss = losses.total
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(oracle.parameters(), optim.clip_norm))

@@ -42,12 +42,14 @@ EXPERTS: dict[str, dict[str, Any]] = {
             "normalize": True,
             "null_experts": 2,
             "bias_rate": 0.02,
+            "jitter": 0.2,
         },
     },
 }
 """The config fields of families with FFN experts. One layer of the Qwen3-MoE has no experts. The gates of GPT-OSS are
 bounded so tightly that some values are clamped. `mixture` is a Llama in which the recipe adds experts to every second
-layer. `mixture_balanced` also has null experts, and biases that change so much per step that they decide choices."""
+layer. `mixture_balanced` also has null experts, jitter, and biases that change so much per step that they decide
+choices."""
 MIXTURES = tuple(name for name, fields in EXPERTS.items() if "ffn_experts" in fields)
 """The entries of `EXPERTS` in which the recipe adds experts to a dense LLM."""
 

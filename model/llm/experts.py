@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.llm.jitter import TokenNoise, jittered_rows
 from model.llm.mixture import SCORE_BIAS, Clamp, Mixture
 
 
@@ -43,7 +44,8 @@ class Choice:
 
     def counts(self) -> Tensor:
         """Return the number of tokens [C] that chose each expert, in fp64."""
-        return self.experts.flatten().bincount(minlength=self.logits.shape[1]).double()
+        chosen = torch.zeros_like(self.logits).scatter(1, self.experts, 1.0)
+        return chosen.sum(0, dtype=torch.float64)  # `bincount` would make the host wait for the device.
 
 
 _CERTAIN = 1e4
@@ -114,13 +116,18 @@ class MixtureLayer(nn.Module):
         hidden_size: The hidden width H.
         router: The name of the router within this module, see `Mixture.router_parts`.
         projections: The names of gate, up and down within this module. `{e}` stands for the name of the expert.
+        number: The number of the layer.
     """
 
-    def __init__(self, mixture: Mixture, hidden_size: int, router: str, projections: tuple[str, str, str]) -> None:
+    def __init__(
+        self, mixture: Mixture, hidden_size: int, router: str, projections: tuple[str, str, str], number: int
+    ) -> None:
         super().__init__()
-        self.mixture, self.projections = mixture, projections
+        self.mixture, self.projections, self.number = mixture, projections, number
         self.observe: Callable[[Choice], None] | None = None
         """A function that is called in every forward pass with the choices for its tokens, row by row."""
+        self.noise: TokenNoise | None = None
+        """The identities of the tokens of the next forward pass, row by row; None without jitter."""
         self.routers = [path for path, _ in mixture.router_parts(router)]
         """The names of the router's parts within this module. Their outputs are concatenated."""
         for path, num_rows in mixture.router_parts(router):
@@ -142,7 +149,10 @@ class MixtureLayer(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1])
         scores, bias = self._router_values("weight"), self._router_values("bias") if self.mixture.biases else None
         score_bias = self._router_values(SCORE_BIAS) if self.mixture.bias_rate else None
-        choice = choose(functional.linear(rows.float(), scores, bias), self.mixture, score_bias)
+        read = rows.float()
+        if self.noise is not None:
+            read = jittered_rows(read, self.noise, self.number, self.mixture.jitter)
+        choice = choose(functional.linear(read, scores, bias), self.mixture, score_bias)
         if self.observe is not None:
             self.observe(choice)
         output = torch.zeros_like(rows)
@@ -190,7 +200,7 @@ def place_experts(model: Any, mixture: Mixture, modules: Mapping[str, str]) -> N
     for number in mixture.layers:
         layer: Any = model.get_submodule(modules["layer"].format(n=number))
         like = next(layer.parameters())
-        experts = MixtureLayer(mixture, model.config.hidden_size, router, (gate, up, down))
+        experts = MixtureLayer(mixture, model.config.hidden_size, router, (gate, up, down), number)
         del layer.mlp
         setattr(layer, root, experts.to(device=like.device, dtype=like.dtype))
         if root != "mlp":
@@ -223,6 +233,29 @@ def observed(model: nn.Module) -> Iterator[list[Choice]]:
     finally:
         for layer in layers:
             layer.observe = None
+
+
+@contextmanager
+def jittered(model: nn.Module, samples: Tensor | None, length: int) -> Iterator[None]:
+    """Apply jitter to the inputs of the routers during the `with` block.
+
+    Args:
+        model: The model. In the block, its input must be a padded batch [B, `length`].
+        samples: The identities [B] int64 of the samples in a training step; None for no jitter.
+        length: The number of positions of the batch.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
+    noise = None
+    if samples is not None:
+        positions = torch.arange(length, device=samples.device).repeat(len(samples))
+        noise = TokenNoise(samples.repeat_interleave(length), positions)
+    try:
+        for layer in layers:
+            layer.noise = noise
+        yield
+    finally:
+        for layer in layers:
+            layer.noise = None
 
 
 def smallest_gap(choices: Sequence[Choice], top_k: int) -> float:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from model.llm.experts import choose, gate_experts
+from model.llm.jitter import jittered_rows
 from model.llm.mixture import Clamp, Mixture
 from model.llm.packing import PackedSequences
 
@@ -196,8 +197,12 @@ class Router(nn.Module):
         assert padding_mask is None
         rows = hidden.reshape(-1, hidden.shape[-1])
         bias = None if self.bias is None else self.bias.float()
-        choice = choose(linear(rows.float(), self.weight.float(), bias), self.mixture, self.score_bias)
-        packed = self.packed
+        packed, read = self.packed, rows.float()
+        if packed is not None and packed.noise is not None:
+            first = self.tp_group.rank() * len(rows)
+            noise = packed.token_noise(rows.device).rows(slice(first, first + len(rows)))
+            read = jittered_rows(read, noise, self.layer_number - 1, self.mixture.jitter)
+        choice = choose(linear(read, self.weight.float(), bias), self.mixture, self.score_bias)
         weights = choice.weights
         if packed is not None and packed.observe is not None and torch.is_grad_enabled():
             loss = packed.observe(self.layer_number - 1, choice, packed, self.tp_group)

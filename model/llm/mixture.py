@@ -58,6 +58,8 @@ class Mixture:
     bias_rate: float = 0.0
     """The amount by which a step changes the biases that balance the experts; 0 if the routers have no such biases
     (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+    jitter: float = 0.0
+    """The largest relative change ε of the inputs of routers in training (`model.llm.jitter`); 0 for no change."""
 
     @property
     def num_choices(self) -> int:
@@ -129,19 +131,24 @@ class ExpertRouterConfig:
     loss; 0 for no biases. A typical value is 0.001. A bias is added to the probability of an expert only for the choice
     of experts. It rises if the expert was chosen less often than the average in the global batch, and falls if more
     often."""
+    jitter: float = 0.0
+    """The largest relative change of the values that a router reads in training, as in Switch Transformer; 0 for no
+    change. A typical value is 0.01. Each value is multiplied by a random number between 1 - jitter and 1 + jitter."""
 
     def __post_init__(self) -> None:
         if self.null_experts < 0:
             raise UserError(f"model.llm.router.null_experts = {self.null_experts}: must be at least 0")
         if not 0 <= self.bias_rate < 1:
             raise UserError(f"model.llm.router.bias_rate = {self.bias_rate}: must be from 0 to below 1")
+        if not 0 <= self.jitter < 1:
+            raise UserError(f"model.llm.router.jitter = {self.jitter}: must be from 0 to below 1")
 
     def settings(self) -> dict[str, Any]:
         """Return the fields other than `normalize` that differ from their default values."""
         defaults = ExpertRouterConfig()
         return {
             name: getattr(self, name)
-            for name in ("forced", "null_experts", "bias_rate")
+            for name in ("forced", "null_experts", "bias_rate", "jitter")
             if getattr(self, name) != getattr(defaults, name)
         }
 
@@ -193,7 +200,7 @@ def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
         UserError: If `describe_experts` does not return this value for any experts of an LLM with `num_layers` layers.
     """
     kinds = {"experts": list, "layers": list, "top_k": int, "normalize": bool}
-    optional = {"forced": str, "null_experts": int, "bias_rate": float}
+    optional = {"forced": str, "null_experts": int, "bias_rate": float, "jitter": float}
     found = tree if isinstance(tree, dict) else {}
     if (
         not {*kinds} <= {*found} <= {*kinds, *optional}
@@ -221,6 +228,7 @@ def described(hf_config: PretrainedConfig) -> Mixture | None:
         forced=stored.get("forced"),
         num_null=stored.get("null_experts", 0),
         bias_rate=stored.get("bias_rate", 0.0),
+        jitter=stored.get("jitter", 0.0),
     )
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.llm.context import ContextPart, Continued, crosses_chunks, pieces
+from model.llm.jitter import TokenNoise
 from model.llm.rotary import Rotary
 from model.transfer import to_device
 
@@ -94,6 +95,9 @@ class PackedSequences(PackedSeqParams):
     """A function that the router of every layer with experts calls in training. Its arguments are the number of the
     layer, the router's choices, this pack and the tensor-parallel group. It returns a scalar loss, whose gradient is
     added to the gradient of the router's output."""
+    noise: Tensor | None = None
+    """The identity [S] int64 of each segment in a training step, from which the jitter of routers follows; None without
+    jitter. The value of padding is ignored."""
     output_rows: Tensor | None = None
     """The rows [n] whose logits are computed, in order; None for all rows. Only without tensor parallelism, which
     distributes the rows over ranks."""
@@ -230,6 +234,11 @@ class PackedSequences(PackedSeqParams):
     def row_samples(self, device: torch.device) -> Tensor:
         """Return the index of each row's segment, [t] int64."""
         return self._samples(device)[0]
+
+    def token_noise(self, device: torch.device) -> TokenNoise:
+        """Return the identities of all t rows, computed from `noise`, which must be set."""
+        assert self.noise is not None
+        return TokenNoise(self.noise.index_select(0, self.row_samples(device)), self.layout(device)[0])
 
     def sample_lengths(self, device: torch.device) -> Tensor:
         """Return the lengths of the segments that are samples, [num_samples] int64."""

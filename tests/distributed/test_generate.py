@@ -129,12 +129,20 @@ def test_sinks_and_windows_with_a_cache_equal_the_oracle(tp: int, pp: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("world", "tp", "pp", "num_samples"),
-    [(2, 1, 1, None), (2, 1, 1, 1), (4, 2, 1, None), pytest.param(4, 1, 2, None, marks=pytest.mark.slow)],
+    ("world", "tp", "pp", "num_samples", "family"),
+    [
+        (2, 1, 1, None, "mixtral"),
+        (2, 1, 1, 1, "mixtral"),
+        (4, 2, 1, None, "mixtral"),
+        pytest.param(4, 1, 2, None, "mixtral", marks=pytest.mark.slow),
+        (2, 1, 1, None, "mixture_balanced"),  # with jitter in training only
+    ],
 )
-def test_replicas_that_share_experts_decode_in_lockstep(world: int, tp: int, pp: int, num_samples: int | None) -> None:
+def test_replicas_that_share_experts_decode_in_lockstep(
+    world: int, tp: int, pp: int, num_samples: int | None, family: str
+) -> None:
     """The prompts of the replicas end after different numbers of tokens, or a replica has no prompt."""
-    task = {"tp": tp, "pp": pp, "family": "mixtral", "ffn_ep": world // pp, "num_samples": num_samples}
+    task = {"tp": tp, "pp": pp, "family": family, "ffn_ep": world // pp, "num_samples": num_samples}
     answers = run_ranks(world, body, task)
     assert all(found == expected and difference <= 1e-5 for found, expected, difference, _ in answers)
     assert sum(len(found) for found, *_ in answers) == (num_samples or sum(len(e) for _, e, *_ in answers))

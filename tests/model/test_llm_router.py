@@ -1,4 +1,4 @@
-"""Tests of the router's settings for experts that a recipe adds: null experts, and biases that balance the experts."""
+"""Tests of the router's settings for experts that a recipe adds: null experts, biases that balance, and jitter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from model.config import LLMConfig
 from model.errors import UserError
-from model.llm.experts import MixtureLayer, balance, balance_experts, choose, observed
+from model.llm.experts import MixtureLayer, balance, balance_experts, choose, jittered, observed
+from model.llm.jitter import TokenNoise, jitter_factors, jittered_rows
 from model.llm.mixture import ExpertConfig, ExpertRouterConfig, Mixture, described, read_experts
 from model.llm.names import hf_shapes, local_pieces
 from model.llm.reference import build_reference, resolve_hf_config
@@ -29,7 +30,7 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
-ROUTER = ExpertRouterConfig(null_experts=2, bias_rate=0.01)
+ROUTER = ExpertRouterConfig(null_experts=2, bias_rate=0.01, jitter=0.125)
 TWO = Mixture(("a", "b"), 2, 1, (0,), normalize=False, num_null=2)
 PROBABILITIES = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.05, 0.45, 0.4], [0.5, 0.3, 0.1, 0.1]])
 """Of two experts and two null experts. The tokens choose one, none and both of the two experts."""
@@ -87,7 +88,7 @@ def test_biases_make_the_use_of_experts_even() -> None:
 def test_a_layer_adds_only_the_experts_that_compute() -> None:
     torch.manual_seed(1)
     mixture = replace(TWO, normalize=True, width=4)
-    layer = MixtureLayer(mixture, 8, "experts.{e}.router", ("{e}.gate", "{e}.up", "{e}.down"))
+    layer = MixtureLayer(mixture, 8, "experts.{e}.router", ("{e}.gate", "{e}.up", "{e}.down"), number=1)
     hidden = torch.randn(30, 8)
     chosen: list[Any] = []
     layer.observe = chosen.append
@@ -101,6 +102,52 @@ def test_a_layer_adds_only_the_experts_that_compute() -> None:
         torch.testing.assert_close(found, wanted)
     counts = chosen[0].counts()
     assert counts[:2].all() and counts[2:].all(), "all kinds of choices are tested"
+
+
+def noise(count: int) -> TokenNoise:
+    """Return the identities of tokens of samples with 10 tokens each."""
+    return TokenNoise(torch.arange(count) // 10 + (5 << 40), torch.arange(count) % 10)
+
+
+def test_jitter_is_uniform_and_differs_between_tokens_channels_layers_and_steps() -> None:
+    found = jitter_factors(noise(500), 3, 256, 0.25)
+    assert found.min() >= 0.75 and found.max() <= 1.25
+    assert found.mean() == pytest.approx(1, abs=2e-3) and found.std() == pytest.approx(0.5 / 12**0.5, rel=0.01)
+    counts = found.histc(10, 0.75, 1.25)
+    assert (counts / counts.mean() - 1).abs().max() < 0.05
+    for others in (found, found.T):
+        likeness = torch.corrcoef(others - 1).fill_diagonal_(0)
+        assert likeness.abs().max() < 6 / others.shape[1] ** 0.5, "rows must be independent"
+    of_layer = jitter_factors(noise(500), 4, 256, 0.25)
+    next_step = jitter_factors(TokenNoise(noise(500).samples ^ 1, noise(500).positions), 3, 256, 0.25)
+    for other in (of_layer, next_step):
+        assert torch.corrcoef(torch.stack([found.flatten(), other.flatten()]))[0, 1].abs() < 0.02
+
+
+def test_jitter_of_a_token_depends_only_on_its_identity() -> None:
+    whole = jitter_factors(noise(40), 1, 16, 0.1)
+    assert torch.equal(jitter_factors(noise(40).rows(slice(15, 30)), 1, 16, 0.1), whole[15:30])
+    rows = torch.randn(40, 16, requires_grad=True)
+    output = jittered_rows(rows, noise(40), 1, 0.1)
+    torch.testing.assert_close(output, rows * whole)
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), rows)[0], whole)
+
+
+def test_only_the_router_reads_jittered_values() -> None:
+    """If the choice is forced, jitter changes nothing. Otherwise, it changes the weights, until the block ends."""
+    ids = torch.randint(0, 61, (2, 7), generator=torch.Generator().manual_seed(2))
+    outputs = {}
+    for forced in (None, "text"):
+        model = build_reference(llm(ExpertRouterConfig(jitter=0.5, forced=forced)), seed=1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".experts.speech.down" in name:
+                    parameter.mul_(-1)  # The experts start as copies, so their weights would not matter.
+            plain = model(ids, use_cache=False).logits
+            with jittered(model, torch.tensor([3, 4]), 7):
+                outputs[forced] = model(ids, use_cache=False).logits - plain
+            assert torch.equal(model(ids, use_cache=False).logits, plain)
+    assert outputs[None].abs().max() > 1e-3 and not outputs["text"].any()
 
 
 def test_tensors_of_the_router() -> None:
@@ -122,11 +169,16 @@ def test_the_settings_are_stored_in_the_config_and_read_again() -> None:
     stored = config.to_dict()["ffn_experts"]
     assert stored == {
         **{"experts": ["speech", "text"], "layers": [1], "top_k": 2, "normalize": True},
-        **{"null_experts": 2, "bias_rate": 0.01},
+        **{"null_experts": 2, "bias_rate": 0.01, "jitter": 0.125},
     }
     assert read_experts(stored, 2) == stored
     found = described(config)
-    assert found is not None and (found.num_null, found.bias_rate, found.num_choices) == (2, 0.01, 4)
+    assert found is not None and (found.num_null, found.bias_rate, found.jitter, found.num_choices) == (
+        2,
+        0.01,
+        0.125,
+        4,
+    )
     plain = resolve_hf_config(llm(ExpertRouterConfig())).ffn_experts
     assert set(plain) == {"experts", "layers", "top_k", "normalize"}, "earlier versions read it, too"
     for wrong in ({**stored, "null_experts": True}, {**stored, "bias_rate": "0.01"}, {**stored, "jitters": 0.1}):

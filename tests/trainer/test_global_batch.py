@@ -12,8 +12,10 @@ LOSSES, NOTES = ["ctc", "dpo"], [0.0, 2.5]
 
 
 @pytest.mark.parametrize("samples_per_rank", [[2, 2, 2], [3, 0, 1], [0, 0, 0]])
-@pytest.mark.parametrize("clips_per_sample", [1, None])
-def test_parts_of_all_ranks_are_joined(samples_per_rank: list[int], clips_per_sample: int | None) -> None:
+@pytest.mark.parametrize(("clips_per_sample", "with_digests"), [(1, False), (None, False), (None, True)])
+def test_parts_of_all_ranks_are_joined(
+    samples_per_rank: list[int], clips_per_sample: int | None, with_digests: bool
+) -> None:
     rng = np.random.default_rng(sum(samples_per_rank))
     parts, samples, clips = [], [], []
     for rank, count in enumerate(samples_per_rank):
@@ -21,6 +23,8 @@ def test_parts_of_all_ranks_are_joined(samples_per_rank: list[int], clips_per_sa
         for _ in range(count):
             lengths = rng.integers(1, 99, clips_per_sample or int(rng.integers(0, 4))).tolist()
             own.append((*rng.integers(1, 99, 3).tolist(), len(lengths), int(rng.integers(0, 9))))
+            if with_digests:
+                own[-1] += (int(rng.integers(1 << 62, (1 << 63) - 1)),)
             samples.append((rank, *own[-1], sum(lengths)))
             clips += [(rank, n) for n in lengths]
         mine = [n for r, n in clips if r == rank]
@@ -30,12 +34,14 @@ def test_parts_of_all_ranks_are_joined(samples_per_rank: list[int], clips_per_sa
     rows = np.zeros((len(parts), sizes.max() + 2), dtype=np.int64)
     for row, part in zip(rows, parts, strict=True):
         row[: len(part)] = part
-    found = global_batch(rows, sizes, LOSSES, ["dpo"], len(NOTES), rank=1)
+    found = global_batch(rows, sizes, LOSSES, ["dpo"], len(NOTES), 1, with_digests)
     columns = [found.source_ranks, found.num_tokens, found.num_targets, found.tasks]
     wanted = [s[:4] for s in samples]
     assert [tuple(int(c[i]) for c in columns) for i in range(len(found))] == wanted
     assert found.reference_tokens["dpo"].tolist() == [s[5] for s in samples]
-    assert found.audio_samples.tolist() == [s[6] for s in samples]
+    assert found.audio_samples.tolist() == [s[-1] for s in samples]
+    assert (found.digests is None) != with_digests
+    assert found.digests is None or found.digests.tolist() == [s[6] for s in samples]
     assert list(zip(found.clips.source_rank.tolist(), found.clips.samples.tolist(), strict=True)) == clips
     assert found.counts == {"ctc": 33, "dpo": 63} and found.first_sample == samples_per_rank[0]
     assert found.notes.tolist() == [[0.0, 2.5], [1.0, 2.5], [2.0, 2.5]] and found.num_values == max(sizes)

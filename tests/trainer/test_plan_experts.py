@@ -101,6 +101,17 @@ def test_null_experts_are_planned_as_choices_that_compute_nothing() -> None:
     assert alone[1].worst_bytes == 64 * 2 * (2 * 8 + 3 * 16) * 2 * 4, "no token chooses a null expert"
 
 
+def test_jittered_inputs_of_routers_are_kept() -> None:
+    experts = tuple(ExpertConfig(name) for name in "abcd")
+    found = []
+    for jitter in (0.0, 0.1):
+        config = resolve_hf_config(LLMConfig(config=LLAMA, experts=experts, router=ExpertRouterConfig(jitter=jitter)))
+        plan = expert_plan(config, Topology(2, 2, 1), 64, 3, 4, recompute=False)
+        assert plan is not None
+        found.append(plan.layer_bytes)
+    assert found[1] - found[0] == 64 // 2 * 8 * 4
+
+
 def test_traffic_and_the_most_uneven_use() -> None:
     config = resolve_hf_config(LLMConfig(config=QWEN3_30B_A3B))
     topology = Topology(16, 2, 1, 1, 8, 1)

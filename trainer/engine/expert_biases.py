@@ -35,12 +35,6 @@ class ExpertBiases:
         self.counts = torch.zeros(shape, dtype=torch.float64, device=engine.groups.device)
         """The numbers of tokens [L, C] on this rank that chose each expert since the last call of `clear`."""
 
-    @classmethod
-    def of(cls, engine: LLMEngine) -> ExpertBiases | None:
-        """Return the biases of an LLM; None if its routers have none."""
-        mixture = mixture_of(engine.hf_config)
-        return cls(engine) if mixture is not None and mixture.bias_rate else None
-
     def clear(self) -> None:
         """Set the counts to zero. It must be called before a step."""
         self.counts.zero_()

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.llm.context import ContextPart
 from model.llm.packing import PackedSequences
 from model.transfer import to_device
+from trainer.parallel.plan import Ints
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Packs:
     """[M·t] bool, true where a row is audio; set only on the first and the last stage. None if no row is audio."""
     part: ContextPart = ContextPart()
     """The part of every pack that this rank holds."""
+    noise: Ints | None = None
+    """The identity [num_samples] of each sample in the step, from which the jitter of the LLM's routers follows; None
+    without jitter."""
 
     @property
     def pack_tokens(self) -> int:
@@ -52,7 +57,13 @@ class Packs:
         """Return the segments of one pack, in the form that attention needs."""
         if self.part.size > 1:
             return PackedSequences.of_part(self.lengths[microbatch], self.part)
-        return PackedSequences(lengths=self.lengths[microbatch], num_samples=len(self.samples[microbatch]))
+        lengths, samples = self.lengths[microbatch], self.samples[microbatch]
+        noise = None
+        if self.noise is not None:
+            ids = np.zeros(len(lengths), dtype=np.int64)  # The segments after the samples are padding.
+            ids[: len(samples)] = self.noise[list(samples)]
+            noise = to_device(ids, self.token_ids.device)
+        return PackedSequences(lengths=lengths, num_samples=len(samples), noise=noise)
 
     def rows(self, microbatch: int) -> slice:
         """Return the rows of one pack among those of all packs."""

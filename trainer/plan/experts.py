@@ -120,6 +120,9 @@ def expert_plan(
     arrived = rows * mixture.mean_top_k * etp
     routed = rows * mixture.num_choices * _ROUTER_VALUES * _FP32_BYTES
     layer_bytes = 2 * arrived * hidden * value_bytes + routed
+    if mixture.jitter and value_bytes == _FP32_BYTES:
+        # Otherwise, the router reads the values that the norm keeps. In half precision, it reads a copy in any case.
+        layer_bytes += rows * hidden * _FP32_BYTES
     # A token cannot choose more experts on one rank than the rank has.
     factor = ep * min(mixture.top_k, count // ep) / mixture.mean_top_k
     per_row = (2 * hidden + 3 * width / etp) * value_bytes

@@ -23,6 +23,7 @@ from trainer.parallel.packs import PackPlan, plan_packs
 from trainer.parallel.plan import Ints
 from trainer.scoring.tasks import task_names
 from trainer.telemetry.token_load import SampleKinds
+from trainer.training.router_noise import sample_digest
 
 _FIELDS = 4
 _KIND_SHIFT = 20
@@ -57,6 +58,8 @@ class GlobalBatch:
     """[world, number of notes] further numbers of each rank; see `gather`."""
     num_values: int
     """The largest number of integers that a rank contributed."""
+    digests: Ints | None = None
+    """[n] the hash of the sample's key, see `trainer.training.router_noise`; None if they were not gathered."""
 
     def __len__(self) -> int:
         return len(self.source_ranks)
@@ -123,6 +126,7 @@ def gather(
     kinds: SampleKinds | None = None,
     notes: Sequence[float] | Floats = (),
     expected_values: int = FIRST,
+    with_digests: bool = False,
 ) -> GlobalBatch:
     """Return the description of the global batch.
 
@@ -138,6 +142,7 @@ def gather(
         notes: Further numbers to share in the same exchange. Every rank must pass the same number of them.
         expected_values: The number of integers per rank for which one exchange suffices. It must be the same on all
             ranks. If a rank contributes more integers, there is a second exchange.
+        with_digests: Whether the hashes of the samples' keys are gathered.
     """
     counts = [loss.count(batch, model) for loss in losses]
     tasks = {name: index for index, name in enumerate(task_names())}
@@ -145,6 +150,7 @@ def gather(
         (
             *(s.num_tokens, s.num_targets, tasks[s.task] | _kind(s, kinds) << _KIND_SHIFT, len(s.clips)),
             *(0 if found[i] is None else found[i].num_tokens for found in references.values()),  # type: ignore[union-attr]
+            *([sample_digest(s.key)] if with_digests else []),
         )
         for i, s in enumerate(batch.samples)
     ]
@@ -153,11 +159,18 @@ def gather(
     head = [len(table), len(clips), *counts, *noted.tolist()]
     mine = np.array([*head, *(v for row in table for v in row), *clips], dtype=np.int64)
     everyone, sizes = gather_ragged(mine, groups.world, expected_values)
-    return global_batch(everyone, sizes, [loss.name for loss in losses], list(references), len(noted), groups.rank)
+    names = [loss.name for loss in losses]
+    return global_batch(everyone, sizes, names, list(references), len(noted), groups.rank, with_digests)
 
 
 def global_batch(
-    everyone: Ints, sizes: Ints, losses: Sequence[str], references: Sequence[str], num_notes: int, rank: int
+    everyone: Ints,
+    sizes: Ints,
+    losses: Sequence[str],
+    references: Sequence[str],
+    num_notes: int,
+    rank: int,
+    with_digests: bool = False,
 ) -> GlobalBatch:
     """Return the description of the global batch, assembled from the contributions of all ranks.
 
@@ -169,13 +182,15 @@ def global_batch(
         references: The names of the losses with references.
         num_notes: The number of notes.
         rank: This rank.
+        with_digests: Whether the last number in a sample's row is the hash of its key.
     """
     world = len(everyone)
     num_samples, num_clips = everyone[:, 0], everyone[:, 1]
-    head, fields = 2 + len(losses) + num_notes, _FIELDS + len(references)
+    head, fields = 2 + len(losses) + num_notes, _FIELDS + len(references) + with_digests
     begins = np.full(world, head)
     rows = take_spans(everyone, begins, num_samples * fields).reshape(-1, fields)
     tokens, targets, tasks, clips_of, *others = np.ascontiguousarray(rows.T)
+    digests = others.pop() if with_digests else None
     clips = take_spans(everyone, begins + num_samples * fields, num_clips)
     return GlobalBatch(
         source_ranks=np.repeat(np.arange(world), num_samples),
@@ -190,6 +205,7 @@ def global_batch(
         clips=ClipLengths(np.repeat(np.arange(world), num_clips), clips),
         notes=np.ascontiguousarray(everyone[:, head - num_notes : head]).view(np.float64),
         num_values=int(sizes.max()),
+        digests=digests,
     )
 
 

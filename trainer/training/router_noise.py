@@ -1,4 +1,4 @@
-"""The noise that is added to the scores of the router of audio encoders during training."""
+"""The noise of routers during training, which depends on the seed, the step and the sample, but not on the rank."""
 
 from __future__ import annotations
 
@@ -10,9 +10,29 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.config import ModelConfig
+from trainer.parallel.plan import Ints
 
 RouterNoise = Callable[[int, Batch], Tensor | None]
 """A function of the number of completed steps and a batch, which returns the noise [clips, gates, experts] or None."""
+
+
+def sample_digest(key: str) -> int:
+    """Return a hash of a sample's key, from 0 to 2**63 - 1."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+
+
+def jitter_ids(seed: int, step: int, digests: Ints) -> Ints:
+    """Return the identities of samples in a step, from which the jitter of the LLM's routers follows.
+
+    Args:
+        seed: The seed of the jitter.
+        step: The number of steps completed before this one.
+        digests: The hashes [n] of the samples' keys, see `sample_digest`.
+
+    Returns:
+        The identities [n] int64. `model.llm.jitter` hashes them again.
+    """
+    return digests ^ sample_digest(f"{seed}/{step}/jitter")
 
 
 def router_noise(model: ModelConfig, seed: int, step: int, batch: Batch) -> Tensor | None:

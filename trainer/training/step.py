@@ -30,18 +30,14 @@ from model.audio_output import AudioOutput
 from model.batch import Batch
 from model.config import ModelConfig
 from model.lengths import SAMPLE_RATE
-from model.llm.families import mixture_of
 from model.losses.base import LossTerm, TokenLoss, audio_terms
-from model.losses.router import RouterLoss
 from model.losses.table import active_losses
 from model.transfer import to_device
 from trainer.config.spike import SpikeConfig
 from trainer.engine.encoders import AudioEngine
-from trainer.engine.expert_biases import ExpertBiases
 from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import OptimConfig, lr_scale
 from trainer.engine.packs import Packs
-from trainer.engine.router_meter import RouterMeter, TokenMeter, token_kinds
 from trainer.engine.token_losses import PackedLoss
 from trainer.parallel.balance import Floats
 from trainer.parallel.exchange import FIRST, check_same_plan
@@ -53,7 +49,8 @@ from trainer.run.lifecycle import StopRequest, signal_counts
 from trainer.scoring.tasks import task_names
 from trainer.telemetry.load_history import RANK_LOAD_KINDS, LoadInterval, LoadMeter
 from trainer.telemetry.metrics import PhaseTimer, StepReport
-from trainer.telemetry.token_load import MODALITIES, SampleKinds, TokenLoad
+from trainer.telemetry.token_load import SampleKinds, TokenLoad
+from trainer.training.expert_routing import ExpertRouting
 from trainer.training.global_batch import (
     GlobalBatch,
     References,
@@ -140,12 +137,8 @@ class Step:
         self.pack_multiple_tokens = pack_multiple_tokens
         self.meter = LoadMeter([e.name for e in model.experts], None if model.primary is None else model.primary.name)
         self.stages = StageSwitch(optim, num_steps, audio, llm)
-        mixture = mixture_of(llm.hf_config)
         self.kinds = kinds or SampleKinds.of(task_names(), {})
-        self.token_meter: TokenMeter | None = None
-        if mixture is not None:
-            self.token_meter = TokenMeter(mixture, len(self.kinds.pairs) * len(MODALITIES), groups.device)
-        self.expert_biases = ExpertBiases.of(llm)
+        self.routing = ExpertRouting.of(model, self.losses, llm, groups, self.kinds, seed)
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
         self.router_noise: RouterNoise = partial(router_noise, model, seed)
         self._expected_values = FIRST
@@ -201,13 +194,7 @@ class Step:
         Returns:
             The load; None on ranks other than 0, and if the LLM has no FFN experts.
         """
-        if self.token_meter is None:
-            return None
-        num_steps, sums = self.token_meter.take(self.groups)
-        if self.groups.rank != 0:
-            return None
-        names, layers = self.token_meter.names, self.token_meter.mixture.layers
-        return TokenLoad.of(step, num_steps, names, layers, self.kinds, sums)
+        return None if self.routing is None else self.routing.take_load(step)
 
     def share(self, batch: Batch, notes: Sequence[float] | Floats = (), *, training: bool = True) -> Shared:
         """Gather the descriptions of the ranks' parts of a global batch, and return a description of the whole batch.
@@ -221,7 +208,17 @@ class Step:
         """
         losses = self.losses if training else ()
         references = references_of(batch, losses)
-        whole = gather(batch, losses, references, self.model, self.groups, self.kinds, notes, self._expected_values)
+        whole = gather(
+            batch,
+            losses,
+            references,
+            self.model,
+            self.groups,
+            self.kinds,
+            notes,
+            self._expected_values,
+            with_digests=training and self.routing is not None and self.routing.mixture.jitter > 0,
+        )
         # The next batch probably needs about as many values as this one.
         self._expected_values = -(-whole.num_values // FIRST) * FIRST
         return Shared(whole, references)
@@ -241,7 +238,9 @@ class Step:
         whole, audio, packs = embedded.whole, embedded.audio, embedded.packs
         with timer("llm"):
             packed = [self._packed(loss, embedded) for loss in self.losses if isinstance(loss, TokenLoss)]
-            router = self._router_meter(whole, packs)
+            router = None
+            if self.routing is not None:
+                router, packs = self.routing.begin(step, whole, packs)
             sample_losses, grad = self.llm.forward_backward(packs, packed, router)
         with timer("backward"):
             terms = audio_terms(self.losses, audio, batch, self.model, self._sum_over_ranks)
@@ -262,8 +261,8 @@ class Step:
             report = self.report(step, whole, (*token_terms, *router_terms, *terms), by_task)
             if np.isfinite(report.loss):
                 self.meter.add_clips(batch, audio.routing)
-            if self.token_meter is not None:
-                self.token_meter.num_steps += 1
+            if self.routing is not None:
+                self.routing.end()
             return report
 
     def embed(
@@ -327,21 +326,6 @@ class Step:
         reference = self.llm.reference_logits(packs, wanted_here)
         return PackedLoss(loss, self.model, factor, compared_here, reference)
 
-    def _router_meter(self, whole: GlobalBatch, packs: Packs) -> RouterMeter | None:
-        """Return the meter of the choices that the LLM's routers make in a step; None for an LLM without FFN experts.
-
-        Collective: every rank of the world must call it.
-        """
-        if self.token_meter is None:
-            return None
-        losses = [loss for loss in self.losses if isinstance(loss, RouterLoss)]
-        kinds = token_kinds(packs.lengths, packs.samples, packs.is_audio, whole.kinds, len(MODALITIES), self.groups)
-        count = None
-        if self.expert_biases is not None:
-            self.expert_biases.clear()
-            count = self.expert_biases.add
-        return RouterMeter(losses, self.model, whole.counts, self.token_meter, kinds, count)
-
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks in place.
 
@@ -363,9 +347,9 @@ class Step:
         """
         votes = to_device(np.array([skip_reason is not None, *stop.votes], dtype=np.float64), self.groups.device)
         sums = torch.cat([torch.stack([self.audio.grad_norm_sq(), self.llm.grad_norm_sq()]), votes])
-        num_sums, biases = len(sums), self.expert_biases
-        if biases is not None:
-            sums = torch.cat([sums, biases.counts.flatten()])
+        num_sums, routing = len(sums), self.routing
+        if routing is not None:
+            sums = torch.cat([sums, routing.counts()])
         dist.all_reduce(sums, group=self.groups.world)
         audio_square, llm_square, num_skipping, *votes_of_all = sums[:num_sums].tolist()
         signals = signal_counts(votes_of_all)
@@ -379,8 +363,8 @@ class Step:
         clip_coef = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
         self.audio.step(clip_coef, audio_norm, scale, index)
         self.llm.step(clip_coef, scale, index)
-        if biases is not None:
-            biases.update(sums[num_sums:].view_as(biases.counts), index)
+        if routing is not None:
+            routing.update(sums[num_sums:], index)
         self.stages.updated = step + 1
         if self.model.experts:
             self.audio.tower.router.advance()
