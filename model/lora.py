@@ -29,7 +29,7 @@ from model.llm.names import hf_shapes
 FACTORS = ("lora_A", "lora_B")
 LLM = "llm."
 _LLM_LAYER = re.compile(
-    r"llm\.model\.layers\.\d+\.(self_attn\.([qkvo]|qkv)_proj|mlp\.(experts\.[^.]+\.)?(gate|up|down|gate_up)_proj"
+    r"llm\.model\.layers\.\d+\.(self_attn\.([qkvo]|qkv)_proj|mlp\.(experts\.[^.]+\.|shared_expert\.)?(gate|up|down|gate_up)_proj"
     r"|block_sparse_moe\.experts\.\d+\.w[123])"
 )
 _ENCODER = re.compile(r"audio\.(primary|experts\.[^.]+\.encoder)\..+")

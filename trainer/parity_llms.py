@@ -6,6 +6,13 @@ from typing import Any
 
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [2],
+    },
     "qwen3_moe": {
         "num_experts": 8,
         "num_experts_per_tok": 3,
@@ -43,13 +50,14 @@ EXPERTS: dict[str, dict[str, Any]] = {
             "null_experts": 2,
             "bias_rate": 0.02,
             "jitter": 0.2,
+            "shared": ["s", "r"],
         },
     },
 }
-"""The config fields of families with FFN experts. One layer of the Qwen3-MoE has no experts. The gates of GPT-OSS are
-bounded so tightly that some values are clamped. `mixture` is a Llama in which the recipe adds experts to every second
-layer. `mixture_balanced` also has null experts, jitter, and biases that change so much per step that they decide
-choices."""
+"""The config fields of families with FFN experts. One layer of the Qwen2-MoE and of the Qwen3-MoE has no experts. The
+gates of GPT-OSS are bounded so tightly that some values are clamped. `mixture` is a Llama in which the recipe adds
+experts to every second layer. `mixture_balanced` also has shared experts, null experts, jitter, and biases that change
+so much per step that they decide choices."""
 MIXTURES = tuple(name for name, fields in EXPERTS.items() if "ffn_experts" in fields)
 """The entries of `EXPERTS` in which the recipe adds experts to a dense LLM."""
 

@@ -19,8 +19,8 @@ class MixtureSource:
     Args:
         base: The weights of the dense LLM.
         donors: The weights of a dense LLM of the same architecture for each expert, by its name.
-        routers: The weights and biases of the routers. The weights must be random, because routers with equal rows
-            would give all experts the same score.
+        routers: The weights and biases of the routers, and the weights of the gates of shared experts. The weights of
+            routers must be random, because routers with equal rows would give all experts the same score.
         hf_config: The LLM with its experts.
 
     Raises:
@@ -46,12 +46,17 @@ class MixtureSource:
             for path, _ in mixture.router_parts(modules["router"]):
                 for kind in ("weight", SCORE_BIAS):
                     self._sources[f"{prefix}.{path}.{kind}"] = routers, f"{prefix}.{path}.{kind}"
-            for expert in mixture.experts:
+            kinds = [("expert", expert) for expert in mixture.experts] + [("shared", one) for one in mixture.shared]
+            for kind, expert in kinds:
                 for role, shape in shapes.items():
                     name = f"{prefix}.{modules[role]}.weight"
                     check_tensor(donors[expert], name, shape)
-                    own = f"{prefix}.{modules[f'expert_{role}'].format(e=expert)}.weight"
+                    own = f"{prefix}.{modules[f'{kind}_{role}'].format(e=expert)}.weight"
                     self._sources[own] = donors[expert], name
+            if mixture.shared_gate:
+                for expert in mixture.shared:
+                    score = f"{prefix}.{modules['shared_score'].format(e=expert)}.weight"
+                    self._sources[score] = routers, score
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Implement `WeightSource`."""

@@ -3,7 +3,8 @@
 A layer with experts has a router, which scores every expert for every token, and one gated feed-forward network per
 expert. A token is sent to the `top_k` experts with the highest scores, and their outputs are summed with the router's
 weights. The router may also choose null experts, which compute nothing. Biases that are updated from the numbers of
-tokens may take part in the choice. `model.llm.megatron_experts` computes the same on several ranks.
+tokens may take part in the choice. Shared experts compute every token, and their outputs are added.
+`model.llm.megatron_experts` computes the same on several ranks.
 
 Shapes: n tokens, E experts, C = E + N choices with N null experts, k chosen experts per token, H hidden width, F width
 of an expert.
@@ -114,32 +115,34 @@ class MixtureLayer(nn.Module):
     Args:
         mixture: The experts.
         hidden_size: The hidden width H.
-        router: The name of the router within this module, see `Mixture.router_parts`.
-        projections: The names of gate, up and down within this module. `{e}` stands for the name of the expert.
+        modules: The names of the parts within this module, by the roles of `LLMFamily.modules`. `{e}` stands for the
+            name of the expert.
         number: The number of the layer.
     """
 
-    def __init__(
-        self, mixture: Mixture, hidden_size: int, router: str, projections: tuple[str, str, str], number: int
-    ) -> None:
+    def __init__(self, mixture: Mixture, hidden_size: int, modules: Mapping[str, str], number: int) -> None:
         super().__init__()
-        self.mixture, self.projections, self.number = mixture, projections, number
+        self.mixture, self.names, self.number = mixture, dict(modules), number
         self.observe: Callable[[Choice], None] | None = None
         """A function that is called in every forward pass with the choices for its tokens, row by row."""
         self.noise: TokenNoise | None = None
         """The identities of the tokens of the next forward pass, row by row; None without jitter."""
-        self.routers = [path for path, _ in mixture.router_parts(router)]
+        self.routers = [path for path, _ in mixture.router_parts(modules["router"])]
         """The names of the router's parts within this module. Their outputs are concatenated."""
-        for path, num_rows in mixture.router_parts(router):
+        for path, num_rows in mixture.router_parts(modules["router"]):
             part = nn.Linear(hidden_size, num_rows, bias=mixture.biases)
             if mixture.bias_rate:
                 part.register_parameter(SCORE_BIAS, nn.Parameter(torch.zeros(num_rows), requires_grad=False))
             _add(self, path, part)
-        for expert in mixture.experts:
-            gate, up, down = (name.format(e=expert) for name in projections)
-            for name in (gate, up):
-                _add(self, name, nn.Linear(hidden_size, mixture.width, bias=mixture.biases))
-            _add(self, down, nn.Linear(mixture.width, hidden_size, bias=mixture.biases))
+        kinds = (("expert", mixture.experts, mixture.width), ("shared", mixture.shared, mixture.shared_width))
+        for kind, experts, width in kinds:
+            for expert in experts:
+                gate, up, down = self._projections(kind, expert)
+                for name in (gate, up):
+                    _add(self, name, nn.Linear(hidden_size, width, bias=mixture.biases))
+                _add(self, down, nn.Linear(width, hidden_size, bias=mixture.biases))
+        for expert in mixture.shared if mixture.shared_gate else ():
+            _add(self, modules["shared_score"].format(e=expert), nn.Linear(hidden_size, 1, bias=False))
 
     def forward(self, hidden: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the weighted sum of the chosen experts' outputs, in the shape [..., H] of `hidden`.
@@ -158,14 +161,24 @@ class MixtureLayer(nn.Module):
         output = torch.zeros_like(rows)
         for index, expert in enumerate(self.mixture.experts):
             row, rank = (choice.experts == index).nonzero(as_tuple=True)
-            gate, up, down = (self.get_submodule(name.format(e=expert)) for name in self.projections)
+            gate, up, down = map(self.get_submodule, self._projections("expert", expert))
             own = rows[row]
             weight = choice.weights[row, rank, None].to(own.dtype)
             found = gate_experts(gate(own), up(own), self.mixture.clamp)
             found = down(found) * weight if self.mixture.biases else down(found * weight)
             output = output.index_add(0, row, found)
+        for expert in self.mixture.shared:
+            gate, up, down = map(self.get_submodule, self._projections("shared", expert))
+            found = down(functional.silu(gate(rows)) * up(rows))
+            if self.mixture.shared_gate:
+                found = found * self.get_submodule(self.names["shared_score"].format(e=expert))(rows).sigmoid()
+            output = output + found
         output = output.view_as(hidden)
         return (output, choice.weights) if self.mixture.returns_scores else output
+
+    def _projections(self, kind: str, expert: str) -> list[str]:
+        """Return the names of gate, up and down of an expert. `kind` is `expert` or `shared`."""
+        return [self.names[f"{kind}_{role}"].format(e=expert) for role in ("gate", "up", "down")]
 
     def _router_values(self, kind: str) -> Tensor:
         """Return the weights [C, H], biases [C] or score biases [C] of the router in fp32."""
@@ -193,14 +206,14 @@ def place_experts(model: Any, mixture: Mixture, modules: Mapping[str, str]) -> N
         mixture: The experts.
         modules: The names of the modules in the checkpoint, see `model.llm.families.LLAMA_MODULES`.
     """
-    root, _, router = modules["router"].partition(".")
-    paths = [modules[role] for role in ("expert_gate", "expert_up", "expert_down")]
-    assert all(path.startswith(f"{root}.") for path in paths), paths
-    gate, up, down = (path.removeprefix(f"{root}.") for path in paths)
+    root = modules["router"].partition(".")[0]
+    own = {role: path for role, path in modules.items() if role.startswith(("router", "expert_", "shared_"))}
+    assert all(path.startswith(f"{root}.") for path in own.values()), own
+    names = {role: path.removeprefix(f"{root}.") for role, path in own.items()}
     for number in mixture.layers:
         layer: Any = model.get_submodule(modules["layer"].format(n=number))
         like = next(layer.parameters())
-        experts = MixtureLayer(mixture, model.config.hidden_size, router, (gate, up, down), number)
+        experts = MixtureLayer(mixture, model.config.hidden_size, names, number)
         del layer.mlp
         setattr(layer, root, experts.to(device=like.device, dtype=like.dtype))
         if root != "mlp":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
 from model.llm.features import Activation, Norms, Scales, gemma2, gemma3, granite, ministral3, plain
-from model.llm.mixture import Mixture, described, gpt_oss, mixtral, qwen3_moe
+from model.llm.mixture import Mixture, described, gpt_oss, mixtral, qwen2_moe, qwen3_moe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -80,7 +80,8 @@ class LLMFamily:
     experts: Callable[[PretrainedConfig], Mixture | None] | None = None
     """A function that returns the experts that a config describes; None if the family has no experts. For a family with
     experts, `modules` also has the roles `router`, `expert_gate`, `expert_up` and `expert_down`, whose names begin with
-    the same module. `{e}` stands for the name of the expert."""
+    the same module. A family with shared experts has the roles `shared_gate`, `shared_up`, `shared_down` and, with
+    `Mixture.shared_gate`, `shared_score`. `{e}` stands for the name of the expert."""
     stacks_experts: bool = False
     """True if published checkpoints store the experts of a layer in the tensors that `model.llm.stacked` describes."""
 
@@ -98,6 +99,13 @@ QWEN3_MOE_MODULES: dict[str, str] = {
     "expert_gate": "mlp.experts.{e}.gate_proj",
     "expert_up": "mlp.experts.{e}.up_proj",
     "expert_down": "mlp.experts.{e}.down_proj",
+}
+QWEN2_MOE_MODULES: dict[str, str] = {
+    **QWEN3_MOE_MODULES,
+    "shared_gate": "mlp.shared_expert.gate_proj",
+    "shared_up": "mlp.shared_expert.up_proj",
+    "shared_down": "mlp.shared_expert.down_proj",
+    "shared_score": "mlp.shared_expert_gate",
 }
 GPT_OSS_MODULES: dict[str, str] = {
     **LLAMA_MODULES,
@@ -163,6 +171,12 @@ LLM_FAMILIES: dict[str, LLMFamily] = {
     "olmo2": LLMFamily(all_heads_norm=True, norms="after", rotates_in_fp32=True, modules=OLMO2_MODULES),
     "olmo3": LLMFamily(all_heads_norm=True, norms="after", rotates_in_fp32=True, modules=OLMO2_MODULES),
     "mixtral": LLMFamily(required=_EXPERTS_REQUIRED, modules=MIXTRAL_MODULES, experts=mixtral),
+    "qwen2_moe": LLMFamily(
+        qkv_bias=True,
+        required={**_EXPERTS_REQUIRED, "qkv_bias": True},
+        modules=QWEN2_MOE_MODULES,
+        experts=qwen2_moe,
+    ),
     "qwen3_moe": LLMFamily(qk_norm=True, required=_EXPERTS_REQUIRED, modules=QWEN3_MOE_MODULES, experts=qwen3_moe),
     "gpt_oss": LLMFamily(
         qkv_bias=True,
@@ -216,6 +230,7 @@ def modules_of(hf_config: PretrainedConfig) -> Mapping[str, str]:
     inserted = {}
     for role in ("gate", "up", "down"):
         root, _, leaf = modules[role].rpartition(".")
-        inserted[f"expert_{role}"] = f"{root}.experts.{{e}}.{leaf}"
+        inserted[f"expert_{role}"] = inserted[f"shared_{role}"] = f"{root}.experts.{{e}}.{leaf}"
     root = modules["gate"].rpartition(".")[0]
-    return {**modules, **inserted, "router": f"{root}.experts.{{e}}.router"}
+    inserted |= {role: f"{root}.experts.{{e}}.{role}" for role in ("router", "shared_score")}
+    return {**modules, **inserted}

@@ -87,6 +87,8 @@ def _linear_layers(gpt: Any) -> Iterator[tuple[str, Any]]:
                 (f"mlp.experts.local_experts.{number}", expert)
                 for number, expert in zip(experts, layer.mlp.experts.local_experts, strict=True)
             ]
+            if (shared := layer.mlp.shared_experts) is not None:
+                networks += [(f"mlp.shared_experts.networks.{i}", one) for i, one in enumerate(shared.networks)]
         for path, network in networks:
             yield f"{prefix}{path}.linear_fc1.weight", network.linear_fc1
             yield f"{prefix}{path}.linear_fc2.weight", network.linear_fc2

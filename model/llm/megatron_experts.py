@@ -12,6 +12,7 @@ Shapes: t rows of a pack, E experts, C = E + N choices with N null experts, H hi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch.nn.functional import linear
 from model.llm.experts import choose, gate_experts
 from model.llm.jitter import jittered_rows
 from model.llm.mixture import Clamp, Mixture
+from model.llm.mlp import GatedMLP
 from model.llm.packing import PackedSequences
 
 
@@ -48,7 +50,9 @@ def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, exper
     if mixture is None:
         return {}
     assert ep_size > 1 or expert_tp_size == tp_size, "megatron-core 0.16.1 computes wrong gradients"
+    shared = {"moe_shared_expert_intermediate_size": mixture.shared_width} if mixture.shared else {}
     return {
+        **shared,
         "num_moe_experts": len(mixture.experts),
         # Megatron only reads it to check it. With null experts, a token may choose more experts than there are.
         "moe_router_topk": min(mixture.top_k, len(mixture.experts)),
@@ -70,7 +74,9 @@ def expert_spec(mixture: Mixture) -> ModuleSpec:
         projections = MLPSubmodules(linear_fc1=ColumnParallelWithBias, linear_fc2=RowParallelWithBias)
         experts = ModuleSpec(module=ExpertsWithBiases, submodules=projections, params={"clamp": mixture.clamp})
     router = partial(Router, mixture=mixture)
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+    shared = ModuleSpec(module=SharedExperts, params={"mixture": mixture}) if mixture.shared else None
+    submodules = MoESubmodules(experts=experts, shared_experts=shared, router=router)
+    return ModuleSpec(module=MoELayer, submodules=submodules)
 
 
 class ColumnParallelWithBias(ColumnParallelLinear):
@@ -150,6 +156,43 @@ class _Share(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+class SharedExperts(nn.Module):
+    """The shared experts of a layer. Tensor-parallel ranks divide each of them like the network of a dense layer.
+
+    Megatron-core's own class holds a single network, so it could not have a name and a gate for each shared expert.
+
+    Args:
+        config: Megatron's config.
+        pg_collection: Megatron's process groups, which Megatron passes.
+        gate: A setting of Megatron's shared expert, which Megatron passes and is ignored.
+        mixture: The experts.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any, gate: bool, mixture: Mixture) -> None:
+        super().__init__()
+        own = copy(config)
+        own.ffn_hidden_size = mixture.shared_width
+        self.networks = nn.ModuleList(GatedMLP(own) for _ in mixture.shared)
+        self.score_weight: nn.Parameter | None = None
+        if mixture.shared_gate:
+            device = None if config.use_cpu_initialization else torch.cuda.current_device()
+            shape = (len(mixture.shared), config.hidden_size)
+            self.score_weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+            self.score_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the sum of the shared experts' outputs [t/TP, 1, H] for this rank's rows of a pack.
+
+        Collective: every rank of the tensor-parallel group must call it.
+        """
+        outputs = [network(hidden)[0] for network in self.networks]
+        if self.score_weight is not None:
+            gates = linear(hidden, self.score_weight).sigmoid().split(1, dim=-1)
+            outputs = [output * gate for output, gate in zip(outputs, gates, strict=True)]
+        total: Tensor = sum(outputs[1:], outputs[0])
+        return total
 
 
 class Router(nn.Module):

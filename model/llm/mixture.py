@@ -60,6 +60,13 @@ class Mixture:
     (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
     jitter: float = 0.0
     """The largest relative change ε of the inputs of routers in training (`model.llm.jitter`); 0 for no change."""
+    shared: tuple[str, ...] = ()
+    """The names of the shared experts of a layer, which compute every token, in addition to the chosen experts."""
+    shared_width: int = 0
+    """The width of a shared expert."""
+    shared_gate: bool = False
+    """True if the output of a shared expert is multiplied by the sigmoid of a linear function of the token, as in
+    Qwen2-MoE. False if it is added unchanged, as in DeepSeek-V3."""
 
     @property
     def num_choices(self) -> int:
@@ -104,6 +111,9 @@ class ExpertConfig:
     from_: str = BASE
     """The source of the expert's initial weights: a run, a checkpoint or an export whose LLM has the same architecture,
     or `base` for `model.llm.weights`. Low-rank adapters of a run are merged into the weights."""
+    shared: bool = False
+    """Whether the expert is shared. A shared expert computes every token, in addition to the `top_k` experts that the
+    router chooses. Its output is added to theirs."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -134,6 +144,9 @@ class ExpertRouterConfig:
     jitter: float = 0.0
     """The largest relative change of the values that a router reads in training, as in Switch Transformer; 0 for no
     change. A typical value is 0.01. Each value is multiplied by a random number between 1 - jitter and 1 + jitter."""
+    shared_gate: bool = False
+    """Whether the output of each shared expert is multiplied by a learned gate, the sigmoid of a linear function of the
+    token, as in Qwen2-MoE. If false, it is added unchanged, as in DeepSeek-V3."""
 
     def __post_init__(self) -> None:
         if self.null_experts < 0:
@@ -148,18 +161,22 @@ class ExpertRouterConfig:
         defaults = ExpertRouterConfig()
         return {
             name: getattr(self, name)
-            for name in ("forced", "null_experts", "bias_rate", "jitter")
+            for name in ("forced", "null_experts", "bias_rate", "jitter", "shared_gate")
             if getattr(self, name) != getattr(defaults, name)
         }
 
 
 def describe_experts(
-    names: Sequence[str], layers: str | Sequence[int], top_k: int, router: ExpertRouterConfig, num_layers: int
+    experts: Sequence[ExpertConfig],
+    layers: str | Sequence[int],
+    top_k: int,
+    router: ExpertRouterConfig,
+    num_layers: int,
 ) -> dict[str, Any]:
     """Return the value of `ffn_experts` for the Hugging Face config of a dense LLM to which experts are added.
 
     Args:
-        names: The names of the experts.
+        experts: The experts, of which only the names are used, and whether they are shared.
         layers: The value of `model.llm.moe_layers`.
         top_k: The number of experts per token.
         router: The settings of the routers.
@@ -179,14 +196,25 @@ def describe_experts(
             f"model.llm.moe_layers = {layers}: give {', '.join(patterns)}, or ascending numbers within "
             f"0..{num_layers - 1}"
         )
-    if len(set(names)) < len(names):
-        raise UserError(f"model.llm.experts: the names {', '.join(names)} must be unique")
+    everyone = [expert.name for expert in experts]
+    if len(set(everyone)) < len(everyone):
+        raise UserError(f"model.llm.experts: the names {', '.join(everyone)} must be unique")
+    names, shared = ([e.name for e in experts if e.shared is kind] for kind in (False, True))
+    if not names:
+        raise UserError(
+            "model.llm.experts: all experts are shared; set shared: false for those that the router chooses"
+        )
+    if router.shared_gate and not shared:
+        raise UserError(
+            "model.llm.router.shared_gate = true: no expert is shared; set shared: true for one of model.llm.experts, "
+            "or remove the key"
+        )
     if not 1 <= top_k <= len(names) + router.null_experts:
         raise UserError(f"model.llm.top_k = {top_k}: legal values are 1..{len(names) + router.null_experts}")
     if router.forced is not None and router.forced not in names:
         raise UserError(f"model.llm.router.forced = {router.forced}: legal values are {', '.join(names)}, or null")
-    described = {"experts": list(names), "layers": numbers, "top_k": top_k, "normalize": router.normalize}
-    return {**described, **router.settings()}
+    described = {"experts": names, "layers": numbers, "top_k": top_k, "normalize": router.normalize}
+    return {**described, **({"shared": shared} if shared else {}), **router.settings()}
 
 
 def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
@@ -200,18 +228,19 @@ def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
         UserError: If `describe_experts` does not return this value for any experts of an LLM with `num_layers` layers.
     """
     kinds = {"experts": list, "layers": list, "top_k": int, "normalize": bool}
-    optional = {"forced": str, "null_experts": int, "bias_rate": float, "jitter": float}
+    optional = {"forced": str, "null_experts": int, "bias_rate": float, "jitter": float, "shared_gate": bool}
     found = tree if isinstance(tree, dict) else {}
     if (
-        not {*kinds} <= {*found} <= {*kinds, *optional}
-        or any(type(value) is not {**kinds, **optional}[key] for key, value in found.items())
-        or not all(isinstance(name, str) for name in found["experts"])
+        not {*kinds} <= {*found} <= {*kinds, *optional, "shared"}
+        or any(type(value) is not {**kinds, **optional, "shared": list}[key] for key, value in found.items())
+        or not all(isinstance(name, str) for name in (*found["experts"], *found.get("shared", ())))
         or not all(type(number) is int for number in found["layers"])
     ):
         raise UserError(f"{FIELD} = {repr(tree)[:80]}: needs {', '.join(kinds)} of the right types")
-    names = [ExpertConfig(name).name for name in found["experts"]]
+    experts = [ExpertConfig(name) for name in found["experts"]]
+    experts += [ExpertConfig(name, shared=True) for name in found.get("shared", ())]
     router = ExpertRouterConfig(found["normalize"], **{key: found[key] for key in optional if key in found})
-    return describe_experts(names, found["layers"], found["top_k"], router, num_layers)
+    return describe_experts(experts, found["layers"], found["top_k"], router, num_layers)
 
 
 def described(hf_config: PretrainedConfig) -> Mixture | None:
@@ -229,6 +258,9 @@ def described(hf_config: PretrainedConfig) -> Mixture | None:
         num_null=stored.get("null_experts", 0),
         bias_rate=stored.get("bias_rate", 0.0),
         jitter=stored.get("jitter", 0.0),
+        shared=tuple(stored.get("shared", ())),
+        shared_width=hf_config.intermediate_size,
+        shared_gate=stored.get("shared_gate", False),
     )
 
 
@@ -266,6 +298,15 @@ def qwen3_moe(hf_config: PretrainedConfig) -> Mixture | None:
         layers=layers,
         normalize=bool(hf_config.norm_topk_prob),
     )
+
+
+def qwen2_moe(hf_config: PretrainedConfig) -> Mixture | None:
+    """Return the experts of a Qwen2-MoE model; None if no layer has experts."""
+    found = qwen3_moe(hf_config)
+    if found is None:
+        return None
+    width = hf_config.shared_expert_intermediate_size
+    return replace(found, shared=("shared",), shared_width=width, shared_gate=True)
 
 
 def gpt_oss(hf_config: PretrainedConfig) -> Mixture | None:

@@ -34,6 +34,7 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _FACTOR = re.compile(r"^(.+)\.(lora_[AB])\.([^.]+)$")
 """A pattern for the name of a LoRA factor (`model.llm.lora`), with groups for the layer, factor and projection."""
 _ROUTER = re.compile(rf"^mlp\.router\.(weight|bias|{SCORE_BIAS})$")
+_SHARED = re.compile(r"^mlp\.shared_experts\.(networks\.\d+\.linear_fc[12]\.weight|score_weight)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
 
 _COLUMN_PARALLEL = (
@@ -123,6 +124,11 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
                 shapes[_hf_name(modules, f"{role}.weight", n, expert)] = (rows, columns)
                 if mixture.biases:
                     shapes[_hf_name(modules, f"{role}.bias", n, expert)] = (rows,)
+        width = mixture.shared_width
+        sizes = {"shared_gate": (width, hidden), "shared_up": (width, hidden), "shared_down": (hidden, width)}
+        sizes |= {"shared_score": (1, hidden)} if mixture.shared_gate else {}
+        for expert in mixture.shared:
+            shapes |= {_hf_name(modules, f"{role}.weight", n, expert): size for role, size in sizes.items()}
     shapes[_hf_name(modules, "final_norm.weight")] = (hidden,)
     if not hf_config.tie_word_embeddings:
         shapes[_hf_name(modules, "output.weight")] = (hf_config.vocab_size, hidden)
@@ -214,6 +220,8 @@ def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, 
         columns = (whole,) if router[1] == "weight" else ()
         found = _router_tensors(hf_config, layer, router[1])
         return [Piece(name, (slice(0, num_rows), *columns)) for name, num_rows in found]
+    if (shared := _SHARED.match(rest)) is not None:
+        return _shared_pieces(layer, shared[1], hf_config, tp_rank, tp_size)
     if (expert := _EXPERT.match(rest)) is not None:
         return _expert_pieces(layer, int(expert[1]), expert[2], expert[3], hf_config, tp_rank, tp_size)
     assert rest in _SINGLE, f"unknown Megatron parameter {megatron_name}"
@@ -338,6 +346,31 @@ def _expert_pieces(
         return [Piece(_hf_name(modules, f"expert_down.{kind}", layer, name), index)]
     index = (own, slice(None)) if kind == "weight" else (own,)
     return [Piece(_hf_name(modules, f"{role}.{kind}", layer, name), index) for role in ("expert_gate", "expert_up")]
+
+
+def _shared_pieces(layer: int, parameter: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
+    """Return the pieces of a parameter of shared experts on a tensor-parallel rank.
+
+    Args:
+        layer: The number of the layer.
+        parameter: `score_weight`, with one row per shared expert, or `networks.<index>.linear_fc<1 or 2>.weight`.
+        hf_config: The LLM.
+        tp_rank: The tensor-parallel rank.
+        tp_size: The tensor-parallel size.
+    """
+    modules, mixture, whole = modules_of(hf_config), mixture_of(hf_config), slice(None)
+    assert mixture is not None, "the LLM has no experts"
+    if parameter == "score_weight":
+        names = [_hf_name(modules, "shared_score.weight", layer, expert) for expert in mixture.shared]
+        return [Piece(name, (slice(0, 1), whole)) for name in names]
+    _, index, module, _ = parameter.split(".")
+    name, share = mixture.shared[int(index)], mixture.shared_width // tp_size
+    own = slice(tp_rank * share, (tp_rank + 1) * share)
+    if module == "linear_fc2":
+        return [Piece(_hf_name(modules, "shared_down.weight", layer, name), (whole, own))]
+    return [
+        Piece(_hf_name(modules, f"{role}.weight", layer, name), (own, whole)) for role in ("shared_gate", "shared_up")
+    ]
 
 
 def _factor_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:

@@ -40,6 +40,7 @@ _SIZES = (
     "num_experts_per_tok",
     "moe_intermediate_size",
     "decoder_sparse_step",
+    "shared_expert_intermediate_size",
 )
 # Keys that transformers reads from a config although the config classes of some families do not declare them.
 _OTHER_KEYS = (
@@ -97,9 +98,8 @@ def _add_experts(hf_config: PretrainedConfig, config: LLMConfig) -> None:
             f"model.llm.experts: not supported for {hf_config.model_type}, whose feed-forward network is not three "
             "projections with SiLU; use another LLM, or remove the key"
         )
-    names = [expert.name for expert in config.experts]
     layers = hf_config.num_hidden_layers
-    setattr(hf_config, FIELD, describe_experts(names, config.moe_layers, config.top_k, config.router, layers))
+    setattr(hf_config, FIELD, describe_experts(config.experts, config.moe_layers, config.top_k, config.router, layers))
 
 
 def _complete(hf_config: PretrainedConfig, config: LLMConfig) -> None:

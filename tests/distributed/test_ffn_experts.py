@@ -2,7 +2,8 @@
 
 The cases cover experts that are distributed over replicas, over tensor-parallel ranks or over both, experts that are
 divided among tensor-parallel ranks or not divided, recomputation (PP > 1), layers without experts, adapters on experts,
-frozen experts, null experts, and biases that balance experts. `earshot parity --family mixtral` covers more cases.
+frozen experts, shared experts, null experts, jitter, and biases that balance experts. `earshot parity --family mixtral`
+covers more cases.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(4, 2, 1, 2, 2, 2), "mixtral", {}),
     (Topology(4, 1, 2, 1, 2, 1), "qwen3_moe", {"num_steps": 2}),
     (Topology(2, 2, 1, 1, 2, 1), "mixture_balanced", {"num_steps": 3}),
+    (Topology(2, 2, 1, 1, 1, 2), "qwen2_moe", {}),
     (Topology(4, 1, 2, 1, 2, 1), "mixture_balanced", {"num_steps": 2}),
 ]
 MORE_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
@@ -31,6 +33,8 @@ MORE_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(4, 2, 2, 1, 2, 1), "qwen3_moe", {"kinds": ["mixed", "text_only"]}),
     (Topology(4, 2, 2, 1, 2, 1), "mixtral", {}),
     (Topology(4, 2, 2, 1, 2, 1), "gpt_oss", {}),
+    (Topology(4, 2, 2, 1, 2, 1), "qwen2_moe", {"num_steps": 2}),
+    (Topology(4, 2, 1, 1, 2, 2), "qwen2_moe", {"lora": True, "num_steps": 2}),
     (Topology(4, 2, 1, 1, 2, 2), "gpt_oss", {"lora": True, "num_steps": 2}),
     (Topology(4, 4, 1, 1, 2, 1), "qwen3_moe", {}),
     (Topology(4, 2, 1, 1, 2, 2), "mixtral", {"lora": True, "num_steps": 2}),

@@ -37,6 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3-normalized": {**QWEN, "num_experts_per_tok": 3, "norm_topk_prob": True, "mlp_only_layers": [1]},
     "qwen3-every-second": {**QWEN, "num_experts_per_tok": 2, "norm_topk_prob": False, "decoder_sparse_step": 2},
+    "qwen2_moe": {"model_type": "qwen2_moe", **EXPERTS["qwen2_moe"], "mlp_only_layers": [1]},
     "gpt_oss": {"model_type": "gpt_oss", **EXPERTS["gpt_oss"], "intermediate_size": 64},
 }
 CONFIG = ModelConfig.__new__(ModelConfig)  # the losses read no option
@@ -62,7 +63,7 @@ def test_a_stock_folder_is_read_and_computes_the_same(tmp_path: Path, family: st
     with torch.no_grad(), observed(ours) as choices:
         difference = (ours(ids, use_cache=False).logits - stock(ids, use_cache=False).logits).abs().max()
     assert difference <= 1e-5
-    assert len(choices) == {"qwen3-normalized": 2, "qwen3-every-second": 1}.get(family, 3)
+    assert len(choices) == {"qwen2_moe": 2, "qwen3-normalized": 2, "qwen3-every-second": 1}.get(family, 3)
     assert all(choice.experts.shape == (22, FAMILIES[family]["num_experts_per_tok"]) for choice in choices)
     assert {n: tuple(p.shape) for n, p in ours.named_parameters()} == hf_shapes(stock.config)
 

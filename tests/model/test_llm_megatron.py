@@ -63,6 +63,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "mlp_only_layers": [0],
     },
+    "qwen2_moe": {"model_type": "qwen2_moe", **EXPERTS["qwen2_moe"], "mlp_only_layers": [1]},
     "gpt_oss": {"model_type": "gpt_oss", **EXPERTS["gpt_oss"]},
     **{family: {"model_type": family, **features(family, 2)} for family in FEATURED},
 }
@@ -201,7 +202,7 @@ def test_olmo_rounds_to_bf16_where_transformers_does() -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "mistral-window", *FEATURED]
+    "family", ["llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "mistral-window", *FEATURED]
 )
 def test_decoding_with_a_cache_equals_the_whole_forward(family: str) -> None:
     """Decode sequences of different lengths, of which one ends early, in chunks of several tokens with padding."""

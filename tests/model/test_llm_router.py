@@ -32,6 +32,11 @@ LLAMA: dict[str, Any] = {
 }
 ROUTER = ExpertRouterConfig(null_experts=2, bias_rate=0.01, jitter=0.125)
 TWO = Mixture(("a", "b"), 2, 1, (0,), normalize=False, num_null=2)
+NAMES = {
+    "router": "{e}.router",
+    "shared_score": "{e}.score",
+    **{f"{kind}_{role}": f"{{e}}.{role}" for kind in ("expert", "shared") for role in ("gate", "up", "down")},
+}
 PROBABILITIES = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.05, 0.45, 0.4], [0.5, 0.3, 0.1, 0.1]])
 """Of two experts and two null experts. The tokens choose one, none and both of the two experts."""
 
@@ -88,7 +93,7 @@ def test_biases_make_the_use_of_experts_even() -> None:
 def test_a_layer_adds_only_the_experts_that_compute() -> None:
     torch.manual_seed(1)
     mixture = replace(TWO, normalize=True, width=4)
-    layer = MixtureLayer(mixture, 8, "experts.{e}.router", ("{e}.gate", "{e}.up", "{e}.down"), number=1)
+    layer = MixtureLayer(mixture, 8, NAMES, number=1)
     hidden = torch.randn(30, 8)
     chosen: list[Any] = []
     layer.observe = chosen.append

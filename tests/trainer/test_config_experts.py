@@ -12,6 +12,11 @@ MIXTRAL = "model.llm.config={model_type: mixtral, vocab_size: 256, hidden_size: 
 num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, num_local_experts: 6, num_experts_per_tok: 2, \
 max_position_embeddings: 1024}"
 GPT_OSS = MIXTRAL.replace("mixtral", "gpt_oss")
+QWEN2_MOE = (
+    (MIXTRAL[:-1] + ", moe_intermediate_size: 32, shared_expert_intermediate_size: 45}")
+    .replace("num_local_experts", "num_experts")
+    .replace("mixtral", "qwen2_moe")
+)
 EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
 
 
@@ -55,7 +60,20 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         ([EXPERTS, "model.llm.router={temperature: 0.1}"], "model.llm.router.temperature: unknown key; legal keys are"),
         ([EXPERTS, "model.llm.router={jitter: 1}"], r"router.jitter = 1.0: must be from 0 to below 1"),
         ([MIXTRAL[:-1] + ", router_jitter_noise: 0.1}"], "router_jitter_noise = 0.1: only 0.0 is supported"),
-        ([MIXTRAL.replace("mixtral", "qwen2_moe")], "model_type = qwen2_moe: supported families are"),
+        ([MIXTRAL.replace("mixtral", "olmoe")], "model_type = olmoe: supported families are"),
+        (["model.llm.experts=[{name: a, shared: true}]"], "all experts are shared; set shared: false for those that"),
+        (
+            [EXPERTS, "model.llm.router={shared_gate: true}"],
+            "shared_gate = true: no expert is shared; set shared: true",
+        ),
+        (
+            [EXPERTS.replace("}]", ", shared: true}]"), "model.llm.top_k=2"],
+            r"model.llm.top_k = 2: legal values are 1\.\.1",
+        ),
+        (
+            [QWEN2_MOE, "parallel={num_ranks: 2, tensor: 2}"],
+            "parallel.tensor = 2: .* and 45 feed-forward channels; legal .*: 1",
+        ),
         (
             [MIXTRAL.replace("layers: 2", "layers: 4"), "parallel={num_ranks: 2, pipeline: 2, virtual_stages: 2}"],
             "parallel.virtual_stages = 2: the only legal value for an LLM with experts is 1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -41,6 +42,8 @@ def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
     layers, mixture = hf_config.num_hidden_layers, mixture_of(hf_config)
     has_dense_layers = mixture is None or len(mixture.layers) < layers
     ffn = hf_config.intermediate_size if has_dense_layers else 0
+    if mixture is not None and mixture.shared:
+        ffn = math.gcd(ffn, mixture.shared_width)
     if heads % tp or groups % tp or ffn % tp:
         legal = [d for d in divisors(groups) if not (heads % d or ffn % d or parallel.num_ranks % (d * pp))]
         raise UserError(

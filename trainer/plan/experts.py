@@ -5,7 +5,8 @@ are not known in advance. No token is dropped, so the plan also contains the mem
 would need.
 
 With k chosen experts of width F that are not null, a layer computes as much per token as a dense layer of width k·F.
-Therefore, the time of its matmuls is planned for the dense LLM that `as_dense` returns.
+Shared experts add their widths. Therefore, the time of the matmuls is planned for the dense LLM that `as_dense`
+returns. Shared experts are divided among ranks like dense layers, so the functions below do not count them as experts.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def as_dense(hf_config: PretrainedConfig) -> PretrainedConfig:
         return hf_config
     dense, layers = copy.deepcopy(hf_config), hf_config.num_hidden_layers
     active = len(mixture.layers) * mixture.mean_top_k * mixture.width
+    active += len(mixture.layers) * len(mixture.shared) * mixture.shared_width
     active += (layers - len(mixture.layers)) * hf_config.intermediate_size
     if hasattr(dense, FIELD):
         delattr(dense, FIELD)
@@ -47,7 +49,10 @@ def as_dense(hf_config: PretrainedConfig) -> PretrainedConfig:
 
 
 def expert_parameters(hf_config: PretrainedConfig) -> int:
-    """Return the number of parameters of all FFN experts of all layers, without routers; 0 if there are none."""
+    """Return the number of parameters of all FFN experts of all layers; 0 if there are none.
+
+    Routers and shared experts are not counted.
+    """
     mixture = mixture_of(hf_config)
     if mixture is None:
         return 0
@@ -74,6 +79,8 @@ class ExpertPlan:
     """The number of experts in a layer, without null experts."""
     num_null: int
     """The number of null experts in a layer."""
+    num_shared: int
+    """The number of shared experts in a layer."""
     top_k: int
     """The number of experts, including null experts, that are chosen for a token."""
     num_layers: int
@@ -123,6 +130,8 @@ def expert_plan(
     if mixture.jitter and value_bytes == _FP32_BYTES:
         # Otherwise, the router reads the values that the norm keeps. In half precision, it reads a copy in any case.
         layer_bytes += rows * hidden * _FP32_BYTES
+    # The output of every shared expert is kept for the gradient of its gate.
+    layer_bytes += rows * hidden * value_bytes * len(mixture.shared) * mixture.shared_gate
     # A token cannot choose more experts on one rank than the rank has.
     factor = ep * min(mixture.top_k, count // ep) / mixture.mean_top_k
     per_row = (2 * hidden + 3 * width / etp) * value_bytes
@@ -134,6 +143,7 @@ def expert_plan(
     return ExpertPlan(
         count,
         mixture.num_null,
+        len(mixture.shared),
         mixture.top_k,
         len(mixture.layers),
         total,
