@@ -1,4 +1,4 @@
-"""Tests of the router's settings for experts that a recipe adds: null experts, biases that balance, and jitter."""
+"""Tests of the settings for experts that a recipe adds: shared and null experts, biases that balance, and jitter."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from model.config import LLMConfig
+from model.config import LLMConfig, LoraConfig
 from model.errors import UserError
 from model.llm.experts import MixtureLayer, balance, balance_experts, choose, jittered, observed
 from model.llm.jitter import TokenNoise, jitter_factors, jittered_rows
@@ -18,6 +18,7 @@ from model.llm.mixture import ExpertConfig, ExpertRouterConfig, Mixture, describ
 from model.llm.names import hf_shapes, local_pieces
 from model.llm.reference import build_reference, resolve_hf_config
 from model.llm.weights import RandomSource
+from model.lora import Adapters, add_adapters
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -107,6 +108,45 @@ def test_a_layer_adds_only_the_experts_that_compute() -> None:
         torch.testing.assert_close(found, wanted)
     counts = chosen[0].counts()
     assert counts[:2].all() and counts[2:].all(), "all kinds of choices are tested"
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_shared_experts_compute_every_token(gate: bool) -> None:
+    torch.manual_seed(1)
+    mixture = replace(TWO, width=4, shared=("c", "d"), shared_width=6, shared_gate=gate)
+    layer = MixtureLayer(mixture, 8, NAMES, number=1)
+    hidden = torch.randn(2, 15, 8)
+    routed = MixtureLayer(replace(mixture, shared=()), 8, NAMES, number=1)
+    routed.load_state_dict(layer.state_dict(), strict=False)
+    wanted = routed(hidden)
+    for expert in "cd":
+        own = {name: layer.get_submodule(f"{expert}.{name}") for name in ("gate", "up", "down")}
+        output = own["down"](torch.nn.functional.silu(own["gate"](hidden)) * own["up"](hidden))
+        wanted = wanted + output * (layer.get_submodule(f"{expert}.score")(hidden).sigmoid() if gate else 1)
+    torch.testing.assert_close(layer(hidden), wanted)
+
+
+def test_shared_experts_start_as_their_donors() -> None:
+    experts = (ExpertConfig("text"), ExpertConfig("common", shared=True))
+    config = LLMConfig(config=LLAMA, experts=experts, top_k=1, router=ExpertRouterConfig(shared_gate=True))
+    model, dense = build_reference(config, seed=1), build_reference(LLMConfig(config=LLAMA), seed=1)
+    tensors, prefix = dict(model.named_parameters()), "model.layers.1.mlp"
+    for role in ("gate", "up", "down"):
+        own = dense.get_parameter(f"{prefix}.{role}_proj.weight")
+        assert torch.equal(tensors[f"{prefix}.experts.common.{role}_proj.weight"], own)
+    assert tensors[f"{prefix}.experts.common.shared_score.weight"].shape == (1, 16)
+    assert f"{prefix}.experts.common.router.weight" not in tensors
+    stored = model.config.ffn_experts
+    assert (stored["experts"], stored["shared"], stored["shared_gate"]) == (["text"], ["common"], True)
+    assert read_experts(stored, 2) == stored
+    with pytest.raises(UserError, match="needs experts, layers, top_k, normalize of the right types"):
+        read_experts({**stored, "shared": [1]}, 2)
+    ids = torch.randint(0, 61, (2, 7), generator=torch.Generator().manual_seed(2))
+    adapters = Adapters((LoraConfig("llm.*.experts.common.*", rank=2),))
+    add_adapters(nn.ModuleDict({"llm": model}), "", adapters)
+    trained = {name for name, parameter in model.named_parameters() if "common" in name and parameter.requires_grad}
+    assert len(trained) == 2 * (3 * 2 + 1), "two factors of each projection in each of two layers, and the gate"
+    assert model(ids, use_cache=False).logits.isfinite().all()
 
 
 def noise(count: int) -> TokenNoise:

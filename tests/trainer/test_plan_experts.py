@@ -101,6 +101,19 @@ def test_null_experts_are_planned_as_choices_that_compute_nothing() -> None:
     assert alone[1].worst_bytes == 64 * 2 * (2 * 8 + 3 * 16) * 2 * 4, "no token chooses a null expert"
 
 
+def test_shared_experts_are_planned_as_dense_layers() -> None:
+    experts = (*(ExpertConfig(name) for name in "abcd"), ExpertConfig("s", shared=True))
+    router = ExpertRouterConfig(shared_gate=True)
+    shared = resolve_hf_config(LLMConfig(config=LLAMA, experts=experts, top_k=2, router=router))
+    plain = resolve_hf_config(LLMConfig(config=LLAMA, experts=experts[:-1], top_k=2))
+    assert as_dense(shared).intermediate_size == as_dense(plain).intermediate_size + 16
+    assert expert_parameters(shared) == expert_parameters(plain)
+    assert active_parameters(shared) == active_parameters(plain) + 4 * (3 * 16 * 8 + 8)
+    plans = [expert_plan(c, Topology(2, 2, 1), 64, 3, 2, recompute=False) for c in (plain, shared)]
+    assert plans[0] is not None and plans[1] is not None and plans[1].num_shared == 1
+    assert plans[1].layer_bytes - plans[0].layer_bytes == 64 // 2 * 8 * 2
+
+
 def test_jittered_inputs_of_routers_are_kept() -> None:
     experts = tuple(ExpertConfig(name) for name in "abcd")
     found = []

@@ -156,16 +156,16 @@ def _experts(plan: Plan) -> list[str]:
         return []
     topology = plan.topology
     shared = f", and {topology.expert_tp} ranks share each expert" if topology.expert_tp > 1 else ""
-    shared_experts = f" and to {found.num_shared} shared experts" if found.num_shared else ""
+    every = f" and to {found.num_shared} shared experts" if found.num_shared else ""
     null = f" and {found.num_null} null experts" if found.num_null else ""
     mean = " on average" if found.num_null else ""
     return [
         f"The LLM has {found.num_experts} experts{null} in each of {found.num_layers} layers and sends each token to "
-        f"{found.top_k} of them{shared_experts}, so {count_text(found.active_parameters)} of its {count_text(found.total_parameters)} "
-        f"parameters are used for a token{mean}. The experts are spread over {topology.ffn_ep} ranks{shared}. A rank "
-        f"sends {gib(found.all_to_all_bytes)} GiB of tokens to experts per step. The memory estimate assumes that all "
-        "experts are used equally; if all tokens chose experts on one rank, its peak would be "
-        f"{gib(found.worst_bytes)} GiB higher."
+        f"{found.top_k} of them{every}, so {count_text(found.active_parameters)} of its "
+        f"{count_text(found.total_parameters)} parameters are used for a token{mean}. The experts are spread over "
+        f"{topology.ffn_ep} ranks{shared}. A rank sends {gib(found.all_to_all_bytes)} GiB of tokens to experts per "
+        "step. The memory estimate assumes that all experts are used equally; if all tokens chose experts on one rank, "
+        f"its peak would be {gib(found.worst_bytes)} GiB higher."
     ]
 
 
