@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.golden.corpus import write_corpus
 from tests.golden.test_golden import FIRST_LOSS_OF_A_NEW_RUN, GOLDEN, losses, train
@@ -66,6 +67,12 @@ def test_experts_are_trained_saved_resumed_and_exported(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert "llm.model.layers.1.mlp.experts.speech.router.weight" in tensors
     biases = [tensors[f"llm.model.layers.1.mlp.experts.{e}.router.score_bias"] for e in ("speech", "sound", "null")]
+    command = [str(runs / "mixture"), str(tmp_path / "half"), "--dtype", "bf16", "--merge"]
+    assert export.main(command) == 0
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", trust_remote_code=True, dtype=torch.bfloat16)
+    loaded = half.get_parameter("llm.model.layers.1.mlp.experts.speech.router.score_bias")
+    assert torch.equal(loaded, biases[0]), "biases are not rounded"
+    assert half.get_parameter("llm.model.layers.1.mlp.experts.speech.router.weight").dtype == torch.bfloat16
     changes = torch.cat(biases) / 0.001
     assert 1 <= changes.abs().max().round() <= 4, "each of four steps changes a bias by its rate or not at all"
     torch.testing.assert_close(changes, changes.round(), atol=1e-3, rtol=0)

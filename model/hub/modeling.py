@@ -19,7 +19,7 @@ from model.batch import Ragged
 from model.hub.configuration import EarshotConfig, audio_config
 from model.llm.experts import place_experts
 from model.llm.families import modules_of
-from model.llm.mixture import described
+from model.llm.mixture import SCORE_BIAS, described
 from model.router import Routing
 
 
@@ -32,6 +32,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = EarshotConfig
     _supports_sdpa = True
     _no_split_modules: list[str] = []
+    _keep_in_fp32_modules_strict = [SCORE_BIAS]
 
     def __init__(self, config: EarshotConfig) -> None:
         super().__init__(config)

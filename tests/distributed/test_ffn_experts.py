@@ -38,7 +38,7 @@ MORE_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(4, 2, 1, 1, 2, 2), "gpt_oss", {"lora": True, "num_steps": 2}),
     (Topology(4, 4, 1, 1, 2, 1), "qwen3_moe", {}),
     (Topology(4, 2, 1, 1, 2, 2), "mixtral", {"lora": True, "num_steps": 2}),
-    (Topology(1), "mixture_balanced", {"kinds": ["mixed", "conversations"], "num_steps": 3}),
+    (Topology(1, 1, 1), "mixture_balanced", {"kinds": ["mixed", "conversations"], "num_steps": 3}),
     (Topology(2, 2, 1, 1, 1, 2), "mixture_balanced", {"kinds": ["mixed", "text_only"]}),
     (Topology(2, 1, 2), "mixture_balanced", {}),
     (Topology(4, 2, 1, 1, 2, 2), "mixture_balanced", {"lora": True, "num_steps": 2}),

@@ -57,7 +57,7 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         (["model.llm.experts=[{name: 'null'}]"], "name = 'null': null experts have this name; choose another one"),
         ([EXPERTS, "model.llm.moe_layers=[1, 2]"], r"moe_layers = \(1, 2\): give all, .* numbers within 0\.\.1"),
         ([EXPERTS, "model.llm.router={forced: sound}"], "forced = sound: legal values are speech, text, or null"),
-        ([EXPERTS, "model.llm.router={temperature: 0.1}"], "model.llm.router.temperature: unknown key; legal keys are"),
+        ([EXPERTS, "model.llm.router={temperature: 0.1}"], "model.llm.router.temperature: unknown key; known keys are"),
         ([EXPERTS, "model.llm.router={jitter: 1}"], r"router.jitter = 1.0: must be from 0 to below 1"),
         ([MIXTRAL[:-1] + ", router_jitter_noise: 0.1}"], "router_jitter_noise = 0.1: only 0.0 is supported"),
         ([MIXTRAL.replace("mixtral", "olmoe")], "model_type = olmoe: supported families are"),

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from model.llm.mixture import SCORE_BIAS
 from model.llm.stacked import Stacked
 from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import PARAM, key_of
@@ -83,7 +84,7 @@ def plan_targets(
     Args:
         reader: The checkpoint.
         names: The name in the checkpoint of each exported name.
-        dtype: The type that floating-point tensors are converted to.
+        dtype: The type that floating-point tensors, other than biases that balance experts, are converted to.
         rows: The rows to export, by name in the checkpoint, for each tensor that is not exported as a whole.
         adapters: The adapters to merge, by name of the weight in the checkpoint.
     """
@@ -93,7 +94,8 @@ def plan_targets(
         kept = rows.get(source)
         if kept is not None:
             shape = (len(kept), *shape[1:])
-        saved = dtype if saved.is_floating_point else saved
+        # Biases of routers are sums of small changes, which half precision would lose.
+        saved = dtype if saved.is_floating_point and not name.endswith(SCORE_BIAS) else saved
         targets.append(Target(name, source, shape, saved, kept, adapters.get(source)))
     return targets
 
