@@ -135,7 +135,8 @@ class ExpertRouterConfig:
     expert equals the run from which it was taken."""
     null_experts: int = 0
     """The number of null experts per layer. They compute nothing, so a token that chooses one of them uses fewer than
-    `top_k` experts. Add as many to `top_k` as a token should choose on average, and enable a way of balancing."""
+    `top_k` experts. Raise `top_k` by the number of null experts that a token should choose on average, and balance the
+    experts by a loss or by `bias_rate`."""
     bias_rate: float = 0.0
     """The amount by which an update of the weights changes the router's biases, which balance the experts without a
     loss; 0 for no biases. A typical value is 0.001. A bias is added to the probability of an expert only for the choice
