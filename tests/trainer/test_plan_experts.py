@@ -69,6 +69,15 @@ def test_the_published_sizes_of_qwen3_30b_a3b() -> None:
     assert expert_parameters(config) == 48 * 128 * 3 * 768 * 2048
 
 
+def test_the_published_sizes_of_qwen15_moe_a27b() -> None:
+    """transformers' default values are the sizes of Qwen1.5-MoE-A2.7B, which has a shared expert in every layer."""
+    config = resolve_hf_config(LLMConfig(config={"model_type": "qwen2_moe"}))
+    total = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in hf_shapes(config).values())
+    assert total == pytest.approx(14.3e9, rel=0.01) and active_parameters(config) == pytest.approx(2.7e9, rel=0.02)
+    dense = as_dense(config)
+    assert mixture_of(dense) is None and dense.intermediate_size == 4 * 1408 + 5632
+
+
 def test_a_dense_llm_computes_as_much_per_token() -> None:
     experts = tuple(ExpertConfig(name) for name in "abcd")
     config = resolve_hf_config(LLMConfig(config=LLAMA, experts=experts, moe_layers="every_2", top_k=2))
