@@ -266,7 +266,7 @@ def _check_features(hf_config: PretrainedConfig) -> None:
     mixture = mixture_of(hf_config)
     if mixture is not None and not 1 <= mixture.top_k <= len(mixture.experts):
         raise UserError(
-            f"{where}.num_experts_per_tok = {mixture.top_k}: legal values are 1..{len(mixture.experts)}, the number of "
+            f"{where}.num_experts_per_tok = {mixture.top_k}: must be within 1..{len(mixture.experts)}, the number of "
             "experts of a layer"
         )
     for key, value in family_of(hf_config).required.items():

@@ -108,7 +108,7 @@ def test_the_number_of_experts_can_be_overridden_under_either_name(tmp_path: Pat
 
 
 def test_a_config_that_chooses_more_experts_than_there_are_is_refused() -> None:
-    with pytest.raises(UserError, match=r"num_experts_per_tok = 5: legal values are 1\.\.4"):
+    with pytest.raises(UserError, match=r"num_experts_per_tok = 5: must be within 1\.\.4"):
         resolve_hf_config(LLMConfig(config={**SHAPE, **FAMILIES["mixtral"], "num_experts_per_tok": 5}))
     with pytest.raises(UserError, match=r"router_jitter_noise = 0\.1: only 0\.0 is supported"):
         resolve_hf_config(LLMConfig(config={**SHAPE, **FAMILIES["mixtral"], "router_jitter_noise": 0.1}))

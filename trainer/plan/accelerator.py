@@ -143,7 +143,7 @@ def parse_accelerator(text: str) -> Accelerator:
     base = KNOWN.get(first) or _load(first)
     if base is None:
         raise UserError(
-            f"--accelerator {first}: legal names are {', '.join(KNOWN)}; or give values as key=value,… "
+            f"--accelerator {first}: must be one of {', '.join(KNOWN)}; or give values as key=value,… "
             "or a .json file from bench.calibrate"
         )
     legal = [f.name for f in dataclasses.fields(Accelerator) if f.name not in ("name", "matrix")]
@@ -151,7 +151,7 @@ def parse_accelerator(text: str) -> Accelerator:
     for item in rest:
         key, _, value = item.partition("=")
         if key not in legal:
-            raise UserError(f"--accelerator {item}: legal keys are {', '.join(legal)}")
+            raise UserError(f"--accelerator {item}: known keys are {', '.join(legal)}")
         try:
             changes[key] = int(value) if key == "per_node" else float(value)
         except ValueError:
