@@ -211,9 +211,9 @@ def describe_experts(
             "or remove the key"
         )
     if not 1 <= top_k <= len(names) + router.null_experts:
-        raise UserError(f"model.llm.top_k = {top_k}: legal values are 1..{len(names) + router.null_experts}")
+        raise UserError(f"model.llm.top_k = {top_k}: must be within 1..{len(names) + router.null_experts}")
     if router.forced is not None and router.forced not in names:
-        raise UserError(f"model.llm.router.forced = {router.forced}: legal values are {', '.join(names)}, or null")
+        raise UserError(f"model.llm.router.forced = {router.forced}: must be one of {', '.join(names)}, or null")
     described = {"experts": names, "layers": numbers, "top_k": top_k, "normalize": router.normalize}
     return {**described, **({"shared": shared} if shared else {}), **router.settings()}
 

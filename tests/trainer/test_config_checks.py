@@ -72,23 +72,23 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             "debug",
             ["parallel.num_ranks=8", "parallel.tensor=8"],
             "parallel.tensor = 8: must divide the LLM's 4 attention heads, 2 key-value heads and 64 feed-forward "
-            "channels; legal values for 8 ranks with pipeline=1: 1, 2",
+            "channels; possible with 8 ranks and pipeline=1: 1, 2",
         ),
         (
             "mowe_70b",
             ["parallel.tensor=16"],
             "parallel.tensor = 16: must divide the LLM's 64 attention heads, 8 key-value heads and 28672 feed-forward "
-            "channels; legal values for 128 ranks with pipeline=4: 1, 2, 4, 8",
+            "channels; possible with 128 ranks and pipeline=4: 1, 2, 4, 8",
         ),
         (
             "mowe_70b",
             ["parallel.pipeline=16", "parallel.virtual_stages=1", "model.llm.config.num_hidden_layers=12"],
-            "parallel.pipeline = 16: the LLM has only 12 layers; legal values for 128 ranks with tensor=4: 1, 2, 4, 8",
+            "parallel.pipeline = 16: the LLM has only 12 layers; possible with 128 ranks and tensor=4: 1, 2, 4, 8",
         ),
         (
             "mowe_70b",
             ["parallel.virtual_stages=21"],
-            "parallel.virtual_stages = 21: the LLM's 80 layers are too few for pipeline=4; legal values are 1..20",
+            "parallel.virtual_stages = 21: the LLM's 80 layers are too few for pipeline=4; it must be within 1..20",
         ),
         (
             "mowe_8b",

@@ -23,18 +23,18 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["parallel.ffn_expert=2"], r"parallel.ffn_expert = 2: the LLM \(llama\) has no experts; the legal value is 1"),
+        (["parallel.ffn_expert=2"], r"parallel.ffn_expert = 2: the LLM \(llama\) has no experts; set it to 1"),
         (
             [MIXTRAL, "parallel={num_ranks: 4, ffn_expert: 4}"],
             "parallel.ffn_expert = 4: must divide the 6 experts of a layer of the LLM; .*ffn_expert_tensor=1: 1, 2",
         ),
         (
             [MIXTRAL, "parallel={num_ranks: 2, context: 2}"],
-            "parallel.context = 2: the only legal value for an LLM with experts is 1",
+            "parallel.context = 2: must be 1 for an LLM with experts",
         ),
         (
             [GPT_OSS, "parallel={num_ranks: 2, context: 2}"],
-            "parallel.context = 2: the only legal value for an LLM with experts is 1",
+            "parallel.context = 2: must be 1 for an LLM with experts",
         ),
         (
             [MIXTRAL, "parallel={num_ranks: 4, tensor: 2, ffn_expert_tensor: 1}"],
@@ -46,17 +46,17 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         ),
         ([MIXTRAL, EXPERTS], r"model.llm.experts: the LLM \(mixtral\) has experts already"),
         (["model.llm.top_k=1"], "moe_layers, top_k and router set how model.llm.experts are used, which is empty"),
-        ([EXPERTS, "model.llm.top_k=3"], r"model.llm.top_k = 3: legal values are 1\.\.2"),
+        ([EXPERTS, "model.llm.top_k=3"], r"model.llm.top_k = 3: must be within 1\.\.2"),
         (
             [EXPERTS, "model.llm.top_k=4", "model.llm.router={null_experts: 1}"],
-            r"model.llm.top_k = 4: legal values are 1\.\.3",
+            r"model.llm.top_k = 4: must be within 1\.\.3",
         ),
         ([EXPERTS, "model.llm.router={null_experts: -1}"], "router.null_experts = -1: must be at least 0"),
         ([EXPERTS, "model.llm.router={bias_rate: 1.5}"], r"router.bias_rate = 1.5: must be from 0 to below 1"),
         (["model.llm.router={bias_rate: 0.001}"], "moe_layers, top_k and router set how model.llm.experts are used"),
         (["model.llm.experts=[{name: 'null'}]"], "name = 'null': null experts have this name; choose another one"),
         ([EXPERTS, "model.llm.moe_layers=[1, 2]"], r"moe_layers = \(1, 2\): give all, .* numbers within 0\.\.1"),
-        ([EXPERTS, "model.llm.router={forced: sound}"], "forced = sound: legal values are speech, text, or null"),
+        ([EXPERTS, "model.llm.router={forced: sound}"], "forced = sound: must be one of speech, text, or null"),
         ([EXPERTS, "model.llm.router={temperature: 0.1}"], "model.llm.router.temperature: unknown key; known keys are"),
         ([EXPERTS, "model.llm.router={jitter: 1}"], r"router.jitter = 1.0: must be from 0 to below 1"),
         ([MIXTRAL[:-1] + ", router_jitter_noise: 0.1}"], "router_jitter_noise = 0.1: only 0.0 is supported"),
@@ -68,15 +68,15 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         ),
         (
             [EXPERTS.replace("}]", ", shared: true}]"), "model.llm.top_k=2"],
-            r"model.llm.top_k = 2: legal values are 1\.\.1",
+            r"model.llm.top_k = 2: must be within 1\.\.1",
         ),
         (
             [QWEN2_MOE, "parallel={num_ranks: 2, tensor: 2}"],
-            "parallel.tensor = 2: .* and 45 feed-forward channels; legal .*: 1",
+            "parallel.tensor = 2: .* and 45 feed-forward channels; possible .*: 1",
         ),
         (
             [MIXTRAL.replace("layers: 2", "layers: 4"), "parallel={num_ranks: 2, pipeline: 2, virtual_stages: 2}"],
-            "parallel.virtual_stages = 2: the only legal value for an LLM with experts is 1",
+            "parallel.virtual_stages = 2: must be 1 for an LLM with experts",
         ),
         (["model.llm.experts=[{name: a.b}]"], "name = 'a.b': use letters, digits"),
         (["model.llm.experts=[{name: a}, {name: a}]"], "the names a, a must be unique"),

@@ -58,7 +58,7 @@ def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
     if pp * parallel.virtual_stages > layers:
         raise UserError(
             f"parallel.virtual_stages = {parallel.virtual_stages}: the LLM's {layers} layers are too few for "
-            f"pipeline={pp}; legal values are 1..{layers // pp}"
+            f"pipeline={pp}; it must be within 1..{layers // pp}"
         )
 
 
@@ -67,9 +67,7 @@ def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Non
     ep, mixture = parallel.ffn_expert, mixture_of(hf_config)
     if mixture is None:
         if ep > 1:
-            raise UserError(
-                f"parallel.ffn_expert = {ep}: the LLM ({hf_config.model_type}) has no experts; the legal value is 1"
-            )
+            raise UserError(f"parallel.ffn_expert = {ep}: the LLM ({hf_config.model_type}) has no experts; set it to 1")
         return
     # An overlapped reduction would wait for the gradient of an expert without tokens. The losses of the routers are
     # computed from whole packs, which context-parallel ranks do not have.
@@ -80,8 +78,7 @@ def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Non
     ):
         if value != only:
             raise UserError(
-                f"parallel.{key} = {str(value).lower()}: the only legal value for an LLM with experts is "
-                f"{str(only).lower()}"
+                f"parallel.{key} = {str(value).lower()}: must be {str(only).lower()} for an LLM with experts"
             )
     count, etp = len(mixture.experts), build_topology(parallel, parallel.num_ranks).expert_tp
     if count % ep:
@@ -113,4 +110,4 @@ def check_router_losses(model: ModelConfig, hf_config: PretrainedConfig) -> None
 
 def _legal(values: list[int], parallel: ParallelConfig, other: str) -> str:
     listed = ", ".join(map(str, values)) if values else "none"
-    return f"legal values for {parallel.num_ranks} ranks with {other}: {listed}"
+    return f"possible with {parallel.num_ranks} ranks and {other}: {listed}"
