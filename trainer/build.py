@@ -195,7 +195,9 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
         hooks = build_hooks(recipe, run_dir, start, events) if rank == 0 else []
         if rank == 0:
             keep_tokenizer(prepared.tokenizer, recipe, run_dir, is_new=start == 0)
-        if start < recipe.train.steps:
+        if start == 0 and recipe.eval.before:
+            say(f"evaluating the whole split {recipe.eval.final_split} before the first step")
+        elif start < recipe.train.steps:
             say(f"step {start + 1}, which takes longer than later steps")
         finished = loop.run(hooks, start, extra.get("data"))
         if rank == 0:
