@@ -30,10 +30,15 @@ FACTORS = ("lora_A", "lora_B")
 LLM = "llm."
 _LLM_LAYER = re.compile(
     r"llm\.model\.layers\.\d+\.(self_attn\.([qkvo]|qkv)_proj|mlp\.(experts\.[^.]+\.|shared_expert\.)?(gate|up|down|gate_up)_proj"
-    r"|block_sparse_moe\.experts\.\d+\.w[123])"
+    r"|block_sparse_moe\.experts\.\d+\.w[123]|linear_attn\.(in_proj_(qkv|z|b|a)|out_proj))"
 )
 _ENCODER = re.compile(r"audio\.(primary|experts\.[^.]+\.encoder)\..+")
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+)
 """The groups of the LLM's projections that form one matrix in training, and that can therefore only be frozen
 together."""
 

@@ -112,6 +112,16 @@ _FEATURES: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.3,
         },
     },
+    "qwen3_5_text": {
+        "head_dim": 16,
+        # The norm of a head with small outputs amplifies rounding errors, unless this number bounds the amplification.
+        "rms_norm_eps": 1e-2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 12,
+        "layer_types": ["linear_attention", "full_attention"] * 4,
+    },
     "olmo2": {"pad_token_id": None},
     "olmo3": {
         "sliding_window": 3,

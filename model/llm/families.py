@@ -38,7 +38,8 @@ LLAMA_MODULES: dict[str, str] = {
 """Role of a module of an LLM → its name in transformers' Llama. Names within a layer are relative to `layer`, in which
 `{n}` stands for the layer's number. Roles with the same module share one tensor, in this order. Families with norms
 after attention and after the feed-forward network have the roles `attention_output_norm` and `mlp_output_norm`.
-Families with attention sinks have the role `sinks`, the module of the parameter of that name."""
+Families with attention sinks have the role `sinks`, the module of the parameter of that name. Families with linear
+attention have the roles of `QWEN3_5_MODULES` that begin with `delta`."""
 
 REQUIRED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
 """Field of the Hugging Face config → the only value that the Megatron model supports."""
@@ -57,6 +58,8 @@ class LLMFamily:
     """True if the projection of attention's output has a bias."""
     sinks: bool = False
     """True if every head has an attention sink: a learned score that takes part in the softmax, without a value."""
+    gated_attention: bool = False
+    """True if the projection of queries also has the rows of a gate of attention's output, head by head."""
     qk_norm: bool = False
     """True if every query and key head is normalized by an RMSNorm with learned weights."""
     all_heads_norm: bool = False
@@ -115,6 +118,17 @@ GPT_OSS_MODULES: dict[str, str] = {
     "expert_up": "mlp.experts.{e}.up_proj",
     "expert_down": "mlp.experts.{e}.down_proj",
 }
+QWEN3_5_MODULES: dict[str, str] = {
+    **LLAMA_MODULES,
+    "delta": "linear_attn",
+    "delta_inputs": "linear_attn.in_proj_qkv",
+    "delta_gate": "linear_attn.in_proj_z",
+    "delta_rate": "linear_attn.in_proj_b",
+    "delta_decay": "linear_attn.in_proj_a",
+    "delta_convolution": "linear_attn.conv1d",
+    "delta_norm": "linear_attn.norm",
+    "delta_output": "linear_attn.out_proj",
+}
 PHI3_MODULES: dict[str, str] = {
     **LLAMA_MODULES,
     **dict.fromkeys(("query", "key", "value"), "self_attn.qkv_proj"),
@@ -170,6 +184,9 @@ LLM_FAMILIES: dict[str, LLMFamily] = {
     "ministral3": LLMFamily(scales=ministral3),
     "olmo2": LLMFamily(all_heads_norm=True, norms="after", rotates_in_fp32=True, modules=OLMO2_MODULES),
     "olmo3": LLMFamily(all_heads_norm=True, norms="after", rotates_in_fp32=True, modules=OLMO2_MODULES),
+    "qwen3_5_text": LLMFamily(
+        gated_attention=True, qk_norm=True, norms_from_zero=True, partial_rotary=True, modules=QWEN3_5_MODULES
+    ),
     "mixtral": LLMFamily(required=_EXPERTS_REQUIRED, modules=MIXTRAL_MODULES, experts=mixtral),
     "qwen2_moe": LLMFamily(
         qkv_bias=True,

@@ -34,6 +34,57 @@ class AttentionLayer:
     rope: str | None = ""
     """The key of the layer's parameters in `rope_parameters`; empty if all layers have the same parameters, and None if
     the layer has no rotary embedding."""
+    is_linear: bool = False
+    """True if a gated delta network (`model.llm.delta_net`) takes the place of attention."""
+
+
+LINEAR = AttentionLayer(rope=None, is_linear=True)
+
+
+@dataclass(frozen=True)
+class DeltaSizes:
+    """The sizes of the gated delta networks of an LLM over all tensor-parallel ranks."""
+
+    key_heads: int
+    """The number of query heads, which is also the number of key heads."""
+    value_heads: int
+    """The number of value heads, a multiple of `key_heads`."""
+    key_width: int
+    """The width of a query head or a key head."""
+    value_width: int
+    """The width of a value head."""
+    kernel: int
+    """The number of tokens that the convolution combines."""
+
+    @property
+    def keys(self) -> int:
+        """The number of channels of all key heads."""
+        return self.key_heads * self.key_width
+
+    @property
+    def values(self) -> int:
+        """The number of channels of all value heads."""
+        return self.value_heads * self.value_width
+
+
+def delta_sizes(hf_config: PretrainedConfig) -> DeltaSizes:
+    """Return the sizes of an LLM's gated delta networks.
+
+    Raises:
+        UserError: If the value heads cannot be divided among the key heads.
+    """
+    keys, values = hf_config.linear_num_key_heads, hf_config.linear_num_value_heads
+    if values % keys:
+        raise UserError(
+            f"model.llm.config.linear_num_value_heads = {values}: must be a multiple of linear_num_key_heads = {keys}"
+        )
+    widths = hf_config.linear_key_head_dim, hf_config.linear_value_head_dim
+    return DeltaSizes(keys, values, *widths, hf_config.linear_conv_kernel_dim)
+
+
+def has_linear_layers(hf_config: PretrainedConfig) -> bool:
+    """Return whether any layer of an LLM has a gated delta network in place of attention."""
+    return any(layer.is_linear for layer in attention_layers(hf_config))
 
 
 @dataclass(frozen=True)
@@ -135,11 +186,17 @@ def attention_layers(hf_config: PretrainedConfig) -> tuple[AttentionLayer, ...]:
             raise UserError(f"model.llm.config.{key}: has {len(values)} entries; num_hidden_layers is {count}")
     by_type = any(isinstance(value, dict) for value in hf_config.rope_parameters.values())
     layers = []
+    kinds = (
+        "full_attention",
+        "sliding_attention",
+        *(("linear_attention",) if "linear_num_key_heads" in declared else ()),
+    )
     for kind, rotated in zip(types[:count], rotates[:count], strict=True):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UserError(
-                f"model.llm.config.layer_types = {kind}: supported are full_attention and sliding_attention"
-            )
+        if kind not in kinds:
+            raise UserError(f"model.llm.config.layer_types = {kind}: supported are {' and '.join(kinds)}")
+        if kind == "linear_attention":
+            layers.append(LINEAR)
+            continue
         rope = kind if by_type else ""
         layers.append(AttentionLayer(window if kind == "sliding_attention" else None, rope if rotated else None))
     return tuple(layers)

@@ -33,7 +33,7 @@ from model.config import LoraConfig
 from model.llm.names import Piece, hf_shapes, is_expert, local_pieces
 from model.lora import LLM, Adapters
 
-_COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
+_COLUMN_PARALLEL = ("linear_qkv", "in_proj", "linear_fc1")
 
 
 def add_llm_adapters(
@@ -78,8 +78,9 @@ def _linear_layers(gpt: Any) -> Iterator[tuple[str, Any]]:
     """Yield the parallel linear layers of a stage with the names of their weights, numbered as in `model.llm.names`."""
     for layer in gpt.decoder.layers:
         prefix = f"decoder.layers.{layer.layer_number - 1}."
-        for path in ("self_attention.linear_qkv", "self_attention.linear_proj"):
-            yield f"{prefix}{path}.weight", layer.get_submodule(path)
+        for name in ("linear_qkv", "linear_proj", "in_proj", "out_proj"):
+            if hasattr(layer.self_attention, name):
+                yield f"{prefix}self_attention.{name}.weight", getattr(layer.self_attention, name)
         experts = getattr(layer.mlp, "local_expert_indices", None)
         networks = [("mlp", layer.mlp)]
         if experts is not None:

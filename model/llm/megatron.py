@@ -48,9 +48,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from model.errors import UserError
-from model.llm.attention import PackedAttention
+from model.llm.attention import GatedSelfAttention, PackedAttention
+from model.llm.delta_net import GatedDeltaNet
 from model.llm.families import LLMFamily, family_of, mixture_of
-from model.llm.features import attention_layers
+from model.llm.features import AttentionLayer, attention_layers, delta_sizes
 from model.llm.frozen import use_one_product
 from model.llm.megatron_experts import RowParallelWithBias, expert_options, expert_spec, watch
 from model.llm.mlp import MLPS
@@ -113,6 +114,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_norm or family.all_heads_norm,
+        attention_output_gate=family.gated_attention,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
         normalization="RMSNorm",
@@ -257,8 +259,9 @@ def _block_spec(
     with_experts = () if mixture is None else mixture.layers
     experts = None if mixture is None else expert_spec(mixture)
 
-    def layer(number: int) -> ModuleSpec:
-        own = attention[number]
+    def mixer(own: AttentionLayer) -> ModuleSpec:
+        if own.is_linear:
+            return ModuleSpec(module=GatedDeltaNet, params={"sizes": delta_sizes(hf_config)})
         core = partial(
             PackedAttention,
             rotary=None if own.rope is None else rotary[own.rope],
@@ -267,14 +270,17 @@ def _block_spec(
             has_sinks=family.sinks,
         )
         return ModuleSpec(
+            module=GatedSelfAttention if family.gated_attention else SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=_attention_modules(config, family, norm, core),
+        )
+
+    def layer(number: int) -> ModuleSpec:
+        return ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
                 input_layernorm=before,
-                self_attention=ModuleSpec(
-                    module=SelfAttention,
-                    params={"attn_mask_type": AttnMaskType.causal},
-                    submodules=_attention_modules(config, family, norm, core),
-                ),
+                self_attention=mixer(attention[number]),
                 self_attn_bda=addition,
                 pre_mlp_layernorm=before,
                 mlp=experts if number in with_experts and experts is not None else MLPS[family.activation],

@@ -8,6 +8,8 @@ layer spec has these layouts:
   rows. If there are fewer key-value heads than ranks, these rows are a part of a group.
 - `linear_fc1` holds `[gate_r; up_r]` on rank r, so the concatenation of all ranks' shards is *not* `[gate; up]`.
 - The vocabulary is padded with zero rows to a multiple of the tensor-parallel size.
+- In layers with linear attention, `in_proj` holds the rows of queries, keys and values, of the gate, and of the rate
+  and the decay of each head. A rank holds the rows of consecutive heads of each kind.
 - In layers with experts, `mlp.experts.local_experts.<e>` is expert e, counted over all ranks. Expert tensor parallelism
   divides the expert's `linear_fc1` and `linear_fc2` among ranks, as tensor parallelism divides a dense layer.
 
@@ -24,10 +26,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from model.llm.delta_names import DELTA, Index, delta_parts, delta_shapes
 from model.llm.families import family_of, mixture_of, modules_of
+from model.llm.features import attention_layers, delta_sizes
 from model.llm.mixture import SCORE_BIAS
 
-Index = tuple[slice, ...]
 Read = Callable[[str, Index], Tensor]
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
@@ -39,15 +42,17 @@ _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(we
 
 _COLUMN_PARALLEL = (
     *("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", "word_embeddings.weight"),
-    "core_attention.sinks",
+    *("core_attention.sinks", "in_proj.weight", "conv1d.weight", "self_attention.dt_bias", "self_attention.A_log"),
 )
-_ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
+_ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
 
 _VOCABULARY = {"embedding.word_embeddings.weight": "embedding", "output_layer.weight": "output"}
 _SINGLE = {
     "self_attention.linear_proj.weight": "attention_output.weight",
     "self_attention.linear_proj.bias": "attention_output.bias",
     "self_attention.core_attention.sinks": "sinks.sinks",
+    "self_attention.norm.weight": "delta_norm.weight",
+    "self_attention.out_proj.weight": "delta_output.weight",
     "self_attention.q_layernorm.weight": "query_norm.weight",
     "self_attention.k_layernorm.weight": "key_norm.weight",
     "mlp.linear_fc2.weight": "down.weight",
@@ -98,7 +103,8 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the Hugging Face model by name, in order. A tied output layer is omitted."""
     modules = modules_of(hf_config)
     hidden, ffn = hf_config.hidden_size, hf_config.intermediate_size
-    attention = _attention_shapes(hf_config)
+    layers = attention_layers(hf_config)
+    attention = {is_linear: _attention_shapes(hf_config, is_linear) for is_linear in {n.is_linear for n in layers}}
     dense = {"gate.weight": (ffn, hidden), "up.weight": (ffn, hidden), "down.weight": (hidden, ffn)}
     mixture = mixture_of(hf_config)
     shapes: dict[str, tuple[int, ...]] = {_hf_name(modules, "embedding.weight"): (hf_config.vocab_size, hidden)}
@@ -109,8 +115,8 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
             # Roles with the same module are stored in one tensor, one after the other.
             shapes[name] = (shapes.get(name, (0,))[0] + rows, *columns)
 
-    for n in range(hf_config.num_hidden_layers):
-        add(attention, n)
+    for n, layer in enumerate(layers):
+        add(attention[layer.is_linear], n)
         if mixture is None or n not in mixture.layers:
             add(dense, n)
             continue
@@ -135,24 +141,10 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _attention_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def _attention_shapes(hf_config: PretrainedConfig, is_linear: bool) -> dict[str, tuple[int, ...]]:
     """Return the shapes by role of a layer's tensors outside the feed-forward network."""
-    family, hidden, width = family_of(hf_config), hf_config.hidden_size, head_dim(hf_config)
-    rows = _projection_rows(hf_config)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for role in ("query", "key", "value"):
-        shapes[f"{role}.weight"] = (rows[role], hidden)
-        if family.qkv_bias:
-            shapes[f"{role}.bias"] = (rows[role],)
-    shapes["attention_output.weight"] = (hidden, rows["query"])
-    if family.output_bias:
-        shapes["attention_output.bias"] = (hidden,)
-    if family.sinks:
-        shapes["sinks.sinks"] = (hf_config.num_attention_heads,)
-    if family.qk_norm:
-        shapes["query_norm.weight"] = shapes["key_norm.weight"] = (width,)
-    if family.all_heads_norm:
-        shapes["query_norm.weight"], shapes["key_norm.weight"] = (rows["query"],), (rows["key"],)
+    family, hidden = family_of(hf_config), hf_config.hidden_size
+    shapes = delta_shapes(hf_config) if is_linear else _softmax_shapes(hf_config)
     if family.norms != "after":
         shapes["attention_norm.weight"] = shapes["mlp_norm.weight"] = (hidden,)
     if family.norms != "before":
@@ -160,11 +152,34 @@ def _attention_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]
     return shapes
 
 
+def _softmax_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes by role of the tensors of a layer's attention."""
+    family, hidden, width = family_of(hf_config), hf_config.hidden_size, head_dim(hf_config)
+    rows = _projection_rows(hf_config)
+    queries = hf_config.num_attention_heads * width
+    shapes: dict[str, tuple[int, ...]] = {}
+    for role in ("query", "key", "value"):
+        shapes[f"{role}.weight"] = (rows[role], hidden)
+        if family.qkv_bias:
+            shapes[f"{role}.bias"] = (rows[role],)
+    shapes["attention_output.weight"] = (hidden, queries)
+    if family.output_bias:
+        shapes["attention_output.bias"] = (hidden,)
+    if family.sinks:
+        shapes["sinks.sinks"] = (hf_config.num_attention_heads,)
+    if family.qk_norm:
+        shapes["query_norm.weight"] = shapes["key_norm.weight"] = (width,)
+    if family.all_heads_norm:
+        shapes["query_norm.weight"], shapes["key_norm.weight"] = (queries,), (rows["key"],)
+    return shapes
+
+
 def _projection_rows(hf_config: PretrainedConfig) -> dict[str, int]:
     """Return the number of rows, by role, of the projections that some families store together in one tensor."""
     width = head_dim(hf_config)
     keys = hf_config.num_key_value_heads * width
-    rows = {"query": hf_config.num_attention_heads * width, "key": keys, "value": keys}
+    queries = hf_config.num_attention_heads * width * (2 if family_of(hf_config).gated_attention else 1)
+    rows = {"query": queries, "key": keys, "value": keys}
     return {**rows, "gate": hf_config.intermediate_size, "up": hf_config.intermediate_size}
 
 
@@ -180,7 +195,7 @@ def _first_row(hf_config: PretrainedConfig, role: str) -> int:
 
 
 def _hf_name(modules: Mapping[str, str], tensor: str, layer: int | None = None, expert: str = "") -> str:
-    """Return the Hugging Face name of `role.weight`, `role.bias` or `sinks.sinks`.
+    """Return the Hugging Face name of a tensor, given its role and the last part of its name, such as `role.weight`.
 
     `layer` is None for tensors outside the layers.
     """
@@ -209,6 +224,9 @@ def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, 
     layer, rest = int(match[1]), match[2]
     if rest in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
         return list(_qkv_pieces(layer, rest.rsplit(".", 1)[1], hf_config, tp_rank, tp_size))
+    if (delta := DELTA.match(rest)) is not None:
+        parts = delta_parts(delta[1], delta_sizes(hf_config), tp_rank, tp_size)
+        return [Piece(_hf_name(modules, tensor, layer), index) for tensor, index in parts]
     if rest == "mlp.linear_fc1.weight":
         rows = hf_config.intermediate_size // tp_size
         first = {role: _first_row(hf_config, role) + tp_rank * rows for role in ("gate", "up")}
@@ -231,9 +249,14 @@ def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, 
     if rest.endswith(".sinks"):
         heads = hf_config.num_attention_heads // tp_size
         return [Piece(hf_name, (slice(tp_rank * heads, (tp_rank + 1) * heads),))]
-    queries = hf_config.num_attention_heads * head_dim(hf_config)
-    columns = (queries if rest.startswith("self_attention") else hf_config.intermediate_size) // tp_size
-    return [Piece(hf_name, (whole, slice(tp_rank * columns, (tp_rank + 1) * columns)))]
+    if rest == "mlp.linear_fc2.weight":
+        num_columns = hf_config.intermediate_size
+    elif rest == "self_attention.out_proj.weight":
+        num_columns = delta_sizes(hf_config).values
+    else:
+        num_columns = hf_config.num_attention_heads * head_dim(hf_config)
+    own = slice(tp_rank * num_columns // tp_size, (tp_rank + 1) * num_columns // tp_size)
+    return [Piece(hf_name, (whole, own))]
 
 
 def hf_to_local(megatron_name: str, read: Read, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> Tensor:
@@ -292,21 +315,36 @@ def _vocab_pieces(hf_name: str, hf_config: PretrainedConfig, start: int, num_row
 
 def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> Iterator[Piece]:
     """Yield the pieces of queries, keys and values on a rank, in the order of their rows in `linear_qkv`."""
-    modules, width = modules_of(hf_config), head_dim(hf_config)
-    per_group = hf_config.num_attention_heads // hf_config.num_key_value_heads
-    num_rows = hf_config.num_key_value_heads * (per_group + 2) * width
+    modules = modules_of(hf_config)
+    blocks = [block for group in range(hf_config.num_key_value_heads) for block in _group_blocks(hf_config, group)]
+    num_rows = sum(size for *_, size in blocks)
     first, last = tp_rank * num_rows // tp_size, (tp_rank + 1) * num_rows // tp_size
     row = 0
-    for group in range(hf_config.num_key_value_heads):
-        for role, heads in (("query", per_group), ("key", 1), ("value", 1)):
-            size = heads * width
-            start, stop = max(first, row) - row, min(last, row + size) - row
-            if start < stop:
-                first_row = _first_row(hf_config, role) + group * size
-                rows = slice(first_row + start, first_row + stop)
-                index = (rows, slice(None)) if kind == "weight" else (rows,)
-                yield Piece(_hf_name(modules, f"{role}.{kind}", layer), index)
-            row += size
+    for role, first_row, size in blocks:
+        start, stop = max(first, row) - row, min(last, row + size) - row
+        if start < stop:
+            rows = slice(first_row + start, first_row + stop)
+            index = (rows, slice(None)) if kind == "weight" else (rows,)
+            yield Piece(_hf_name(modules, f"{role}.{kind}", layer), index)
+        row += size
+
+
+def _group_blocks(hf_config: PretrainedConfig, group: int) -> Iterator[tuple[str, int, int]]:
+    """Yield the role, the first row in its tensor, and the number of rows of each block of a group in `linear_qkv`.
+
+    With `LLMFamily.gated_attention`, the tensor of queries has the rows of each head's query, followed by those of its
+    gate. In `linear_qkv`, the gates of a group follow its queries.
+    """
+    width, heads = head_dim(hf_config), hf_config.num_attention_heads // hf_config.num_key_value_heads
+    queries = _first_row(hf_config, "query")
+    if family_of(hf_config).gated_attention:
+        for offset in (0, width):
+            for head in range(group * heads, (group + 1) * heads):
+                yield "query", queries + 2 * head * width + offset, width
+    else:
+        yield "query", queries + group * heads * width, heads * width
+    for role in ("key", "value"):
+        yield role, _first_row(hf_config, role) + group * width, width
 
 
 def _router_tensors(hf_config: PretrainedConfig, layer: int, kind: str) -> list[tuple[str, int]]:

@@ -61,6 +61,8 @@ class CachedSegments:
     """[B], the index in the cache of the sequence that each segment continues."""
     starts: Tensor
     """[B], the position of each segment's first token."""
+    lengths: Tensor
+    """[B], the number of tokens of each segment."""
     num_keys: int
     """The number of tokens of the longest sequence, including the tokens of the pack."""
     row_sequences: Tensor
@@ -263,11 +265,13 @@ class PackedSequences(PackedSeqParams):
             lengths = [self.lengths[i] for i in real]
             row_sequences = np.repeat([self.sequences[i] for i in real], lengths)
             by_row = to_device(np.stack([rows, places, row_sequences, self.positions[rows]]), device)
-            by_segment = to_device([[self.sequences[i] for i in real], [self.starts[i] for i in real]], device)
+            firsts = [self.starts[i] for i in real]
+            by_segment = to_device([[self.sequences[i] for i in real], firsts, lengths], device)
             self._cached_segments = CachedSegments(
                 bucket=Bucket(len(real), max(lengths), by_row[0], by_row[1]),
                 sequences=by_segment[0],
                 starts=by_segment[1],
+                lengths=by_segment[2],
                 num_keys=max(self.starts[i] + self.lengths[i] for i in real),
                 row_sequences=by_row[2],
                 row_positions=by_row[3],
@@ -289,9 +293,10 @@ def _spans(starts: Sequence[int], lengths: Sequence[int]) -> NDArray[np.int64]:
 
 
 class KVCache:
-    """The keys and values of `num_sequences` sequences in every layer of a pipeline stage.
+    """The keys and values, or the states, of `num_sequences` sequences in every layer of a pipeline stage.
 
-    `extend` reserves the positions for one forward pass, and each layer writes its keys and values with `store`.
+    `extend` reserves the positions for one forward pass. Each layer then writes its keys and values with `store`, or
+    writes to the tensors that `states` returns.
 
     Args:
         num_sequences: The number of sequences.
@@ -327,6 +332,26 @@ class KVCache:
             sequences=(*which, *(PADDING for _ in padding)),
             cache=self,
         )
+
+    def states(
+        self, layer: int, recent: tuple[int, ...], state: tuple[int, ...], like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the recent inputs and the state of every sequence in a layer with linear attention, initially zeros.
+
+        The layer writes to these tensors.
+
+        Args:
+            layer: The number of the layer.
+            recent: The shape of a sequence's recent inputs.
+            state: The shape of a sequence's state.
+            like: A tensor with the device of the result and the dtype of the recent inputs. The state is in fp32.
+        """
+        assert not torch.is_grad_enabled(), "a cache is for inference: use torch.no_grad()"
+        if layer not in self._layers:
+            count = len(self.num_tokens)
+            states = like.new_zeros((count, *state), dtype=torch.float32)
+            self._layers[layer] = (like.new_zeros((count, *recent)), states)
+        return self._layers[layer]
 
     def store(self, layer: int, key: Tensor, value: Tensor, packed: PackedSequences) -> tuple[Tensor, Tensor]:
         """Store a pack's `key` and `value` [t, G, D], and return the layer's caches [sequences, max_tokens, G, D]."""

@@ -19,7 +19,7 @@ from model.errors import UserError
 from model.llm.donors import MixtureSource
 from model.llm.experts import place_experts
 from model.llm.families import check_family, family_of, is_fused, mixture_of, modules_of
-from model.llm.features import attention_layers, rope_sets
+from model.llm.features import delta_sizes, has_linear_layers, rope_sets
 from model.llm.mixture import BASE, FIELD, describe_experts, read_experts
 from model.llm.names import hf_shapes
 from model.llm.rotary import ROPE_TYPES
@@ -41,6 +41,11 @@ _SIZES = (
     "moe_intermediate_size",
     "decoder_sparse_step",
     "shared_expert_intermediate_size",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
 )
 # Keys that transformers reads from a config although the config classes of some families do not declare them.
 _OTHER_KEYS = (
@@ -275,7 +280,7 @@ def _check_features(hf_config: PretrainedConfig) -> None:
 
 
 def _check_rotary(hf_config: PretrainedConfig) -> None:
-    """Check the attention windows, rotary embeddings and scales of a config."""
+    """Check the types of layers, attention windows, rotary embeddings and scales of a config."""
     family = family_of(hf_config)
     for key, rope in rope_sets(hf_config).items():
         where = f"model.llm.config.rope_parameters{'.' * bool(key)}{key}"
@@ -284,5 +289,6 @@ def _check_rotary(hf_config: PretrainedConfig) -> None:
         share = rope.get("partial_rotary_factor", 1.0)
         if share != 1.0 and not family.partial_rotary:
             raise UserError(f"{where}.partial_rotary_factor = {share}: only 1.0 is supported for this family")
-    attention_layers(hf_config)
+    if has_linear_layers(hf_config):
+        delta_sizes(hf_config)
     family.scales(hf_config)

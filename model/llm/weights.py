@@ -134,7 +134,9 @@ class RandomSource:
     """Random initial weights.
 
     Matrices are normally distributed with the standard deviation `initializer_range`. Biases and attention sinks are 0.
-    The weights of norms are 1, or 0 in families whose norms multiply by 1 + weight.
+    The weights of norms are 1, or 0 in families whose norms multiply by 1 + weight. In gated delta networks, the
+    weights of norms are 1, exp(A_log) is uniformly distributed in [0.01, 16], and softplus(dt_bias) is log-uniformly
+    distributed in [0.001, 0.1], as in flash-linear-attention.
 
     Every block of rows is drawn from a generator that is seeded by (seed, name, block). Any rank of any topology
     therefore gets the same values for the slices that it reads, and draws at most one additional block.
@@ -154,8 +156,7 @@ class RandomSource:
         """Implement `WeightSource`. The result is in fp32."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            constant = torch.zeros if name.endswith((".bias", ".sinks", f".{SCORE_BIAS}")) else self._norm
-            return constant(shape)[index]
+            return self._vector(name, shape[0])[index]
         start, stop, _ = index[0].indices(shape[0])
         blocks = range(start // RANDOM_BLOCK_ROWS, -(-stop // RANDOM_BLOCK_ROWS))
         parts = []
@@ -163,13 +164,24 @@ class RandomSource:
             first = block * RANDOM_BLOCK_ROWS
             rows = slice(max(start - first, 0), min(stop - first, RANDOM_BLOCK_ROWS))
             part: Index = (rows, *index[1:])
-            parts.append(self._block(name, block, shape[1])[part])
+            values = torch.randn(RANDOM_BLOCK_ROWS, *shape[1:], generator=self._generator(name, block))
+            parts.append(values.mul_(self._std)[part])
         return torch.cat(parts)
 
-    def _block(self, name: str, block: int, num_columns: int) -> Tensor:
+    def _vector(self, name: str, size: int) -> Tensor:
+        if name.endswith((".A_log", ".dt_bias")):
+            drawn = torch.rand(size, generator=self._generator(name, 0))
+            if name.endswith(".A_log"):
+                return (0.01 + 15.99 * drawn).log()
+            steps = 0.001 * 100**drawn
+            return steps + torch.log(-torch.expm1(-steps))  # the inverse of softplus
+        if name.endswith((".bias", ".sinks", f".{SCORE_BIAS}")):
+            return torch.zeros(size)
+        return torch.ones(size) if ".linear_attn." in name else self._norm(size)
+
+    def _generator(self, name: str, block: int) -> torch.Generator:
         digest = hashlib.sha256(f"{self._seed}/{name}/{block}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return torch.randn(RANDOM_BLOCK_ROWS, num_columns, generator=generator).mul_(self._std)
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
     def where(self, name: str) -> str:
         """Implement `WeightSource`."""

@@ -122,10 +122,12 @@ def check(ranks: list[list[Any]]) -> None:
     assert num_compared > sum(len(answers) for answers, *_ in ranks), "logits of later passes are compared"
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_sinks_and_windows_with_a_cache_equal_the_oracle(tp: int, pp: int) -> None:
-    """GPT-OSS: the heads' attention sinks are divided among ranks, and prompts are longer than the windows."""
-    check(run_ranks(tp * pp, body, {"tp": tp, "pp": pp, "family": "gpt_oss"}))
+@pytest.mark.parametrize(
+    ("family", "tp", "pp"), [("gpt_oss", 2, 1), ("gpt_oss", 2, 2), ("qwen3_5_text", 2, 1), ("qwen3_5_text", 2, 2)]
+)
+def test_sinks_windows_and_states_with_a_cache_equal_the_oracle(family: str, tp: int, pp: int) -> None:
+    """The sinks or the states of the heads are divided among ranks, and prompts are longer than the windows."""
+    check(run_ranks(tp * pp, body, {"tp": tp, "pp": pp, "family": family}))
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"family": "llama", "pp": 2, "recompute": "full"},
         {"family": "llama", "dp": 2},
         {"family": "qwen2", "tp": 2, "frozen": True},
-        *({"family": family, "tp": 2} for family in ("phi3", "gemma2", "gemma3_text", "olmo3")),
-        *({"family": family, "pp": 2} for family in ("granite", "smollm3", "ministral3")),
+        *({"family": family, "tp": 2} for family in ("phi3", "gemma2", "gemma3_text", "olmo3", "qwen3_5_text")),
+        *({"family": family, "pp": 2} for family in ("granite", "smollm3", "ministral3", "qwen3_5_text")),
     ],
     4: [
         {"family": "llama", "tp": 2, "pp": 2},
@@ -54,7 +54,10 @@ CASES: dict[int, list[dict[str, Any]]] = {
         *({"family": family, "tp": 2, "pp": 2, "recompute": "full"} for family in ("granite", "gemma3_text", "olmo3")),
         *(
             {"family": family, "tp": 2, "pp": 2}
-            for family in ("mistral", "qwen3", "smollm3", "phi3", "gemma2", "gemma3_text", "ministral3", "olmo2")
+            for family in (
+                *("mistral", "qwen3", "smollm3", "phi3", "gemma2", "gemma3_text", "ministral3", "olmo2"),
+                "qwen3_5_text",
+            )
         ),
     ],
 }
@@ -73,7 +76,9 @@ def test_loss_and_gradients_equal_the_reference(world: int) -> None:
         if case.get("frozen"):
             continue
         assert {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"} <= set(seen)
-        assert {f"decoder.layers.{n}.self_attention.linear_qkv.weight" for n in range(NUM_LAYERS)} <= set(seen)
+        kinds = FAMILIES[case["family"]].get("layer_types", [""] * NUM_LAYERS)
+        projections = ["in_proj" if kind == "linear_attention" else "linear_qkv" for kind in kinds]
+        assert {f"decoder.layers.{n}.self_attention.{p}.weight" for n, p in enumerate(projections)} <= set(seen)
 
 
 def _hf_model(family: str) -> tuple[Any, Any]:

@@ -43,6 +43,7 @@ LORA_CASES = [
     (Topology(2, 1, 2, 2), 3, "llama", ("mixed", "one_expert")),
     (Topology(4, 2, 2), 0, "qwen3", ("mixed", "text_only")),
     (Topology(4, 2, 1, 2), 0, "llama", ("mixed", "rank_without_audio")),
+    (Topology(2, 2, 1), 3, "qwen3_5_text", ("mixed",)),
 ]
 # Topology, LLM family, adapters, modes (layers, recomputation, overlap). Together they contain every pair of settings.
 MODE_CASES: list[tuple[Topology, str, bool, list[tuple[int, str, str]]]] = [

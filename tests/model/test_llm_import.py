@@ -41,6 +41,11 @@ def test_a_folder_of_transformers_gives_the_same_logits(family: str, tmp_path: P
     [
         ("gemma3", "gemma3_text", {"model_type": "siglip_vision_model"}),
         ("mistral3", "ministral3", {"model_type": "pixtral", "head_dim": 8}),
+        (
+            "qwen3_5",
+            "qwen3_5_text",
+            {"depth": 1, "num_heads": 2, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32},
+        ),
     ],
 )
 def test_the_documented_way_to_take_an_llm_out_of_a_multimodal_model(
@@ -50,7 +55,8 @@ def test_the_documented_way_to_take_an_llm_out_of_a_multimodal_model(
     text = {**tiny_model(family).llm.config, "final_logit_softcapping": None}
     text = resolve_hf_config(LLMConfig(config=text if kind == "gemma3" else tiny_model(family).llm.config)).to_dict()
     sizes = {"mm_tokens_per_image": 4} if kind == "gemma3" else {}
-    config = AutoConfig.for_model(kind, text_config=text, vision_config={**VISION, **vision}, **sizes)
+    vision = vision if kind == "qwen3_5" else {**VISION, **vision}
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, **sizes)
     whole = AutoModelForImageTextToText.from_config(config).eval()
     whole.save_pretrained(tmp_path / "whole")
     monkeypatch.chdir(tmp_path)

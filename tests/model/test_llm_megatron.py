@@ -156,7 +156,10 @@ def test_segments_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("family", "frozen_embedding"),
-    [("qwen3", False), ("qwen3", True), ("granite", True), ("gemma2", False), ("gemma3_text", False), ("olmo3", True)],
+    [
+        *(("qwen3", False), ("qwen3", True), ("granite", True), ("gemma2", False), ("gemma3_text", False)),
+        *(("olmo3", True), ("qwen3_5_text", False)),
+    ],
 )
 def test_recomputation_changes_nothing(family: str, frozen_embedding: bool) -> None:
     gradients = []
@@ -170,11 +173,13 @@ def test_recomputation_changes_nothing(family: str, frozen_embedding: bool) -> N
         assert all(gradient is not None for gradient in gradients[-1])
     for plain, selective, full in zip(*gradients, strict=True):
         assert torch.equal(plain, full)
-        # Without a gradient, torch computes RMSNorm by another kernel, which rounds differently.
-        torch.testing.assert_close(selective, plain, rtol=0, atol=1e-6 * float(plain.abs().max()))
+        # Without a gradient, torch computes RMSNorm by another kernel, which rounds differently. The gradient of a
+        # decay in Qwen3.5 is a small difference of large terms.
+        tolerance = 1e-5 if family == "qwen3_5_text" else 1e-6
+        torch.testing.assert_close(selective, plain, rtol=0, atol=tolerance * float(plain.abs().max()))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo3", "qwen3_5_text"])
 def test_bf16_stays_close(family: str) -> None:
     reference, gpt = pair(family, dtype=torch.bfloat16)
     assert {p.dtype for p in gpt.parameters()} == {torch.bfloat16}

@@ -33,6 +33,7 @@ from trainer.engine.optim import OptimConfig, ParamSetting, PartConfig, setting_
 from trainer.parallel.cpu import megatron_calls
 from trainer.parity import build_oracle
 from trainer.parity_cases import ADAPTERS, VOCAB_SIZE, drawn_factor, make_sample, tiny_model
+from trainer.parity_llms import features
 
 VOCAB, LENGTHS = 97, (5, 9, 1, 6)
 SHAPE: dict[str, Any] = {
@@ -179,10 +180,11 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "qwen3_5_text"])
 def test_megatron_computes_the_same(one_rank: None, family: str) -> None:
     adapters = Adapters(PARTS, drawn_factor)
-    reference: Any = build_reference(LLMConfig(config={**SHAPE, "model_type": family}), seed=5)
+    fields = {**SHAPE, "model_type": family, **features(family, SHAPE["num_hidden_layers"])}
+    reference: Any = build_reference(LLMConfig(config=fields), seed=5)
     with megatron_calls():
         gpt: Any = build_megatron(reference.config, tp_size=1, pp_size=1, first_stage=True, last_stage=True)[0]
         load_megatron([gpt], StateDictSource(reference.state_dict()), reference.config, tp_rank=0, tp_size=1)

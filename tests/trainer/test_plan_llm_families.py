@@ -20,7 +20,7 @@ from trainer.parity_cases import tiny_model
 from trainer.parity_llms import FEATURED
 from trainer.plan.accelerator import KNOWN
 from trainer.plan.experts import expert_parameters
-from trainer.plan.flops import causal_attention_flops
+from trainer.plan.flops import causal_attention_flops, linear_attention_flops
 from trainer.plan.layer_time import RankRates, attention_seconds
 from trainer.plan.llm_memory import Kernels, stage_memory
 from trainer.plan.mechanisms import Mechanisms
@@ -38,6 +38,11 @@ PUBLISHED: dict[str, tuple[float, dict[str, Any]]] = {
         | {"num_attention_heads": 4, "num_key_value_heads": 1},
     ),
     "SmolLM3 3B": (3.08e9, {"model_type": "smollm3"}),
+    "Qwen3.5 27B": (
+        26.9e9,
+        {"model_type": "qwen3_5_text", "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 64}
+        | {"num_attention_heads": 24, "linear_num_value_heads": 48},
+    ),
     "OLMo 2 7B": (7.30e9, {"model_type": "olmo2", "vocab_size": 100352}),
 }
 
@@ -51,7 +56,7 @@ def test_published_sizes(name: str) -> None:
 
 @pytest.mark.parametrize("family", FEATURED)
 def test_memory_is_traced_with_the_modules_of_the_family(family: str) -> None:
-    """More is kept of a layer that normalizes more, and only the input of a recomputed layer."""
+    """More is kept of a layer that normalizes more or has a state, and only the input of a recomputed layer."""
 
     def kept(name: str, recompute: Recompute) -> int:
         hf_config = resolve_hf_config(tiny_model(name).llm)
@@ -70,7 +75,8 @@ def test_memory_is_traced_with_the_modules_of_the_family(family: str) -> None:
         return memory.layers
 
     plain, featured = kept("llama", "none"), kept(family, "none")
-    assert featured > 0.9 * plain and (featured > plain) == (family in ("gemma2", "gemma3_text", "olmo2", "olmo3"))
+    larger = ("gemma2", "gemma3_text", "olmo2", "olmo3", "qwen3_5_text")
+    assert featured > 0.9 * plain and (featured > plain) == (family in larger)
     assert kept(family, "full") == 2 * 64 // 2 * 32 * 2
 
 
@@ -97,6 +103,16 @@ def test_windows_save_flops() -> None:
         found.append(causal_attention_flops(model, workload))
         assert found[-1] == pytest.approx(3 * 4.0 * 4096 * scores, rel=0.02)
     assert found[0] < 0.13 * found[1]
+
+
+def test_linear_attention_takes_flops_in_proportion_to_the_length() -> None:
+    config = resolve_hf_config(tiny_model("qwen3_5_text").llm)  # 2 of 4 layers; 4 value heads of 16 x 12
+    model: Any = SimpleNamespace(llm=config)
+    short, long = (SimpleNamespace(num_tokens=np.array([n]), tokens=n) for n in (100, 300))
+    found: list[Any] = [(linear_attention_flops(model, w), causal_attention_flops(model, w)) for w in (short, long)]
+    assert found[0][0] == 2 * 4 * 100 * (6 * 16 * 12 + 64 * (5 * 16 + 3 * 12))
+    assert found[1][0] == 3 * found[0][0]
+    assert found[0][1] == 4 * (4 * 16) * 2 * 100**2 / 2
 
 
 def test_bounded_scores_take_more_time_than_a_fused_kernel() -> None:

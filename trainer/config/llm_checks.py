@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from model.config import LLMConfig, ModelConfig
 from model.errors import UserError
 from model.llm.families import mixture_of
+from model.llm.features import has_linear_layers
 from model.llm.reference import resolve_hf_config
 from model.losses.router import RouterLoss
 from model.losses.table import active_losses
@@ -37,6 +38,7 @@ def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
         UserError: If a parallel size does not fit the LLM. The message lists the allowed sizes.
     """
     _check_experts(hf_config, parallel)
+    _check_linear_layers(hf_config, parallel)
     tp, pp = parallel.tensor, parallel.pipeline
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
     layers, mixture = hf_config.num_hidden_layers, mixture_of(hf_config)
@@ -92,6 +94,24 @@ def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Non
         raise UserError(
             f"parallel.ffn_expert_tensor = {etp}: must divide the {mixture.width} channels of an expert; set it to 1 "
             "with parallel.ffn_expert above 1"
+        )
+
+
+def _check_linear_layers(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Check that the layers with linear attention can be divided among ranks."""
+    if not has_linear_layers(hf_config):
+        return
+    if parallel.context > 1:
+        raise UserError(
+            f"parallel.context = {parallel.context}: the only legal value for an LLM with linear attention "
+            f"({hf_config.model_type}) is 1, since its state cannot be divided among context-parallel ranks"
+        )
+    heads = hf_config.linear_num_key_heads
+    if heads % parallel.tensor:
+        legal = [d for d in divisors(heads) if parallel.num_ranks % (d * parallel.pipeline) == 0]
+        raise UserError(
+            f"parallel.tensor = {parallel.tensor}: must divide the {heads} key heads of the LLM's linear attention; "
+            f"{_legal(legal, parallel, f'pipeline={parallel.pipeline}')}"
         )
 
 

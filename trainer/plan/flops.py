@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.llm.features import attention_layers
+from model.llm.delta_rule import CHUNK_TOKENS
+from model.llm.features import attention_layers, delta_sizes
 from model.llm.names import head_dim
 from trainer.config.schema import Recipe
 from trainer.plan.layer_time import bounds_scores
@@ -56,13 +57,31 @@ def step_flops(
         again = recipe.train.recompute_encoders + recipe.train.recompute_encoder_calls
         recomputed += forward * again if trains else 0.0
     recomputed += masked if bounds_scores(model.llm) else 0.0
-    recomputed += {"none": 0.0, "selective": masked, "full": llm_forward}[recipe.train.recompute_llm]
+    attention = masked + linear_attention_flops(model, workload)
+    recomputed += {"none": 0.0, "selective": attention, "full": llm_forward}[recipe.train.recompute_llm]
     return Flops(llm, encoders, recomputed, masked * 3)
 
 
 def llm_forward_flops(model: SizedModel, workload: Workload) -> float:
     """Return the FLOPs of the LLM's forward pass over all tokens of the global batch."""
-    return 2.0 * model.llm_matrices * workload.tokens + causal_attention_flops(model, workload)
+    attention = causal_attention_flops(model, workload) + linear_attention_flops(model, workload)
+    return 2.0 * model.llm_matrices * workload.tokens + attention
+
+
+def linear_attention_flops(model: SizedModel, workload: Workload) -> float:
+    """Return the FLOPs of the gated delta rule in the LLM's forward pass (`model.llm.delta_rule`).
+
+    A head with the widths K and V multiplies each token by its state three times, which takes 6 K V FLOPs. In a chunk
+    of C tokens, it computes two matrices of scores, solves a triangular system for K + V columns, and multiplies the
+    values by scores. These take 5 C K + 3 C V FLOPs per token.
+    """
+    count = sum(layer.is_linear for layer in attention_layers(model.llm))
+    if not count:
+        return 0.0
+    sizes = delta_sizes(model.llm)
+    key, value = sizes.key_width, sizes.value_width
+    of_token = sizes.value_heads * (6.0 * key * value + CHUNK_TOKENS * (5 * key + 3 * value))
+    return count * of_token * workload.tokens
 
 
 def causal_attention_flops(model: SizedModel, workload: Workload) -> float:
@@ -72,7 +91,8 @@ def causal_attention_flops(model: SizedModel, workload: Workload) -> float:
     """
     config, tokens = model.llm, workload.num_tokens.astype(np.float64)
     width, scores = config.num_attention_heads * head_dim(config), 0.0
-    for window, count in Counter(layer.window for layer in attention_layers(config)).items():
+    windows = Counter(layer.window for layer in attention_layers(config) if not layer.is_linear)
+    for window, count in windows.items():
         seen = tokens if window is None else np.minimum(tokens, window)
         scores += count * float((seen * tokens - seen**2 / 2).sum())
     return 4.0 * width * scores
