@@ -350,4 +350,5 @@ def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, f
         balance_experts(oracle.llm, losses.choices)
         worst_loss = max(worst_loss, abs(report.loss - float(loss)) / abs(float(loss)), _bias_difference(step, oracle))
         worst_norm = max(worst_norm, abs(report.grad_norm - norm) / norm)
-    return worst_loss, worst_norm
+    of_ranks = all_gather_values((worst_loss, worst_norm), step.groups.world)  # Stages hold different biases.
+    return max(loss for loss, _ in of_ranks), max(norm for _, norm in of_ranks)

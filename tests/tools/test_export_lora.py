@@ -102,6 +102,7 @@ def test_peft_loads_the_adapter_on_the_stock_model(family: str, made: tuple[Path
 
 EXPERT_LORA = {
     "mixtral": ("llm.*", "llm.*.layers.1.*.experts.1.*", "llm.*.experts.2.w3"),
+    "qwen2_moe": ("llm.*", "llm.*.shared_expert.down_proj", "llm.*.experts.2.up_proj"),
     "qwen3_moe": ("llm.*", "llm.*.mlp.down_proj", "llm.*.experts.2.up_proj"),
     "gpt_oss": ("llm.*.layers.0.*.experts.2.down_proj", "llm.*.layers.1.*.experts.[13].gate_proj", "llm.*.q_proj"),
 }
