@@ -87,7 +87,7 @@ test: lint docs
 
 family-tests: setup
 	tests=$$($(PY) -m tests.family_table --list) && \
-	  $(PY) -m pytest -n $(JOBS) --dist loadfile --durations=15 --durations-min=5 $$tests
+	  OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --durations=15 --durations-min=5 $$tests
 
 fuzz: setup
 	$(PY) -m tests.fuzz --inputs 2000
