@@ -27,18 +27,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from model.llm.delta_names import DELTA, Index, delta_parts, delta_shapes
+from model.llm.expert_names import expert_parts, expert_shapes
 from model.llm.families import family_of, mixture_of, modules_of
 from model.llm.features import attention_layers, delta_sizes
-from model.llm.mixture import SCORE_BIAS
 
 Read = Callable[[str, Index], Tensor]
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _FACTOR = re.compile(r"^(.+)\.(lora_[AB])\.([^.]+)$")
 """A pattern for the name of a LoRA factor (`model.llm.lora`), with groups for the layer, factor and projection."""
-_ROUTER = re.compile(rf"^mlp\.router\.(weight|bias|{SCORE_BIAS})$")
-_SHARED = re.compile(r"^mlp\.shared_experts\.(networks\.\d+\.linear_fc[12]\.weight|score_weight)$")
-_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
 
 _COLUMN_PARALLEL = (
     *("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", "word_embeddings.weight"),
@@ -120,21 +117,7 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
         if mixture is None or n not in mixture.layers:
             add(dense, n)
             continue
-        kinds = {"weight": True, "bias": mixture.biases, SCORE_BIAS: mixture.bias_rate > 0}
-        for kind in (kind for kind, exists in kinds.items() if exists):
-            for name, num_rows in _router_tensors(hf_config, n, kind):
-                shapes[name] = (num_rows, hidden) if kind == "weight" else (num_rows,)
-        sizes = {"expert_gate": (mixture.width, hidden), "expert_up": (mixture.width, hidden)}
-        for expert in mixture.experts:
-            for role, (rows, columns) in {**sizes, "expert_down": (hidden, mixture.width)}.items():
-                shapes[_hf_name(modules, f"{role}.weight", n, expert)] = (rows, columns)
-                if mixture.biases:
-                    shapes[_hf_name(modules, f"{role}.bias", n, expert)] = (rows,)
-        width = mixture.shared_width
-        sizes = {"shared_gate": (width, hidden), "shared_up": (width, hidden), "shared_down": (hidden, width)}
-        sizes |= {"shared_score": (1, hidden)} if mixture.shared_gate else {}
-        for expert in mixture.shared:
-            shapes |= {_hf_name(modules, f"{role}.weight", n, expert): size for role, size in sizes.items()}
+        shapes |= expert_shapes(hf_config, n)
     shapes[_hf_name(modules, "final_norm.weight")] = (hidden,)
     if not hf_config.tie_word_embeddings:
         shapes[_hf_name(modules, "output.weight")] = (hf_config.vocab_size, hidden)
@@ -194,14 +177,14 @@ def _first_row(hf_config: PretrainedConfig, role: str) -> int:
     return first
 
 
-def _hf_name(modules: Mapping[str, str], tensor: str, layer: int | None = None, expert: str = "") -> str:
+def _hf_name(modules: Mapping[str, str], tensor: str, layer: int | None = None) -> str:
     """Return the Hugging Face name of a tensor, given its role and the last part of its name, such as `role.weight`.
 
     `layer` is None for tensors outside the layers.
     """
     role, _, kind = tensor.partition(".")
     prefix = "" if layer is None else modules["layer"].format(n=layer) + "."
-    return f"{prefix}{modules[role].format(e=expert)}.{kind}"
+    return f"{prefix}{modules[role]}.{kind}"
 
 
 def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
@@ -234,14 +217,9 @@ def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, 
             Piece(_hf_name(modules, f"{role}.weight", layer), (slice(start, start + rows), whole))
             for role, start in first.items()
         ]
-    if (router := _ROUTER.match(rest)) is not None:
-        columns = (whole,) if router[1] == "weight" else ()
-        found = _router_tensors(hf_config, layer, router[1])
-        return [Piece(name, (slice(0, num_rows), *columns)) for name, num_rows in found]
-    if (shared := _SHARED.match(rest)) is not None:
-        return _shared_pieces(layer, shared[1], hf_config, tp_rank, tp_size)
-    if (expert := _EXPERT.match(rest)) is not None:
-        return _expert_pieces(layer, int(expert[1]), expert[2], expert[3], hf_config, tp_rank, tp_size)
+    of_experts = expert_parts(rest, layer, hf_config, tp_rank, tp_size)
+    if of_experts is not None:
+        return [Piece(*part) for part in of_experts]
     assert rest in _SINGLE, f"unknown Megatron parameter {megatron_name}"
     hf_name = _hf_name(modules, _SINGLE[rest], layer)
     if tp_dim(megatron_name) is None:
@@ -345,70 +323,6 @@ def _group_blocks(hf_config: PretrainedConfig, group: int) -> Iterator[tuple[str
         yield "query", queries + group * heads * width, heads * width
     for role in ("key", "value"):
         yield role, _first_row(hf_config, role) + group * width, width
-
-
-def _router_tensors(hf_config: PretrainedConfig, layer: int, kind: str) -> list[tuple[str, int]]:
-    """Return the names of the Hugging Face tensors of a layer's router and their numbers of rows, in order.
-
-    Args:
-        hf_config: The LLM.
-        layer: The number of the layer.
-        kind: `weight`, `bias` or `score_bias`.
-    """
-    modules, mixture = modules_of(hf_config), mixture_of(hf_config)
-    assert mixture is not None, "the LLM has no experts"
-    prefix = modules["layer"].format(n=layer)
-    return [(f"{prefix}.{path}.{kind}", num_rows) for path, num_rows in mixture.router_parts(modules["router"])]
-
-
-def _expert_pieces(
-    layer: int, expert: int, module: str, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int
-) -> list[Piece]:
-    """Return the pieces of an expert's layer on a rank of expert tensor parallelism.
-
-    Args:
-        layer: The number of the layer.
-        expert: The index of the expert.
-        module: `linear_fc1` or `linear_fc2`.
-        kind: `weight` or `bias`.
-        hf_config: The LLM.
-        tp_rank: The rank of expert tensor parallelism.
-        tp_size: The size of expert tensor parallelism.
-    """
-    modules, mixture = modules_of(hf_config), mixture_of(hf_config)
-    assert mixture is not None, "the LLM has no experts"
-    name, share = mixture.experts[expert], mixture.width // tp_size
-    own = slice(tp_rank * share, (tp_rank + 1) * share)
-    if module == "linear_fc2":
-        index: Index = (slice(None), own) if kind == "weight" else (slice(None),)
-        return [Piece(_hf_name(modules, f"expert_down.{kind}", layer, name), index)]
-    index = (own, slice(None)) if kind == "weight" else (own,)
-    return [Piece(_hf_name(modules, f"{role}.{kind}", layer, name), index) for role in ("expert_gate", "expert_up")]
-
-
-def _shared_pieces(layer: int, parameter: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
-    """Return the pieces of a parameter of shared experts on a tensor-parallel rank.
-
-    Args:
-        layer: The number of the layer.
-        parameter: `score_weight`, with one row per shared expert, or `networks.<index>.linear_fc<1 or 2>.weight`.
-        hf_config: The LLM.
-        tp_rank: The tensor-parallel rank.
-        tp_size: The tensor-parallel size.
-    """
-    modules, mixture, whole = modules_of(hf_config), mixture_of(hf_config), slice(None)
-    assert mixture is not None, "the LLM has no experts"
-    if parameter == "score_weight":
-        names = [_hf_name(modules, "shared_score.weight", layer, expert) for expert in mixture.shared]
-        return [Piece(name, (slice(0, 1), whole)) for name in names]
-    _, index, module, _ = parameter.split(".")
-    name, share = mixture.shared[int(index)], mixture.shared_width // tp_size
-    own = slice(tp_rank * share, (tp_rank + 1) * share)
-    if module == "linear_fc2":
-        return [Piece(_hf_name(modules, "shared_down.weight", layer, name), (whole, own))]
-    return [
-        Piece(_hf_name(modules, f"{role}.weight", layer, name), (own, whole)) for role in ("shared_gate", "shared_up")
-    ]
 
 
 def _factor_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
