@@ -78,7 +78,8 @@ def _run(options: argparse.Namespace) -> int:
     _announce(recipe.name, options)
     planner, workload = _planner(options, recipe)
     from trainer.plan.advice import advise
-    from trainer.plan.fit import batch_within, changes_between, fit
+    from trainer.plan.fit import batch_within, fit
+    from trainer.plan.layouts import changes_between
     from trainer.plan.plan import as_json
     from trainer.plan.report import explain, report
     from trainer.plan.store import store

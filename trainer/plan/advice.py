@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
-from trainer.config.schema import Recipe
-from trainer.plan.fit import changes_between, estimates
+from trainer.plan.fit import Search, first_that_fits
+from trainer.plan.layouts import changes_between
 from trainer.plan.plan import Plan, Planner
 from trainer.plan.remedies import remedy
 from trainer.plan.workload import Workload
@@ -36,28 +37,19 @@ def advise(planner: Planner, plan: Plan, workload: Workload) -> Advice:
     Candidates are ordered by a quick estimate of their step time. The fastest candidates are planned in full, and only
     candidates that fit into memory are recommended.
     """
-    timed = sorted(estimates(planner, plan.recipe, workload), key=lambda item: item[0])
-    limit = plan.time.total if plan.fits else float("inf")
-    described = [(sec, changes_between(plan.recipe, v), v) for sec, v in timed if sec < limit]
-    single = _first_that_fits(planner, workload, [(c, v) for _, c, v in described if len(c) == 1])
-    several = _first_that_fits(planner, workload, [(c, v) for _, c, v in described if c])
-    found = []
-    for one in (single, several):
-        seconds = one[1].time.total if one is not None else float("inf")
-        better = one is not None and (seconds < plan.time.total or not plan.fits)
-        found.append((tuple(one[0]), plan.time.total / seconds) if one is not None and better else ((), 1.0))
+    search, limit = Search(planner, plan.recipe, workload), plan.time.total if plan.fits else float("inf")
+    found: list[tuple[tuple[str, ...], float]] = []
+    for candidates in (search.single_changes(), search.candidates()):
+        faster = (one for one in candidates if one.recipe != plan.recipe)
+        best, _ = first_that_fits(
+            planner, workload, itertools.takewhile(lambda c: c.seconds < limit, faster), _MAX_TRIED
+        )
+        if best is not None and (best.time.total < plan.time.total or not plan.fits):
+            changes = tuple(changes_between(plan.recipe, best.recipe))
+            found.append((changes, plan.time.total / best.time.total))
+        else:
+            found.append(((), 1.0))
     return Advice(*found[0], *found[1])
-
-
-def _first_that_fits(
-    planner: Planner, workload: Workload, candidates: list[tuple[list[str], Recipe]]
-) -> tuple[list[str], Plan] | None:
-    """Return the first candidate that fits into memory, and its plan; None if none of the first few fits."""
-    for changes, variant in candidates[:_MAX_TRIED]:
-        plan = planner.plan(variant, workload)
-        if plan.fits:
-            return changes, plan
-    return None
 
 
 def limits(plan: Plan) -> list[tuple[str, float, str]]:

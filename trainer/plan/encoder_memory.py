@@ -8,6 +8,7 @@ window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,27 +28,44 @@ from trainer.plan.states import FP32_BYTES
 from trainer.plan.trace import Traced, extrapolated, trace
 from trainer.plan.workload import EncoderWork
 
-_SHAPES = ((1, 50), (1, 100), (1, 200), (3, 200))
-"""The shapes (clips, frames) for which an encoder is traced. They determine the terms 1, B·F, B·F² and F²."""
+_SHAPES = ((1, 1), (1, 2), (1, 4), (3, 4))
+"""The shapes (clips, quarters of the longest clip) for which an encoder is traced, to find the terms 1, B·F, B·F² and
+F²."""
+_MOST_FRAMES = 800
+"""The number of frames of the longest clip for which an encoder is traced, unless its windows are shorter."""
 
 
 @dataclass(frozen=True)
-class CallMemory:
-    """The number of bytes that an encoder call keeps for its backward pass, as a function of the call's shape.
+class CallCost:
+    """The bytes that an encoder call keeps, reads and writes, as functions of the call's shape.
 
-    The function is exact for an encoder whose memory is a sum of the terms 1, B·F, B·F² and F².
+    Every function is exact for an encoder for which it is a sum of the terms 1, B·F, B·F² and F². A function is stored
+    as the four coefficients of these terms, in bytes.
     """
 
     weights: tuple[float, ...]
-    """The coefficients of the four terms, in bytes."""
+    """The bytes that a call keeps for its backward pass."""
+    forward: tuple[float, ...]
+    """The bytes that the forward pass reads and writes, except in matmuls and attention."""
+    backward: tuple[float, ...]
+    """The bytes that the backward pass reads and writes, except in matmuls and attention."""
+    kernels: tuple[int, int]
+    """The number of kernels that the (forward, backward) pass launches."""
     windowing: Windowing
     """The windowing of the encoder."""
 
     def kept(self, clips: Sequence[int]) -> float:
         """Return the number of bytes that a call keeps for clips of these lengths, given in audio samples."""
+        return float(np.dot(self.weights, self._terms(clips)))
+
+    def moved(self, clips: Sequence[int]) -> tuple[float, float]:
+        """Return the bytes that the (forward, backward) pass reads and writes for clips of these lengths."""
+        terms = self._terms(clips)
+        return float(np.dot(self.forward, terms)), float(np.dot(self.backward, terms))
+
+    def _terms(self, clips: Sequence[int]) -> tuple[float, ...]:
         windows = sum(map(self.windowing.num_windows, clips))
-        frames = num_frames(max(map(self.windowing.padded_samples, clips)))
-        return float(np.dot(self.weights, _terms(windows, frames)))
+        return _terms(windows, num_frames(max(map(self.windowing.padded_samples, clips))))
 
 
 @dataclass(frozen=True)
@@ -75,10 +93,20 @@ class EncoderTracer:
         dtype: The dtype of weights and activations.
         recompute: The value of `train.recompute_encoders`.
         device: The type of device that the ranks run on. On `cpu`, convolutions keep their unfolded windows.
+        ridge: The number of FLOPs per byte from which on a convolution is not bound by memory.
     """
 
-    def __init__(self, tower: AudioTower, optim: OptimConfig, dtype: torch.dtype, recompute: bool, device: str) -> None:
+    def __init__(
+        self,
+        tower: AudioTower,
+        optim: OptimConfig,
+        dtype: torch.dtype,
+        recompute: bool,
+        device: str,
+        ridge: float = math.inf,
+    ) -> None:
         self.tower, self.device, self.recompute = tower.to(dtype).train(), device, recompute
+        self._ridge = ridge
         if device == "cpu":
             use_matrix_products(self.tower, ("cpu", "meta"))
         param_groups(optim, [(f"audio.{n}", p, p.dim()) for n, p in tower.named_parameters()])
@@ -86,25 +114,39 @@ class EncoderTracer:
             if parameter.requires_grad:  # As in ZeRO-3, full gradients are not kept.
                 parameter.register_post_accumulate_grad_hook(_forget)
         tower.set_recompute(recompute)
-        self._calls: dict[str, CallMemory] = {}
+        self._calls: dict[str, CallCost] = {}
         self._traced: dict[tuple[str, tuple[int, ...]], Traced] = {}
         self._warm: set[str] = set()
 
-    def calls(self, name: str) -> CallMemory:
-        """Return the function that computes the number of bytes that a call of the encoder `name` keeps."""
+    def calls(self, name: str) -> CallCost:
+        """Return the costs of a call of the encoder `name` as functions of its shape."""
         if name not in self._calls:
             windowing = _inner(self.tower.encoder(name)).windowing
             window = windowing.window_samples
-            if windowing.least_samples == window:
-                one, two = (self.traced(name, (window,) * b).kept for b in (1, 2))
-                weights: tuple[float, ...] = (2.0 * one - two, (two - one) / num_frames(window), 0.0, 0.0)
-            else:
-                kept = np.array([float(self.traced(name, _clips(b, f)).kept) for b, f in _SHAPES])
-                computed = [(b, num_frames(windowing.padded_samples(f * FRAME_SAMPLES))) for b, f in _SHAPES]
-                terms = np.array([_terms(b, f) for b, f in computed])
-                weights = tuple(map(float, np.linalg.lstsq(terms, kept, rcond=None)[0]))
-            self._calls[name] = CallMemory(weights, windowing)
+            fixed = windowing.least_samples == window
+            quarter = min(_MOST_FRAMES, num_frames(window)) // 4
+            shapes = [(window,) * b for b in (1, 2)] if fixed else [_clips(b, q * quarter) for b, q in _SHAPES]
+            found = [self.traced(name, clips) for clips in shapes]
+            terms = np.array([_terms(len(clips), num_frames(windowing.padded_samples(clips[0]))) for clips in shapes])
+
+            def fit(values: list[int]) -> tuple[float, ...]:
+                if fixed:
+                    one, two = values
+                    return 2.0 * one - two, (two - one) / num_frames(window), 0.0, 0.0
+                return tuple(map(float, np.linalg.lstsq(terms, np.array(values, dtype=float), rcond=None)[0]))
+
+            self._calls[name] = CallCost(
+                fit([one.kept for one in found]),
+                fit([one.moved_forward for one in found]),
+                fit([one.moved_backward for one in found]),
+                (found[-1].kernels_forward, found[-1].kernels_backward),
+                windowing,
+            )
         return self._calls[name]
+
+    def learned(self, name: str) -> int:
+        """Return the number of trainable parameters of the encoder `name`."""
+        return sum(p.numel() for p in self.tower.encoder(name).parameters() if p.requires_grad)
 
     def traced(self, name: str, clips: tuple[int, ...]) -> Traced:
         """Trace a call of the encoder `name` with clips of these lengths, given in audio samples."""
@@ -119,17 +161,17 @@ class EncoderTracer:
             found = []
             for count in range(1, min(2, len(layers)) + 1):
                 with _only(owner, layers[:count]):
-                    found.append(_trace_encoder(module, clips))
-            whole = _trace_encoder(module, clips) if owner is None else extrapolated(found, len(layers))
+                    found.append(self._trace(module, clips))
+            whole = self._trace(module, clips) if owner is None else extrapolated(found, len(layers))
             self._traced[name, clips] = whole
         return self._traced[name, clips]
 
-
-def _trace_encoder(module: nn.Module, clips: tuple[int, ...]) -> Traced:
-    with META:
-        return trace(
-            lambda: module(Ragged(torch.empty(sum(clips)), clips)).values, [*module.parameters(), *module.buffers()]
-        )
+    def _trace(self, module: nn.Module, clips: tuple[int, ...]) -> Traced:
+        existing = [*module.parameters(), *module.buffers()]
+        with META:
+            return trace(
+                lambda: module(Ragged(torch.empty(sum(clips)), clips)).values, existing, self.device, self._ridge
+            )
 
 
 def _forget(parameter: Tensor) -> None:
@@ -191,7 +233,7 @@ def audio_memory(
                 once = 0 if recompute_calls else traced.kept
                 kept = [sum(c) * FP32_BYTES if recompute_calls else tracer.calls(name).kept(c) for c in calls]
                 # Recomputed calls and layers pass their gradients on one by one.
-                sums = 0 if recompute_calls or tracer.recompute else _learned(tower.encoder(name)) * size
+                sums = 0 if recompute_calls or tracer.recompute else tracer.learned(name) * size
                 encoders.append(_EncoderCalls(tuple(kept), traced.backward - once, sums))
                 over_forward = max(over_forward, traced.forward - once)
                 features += sum(num_frames(n) for clips in calls for n in clips) * _width(tower.encoder(name)) * size
@@ -239,10 +281,6 @@ def _backward_peak(encoders: Sequence[_EncoderCalls]) -> float:
             peak = max(peak, remaining + held + one.backward, remaining - kept + max(held, then) + one.backward)
             remaining, held = remaining - kept, then
     return peak
-
-
-def _learned(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int, device: str) -> Traced:
@@ -309,9 +347,9 @@ def _width(module: nn.Module) -> int:
 
 
 def _clips(count: int, frames: int) -> tuple[int, ...]:
-    """Return the lengths of clips in audio samples. The last clip is shorter, because real clips differ in length."""
+    """Return the lengths of clips in audio samples. They differ a little, like those of the clips of a call."""
     longest = frames * FRAME_SAMPLES
-    return (longest,) * max(1, count - 1) + (longest * 3 // 4,) * (count > 1)
+    return tuple(longest - longest // 32 * i for i in range(count))
 
 
 def _terms(windows: int, frames: int) -> tuple[float, ...]:

@@ -1,45 +1,178 @@
-"""A search for the fastest layout that fits into memory. All valid layouts are estimated, and the best are planned."""
+"""A search for the fastest layout that fits into memory.
+
+The settings of the LLM and of the audio side are estimated separately, since their times and their memory nearly add
+up. Pairs of them are then planned in full in the order of their estimated times, until one fits.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from model.errors import UserError
-from model.llm.families import mixture_of
-from model.llm.stages import Recompute
-from trainer.config.checks import check_packs, check_recipe
 from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
-from trainer.parallel.topology import ParallelConfig, Topology, build_topology, divisors
-from trainer.plan.encoder_memory import audio_memory
+from trainer.parallel.topology import Topology, build_topology
+from trainer.plan.encoder_memory import EncoderTracer
 from trainer.plan.experts import expert_parameters
+from trainer.plan.layouts import audio_layouts, changes_between, combined, llm_layouts
 from trainer.plan.llm_memory import interleaved_in_flight
-from trainer.plan.memory import fullest_rank
 from trainer.plan.plan import Plan, Planner
 from trainer.plan.sizes import Size
 from trainer.plan.states import FP32_BYTES, States
 from trainer.plan.workload import EncoderWork, Workload
 
-_MAX_FULL = 12
+_MAX_FULL = 24
 """The largest number of candidates that are planned in full."""
-_TOKENS = (2048, 4096, 8192, 16384, 32768)
-"""The values of `train.llm_tokens_per_microbatch` that are tried."""
-_RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
-_CHUNK_LAYERS, _ENDS = (2, 4), 2
-_KEPT = {"none": 24, "selective": 16, "full": 2}
-"""A lower bound of the bytes that a layer keeps per bf16 hidden value, by `train.recompute_llm`."""
+_MAX_LISTED = 200_000
+"""The largest number of candidates that are considered, which are those with the shortest estimated times."""
+_LEAST_GAIN = 1.01
+"""How much faster a layout with bf16 gradients must be than one with fp32 gradients to be preferred."""
+_BOUND = 0.95
+"""The factor by which traced activations are lowered for a bound, since kinds of stages differ."""
+
+
+@dataclass(frozen=True)
+class _Half:
+    """The settings of the LLM or of the audio side, with what they contribute to a step. Bytes are lower bounds."""
+
+    recipe: Recipe
+    seconds: float
+    """The time of a step with these settings, and those of the recipe for the other half."""
+    states: float
+    """The bytes of the model states of this half."""
+    in_llm: float
+    """The bytes of activations and buffers while the LLM runs."""
+    backward: float
+    """The bytes of activations and buffers in the backward pass of the audio side."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout whose step time and memory have been estimated."""
+
+    seconds: float
+    """The estimated seconds of a step."""
+    in_llm: float
+    """A lower bound of the memory on the fullest rank while the LLM runs, in bytes."""
+    backward: float
+    """A lower bound of the memory on the fullest rank in the backward pass of the audio side, in bytes."""
+    recipe: Recipe
+
+
+class Search:
+    """The estimated layouts of a recipe.
+
+    Args:
+        planner: The planner of the recipe.
+        recipe: The recipe. The number of ranks, the global batch and the model do not change.
+        workload: The samples of a step.
+    """
+
+    def __init__(self, planner: Planner, recipe: Recipe, workload: Workload) -> None:
+        self.planner, self.recipe, self.workload = planner, recipe, workload
+        self.usable = planner.accelerator.usable_bytes
+        config, per_node = planner.model.llm, planner.accelerator.per_node
+        self._units: dict[str, float] = {}
+        self._base_audio = _audio_states(planner, recipe)
+        self._base_llm = _llm_states(planner, recipe)
+        self.llm = self._unique(llm_layouts(recipe, config, per_node))
+        self.audio = [self._audio_half(variant) for variant in audio_layouts(recipe, config, per_node)]
+        topology, work, packs = planner.place(recipe, workload)
+        self._seconds = self._time(recipe, topology, work, packs)
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield the layouts that may fit into memory, in the order of their estimated times.
+
+        Where gradients in bf16 would save less than 1 % of the time, the same layout with fp32 gradients comes first.
+        """
+        times = np.array([one.seconds for one in self.llm])[:, None] + [one.seconds for one in self.audio]
+        in_llm, backward = (self._bytes(phase) for phase in ("in_llm", "backward"))
+        halved = [one.recipe.parallel.grad_reduce_dtype != self.recipe.parallel.grad_reduce_dtype for one in self.llm]
+        keys = (times - self._seconds) * np.where(halved, _LEAST_GAIN, 1.0)[:, None]
+        keys[np.maximum(in_llm, backward) > self.usable] = np.inf
+        count = min(int(np.isfinite(keys).sum()), _MAX_LISTED)
+        first = np.argpartition(keys, min(count, keys.size - 1), axis=None)[: count + 1]
+        for at in first[np.argsort(keys.ravel()[first], kind="stable")][:count]:
+            i, j = divmod(int(at), len(self.audio))
+            recipe = combined(self.llm[i].recipe, self.audio[j].recipe)
+            yield Candidate(float(times[i, j]) - self._seconds, float(in_llm[i, j]), float(backward[i, j]), recipe)
+
+    def single_changes(self) -> list[Candidate]:
+        """Return the layouts that may fit into memory and differ from the recipe in one key, fastest first.
+
+        The key is not the dtype of gradients, which changes the numbers that are learned and not only the layout.
+        """
+        own = [
+            half
+            for half in (*self.llm, *self.audio)
+            if half.recipe.parallel.grad_reduce_dtype == self.recipe.parallel.grad_reduce_dtype
+            if len(changes_between(self.recipe, half.recipe)) == 1
+        ]
+        return sorted((Candidate(half.seconds, 0.0, 0.0, half.recipe) for half in own), key=lambda one: one.seconds)
+
+    def _bytes(self, phase: str) -> NDArray[np.float64]:
+        """Return the lower bound of the memory in a phase for every pair of halves, [LLM, audio]."""
+        llm, audio = (np.array([h.states + getattr(h, phase) for h in halves]) for halves in (self.llm, self.audio))
+        found: NDArray[np.float64] = llm[:, None] + audio
+        return found
+
+    def _unique(self, variants: Iterable[Recipe]) -> list[_Half]:
+        """Return the halves of the LLM that may fit; of those that lead to equal packs, only the first."""
+        found: dict[object, _Half] = {}
+        for variant in variants:
+            states = _llm_states(self.planner, variant)
+            if states.total > self.usable:
+                continue
+            topology, work, packs = self.planner.place(variant, self.workload)
+            train = dataclasses.replace(variant.train, llm_tokens_per_microbatch=1)
+            key = (variant.parallel, train, packs.num_microbatches, packs.pack_tokens)
+            activations = self._activations(variant, topology, packs)
+            if key in found or states.total + activations > self.usable:
+                continue
+            seconds = self._time(variant, topology, work, packs)
+            found[key] = _Half(variant, seconds, states.total, activations, 0.0)
+        return list(found.values())
+
+    def _audio_half(self, variant: Recipe) -> _Half:
+        topology, work, packs = self.planner.place(variant, self.workload)
+        kept, call = _kept(self.planner.tracer(variant), work, variant.train.recompute_encoder_calls)
+        whole, gradients = _whole_bytes(self.planner, variant, topology)
+        seconds, states = self._time(variant, topology, work, packs), _audio_states(self.planner, variant)
+        return _Half(variant, seconds, states.total, whole + kept, whole + gradients + kept + call)
+
+    def _time(self, variant: Recipe, topology: Topology, work: Sequence[EncoderWork], packs: PackPlan) -> float:
+        states = _llm_states(self.planner, variant) + _audio_states(self.planner, variant)
+        return self.planner.time(variant, self.workload, topology, work, packs, states)[2].total
+
+    def _activations(self, variant: Recipe, topology: Topology, packs: PackPlan) -> float:
+        """Return a lower bound of the bytes of the LLM's activations on the first stage."""
+        parallel, train, hf = variant.parallel, variant.train, self.planner.model.llm
+        size = 2 if train.precision == "bf16" else FP32_BYTES
+        values = packs.pack_tokens / (parallel.context * parallel.tensor) * hf.hidden_size * size
+        in_flight = interleaved_in_flight(0, parallel.pipeline, packs.num_microbatches, parallel.virtual_stages)
+        layers = hf.num_hidden_layers / parallel.pipeline * in_flight * self._unit(variant)
+        whole = self._unit(dataclasses.replace(variant, train=dataclasses.replace(train, recompute_llm="none")))
+        again = whole if train.recompute_llm == "full" else 0.0
+        return float(values * (_BOUND * (layers + again) + 2 * packs.num_microbatches))
+
+    def _unit(self, variant: Recipe) -> float:
+        """Return the bytes that a layer keeps, divided by those of its input, as traced without parallelism."""
+        mode = variant.train.recompute_llm
+        if mode not in self._units:
+            self._units[mode] = self.planner.layer_unit(variant)
+        return self._units[mode]
 
 
 def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, list[str]]:
     """Return the plan of the fastest layout that fits into memory.
 
-    The search varies the sizes of tensor parallelism (within a node), pipeline parallelism and expert parallelism, the
-    number of virtual stages, the tokens per micro-batch, the recomputation in the LLM and in the encoders, whether the
-    exchange between replicas overlaps with computation, and whether ZeRO-3 divides the audio side among all ranks or
-    among those of a node. The number of ranks, the global batch, the dtype in which gradients are reduced and the model
-    do not change.
+    The search considers the layouts of `trainer.plan.layouts`. The number of ranks, the global batch and the model do
+    not change.
 
     Returns:
         The plan, and the differences between its recipe and `recipe` as `key=value`.
@@ -47,138 +180,65 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
     Raises:
         UserError: If nothing fits. The message describes the candidate that needs the least memory.
     """
-    timed = sorted(estimates(planner, recipe, workload), key=lambda item: item[0])
-    if not timed:
+    found, closest = first_that_fits(planner, workload, Search(planner, recipe, workload).candidates(), _MAX_FULL)
+    if found is not None:
+        return found, changes_between(recipe, found.recipe)
+    if closest is None:
         raise UserError(
             f"--fit: no layout of parallel.num_ranks = {recipe.parallel.num_ranks} is legal for this model and can "
             "hold its weights; use more ranks"
         )
-    closest: Plan | None = None
-    for _, variant in timed[:_MAX_FULL]:
-        plan = planner.plan(variant, workload)
-        if plan.fits:
-            return plan, changes_between(recipe, variant)
-        if closest is None or plan.worst.total < closest.worst.total:
-            closest = plan
-    assert closest is not None
     closest.check_fits()
     raise AssertionError("check_fits accepted a plan that does not fit")
 
 
-def variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
-    """Yield every layout that the search considers. The trainer accepts all of them."""
-    world, parallel, hf = recipe.parallel.num_ranks, recipe.parallel, planner.model.llm
-    tensors = [d for d in divisors(world) if d <= planner.accelerator.per_node]
-    pipelines = [d for d in divisors(world) if d <= hf.num_hidden_layers]
-    experts = [d for d in divisors(world) if d <= max(1, len(recipe.model.experts))]
-    tokens = list(dict.fromkeys([recipe.train.llm_tokens_per_microbatch, *_TOKENS]))
-    unpacked = dataclasses.replace(recipe.train, pack_multiple_tokens=None)
-    overlaps = dict.fromkeys([(parallel.overlap_grad_reduce, parallel.overlap_param_gather), (True, True)])
-    has_experts = mixture_of(hf) is not None
-    if has_experts or recipe.stages:  # Overlap is not allowed.
-        overlaps = dict.fromkeys([(parallel.overlap_grad_reduce, parallel.overlap_param_gather)])
-    recomputes = [mode for mode in _RECOMPUTES if not (has_experts and mode == "selective")]
-    for tp, pp, ep in itertools.product(tensors, pipelines, experts):
-        plain = dataclasses.replace(parallel, tensor=tp, pipeline=pp, expert=ep, virtual_stages=1, audio_shard=None)
-        try:
-            check_recipe(dataclasses.replace(recipe, parallel=plain, train=unpacked))
-        except UserError:
-            continue
-        virtual = [1] if has_experts else _virtual_stages(hf.num_hidden_layers, pp, parallel.virtual_stages)
-        shards = _shards(recipe, ep, planner.accelerator.per_node)
-        for vp, (gradients, weights), shard in itertools.product(virtual, overlaps, shards):
-            split = dataclasses.replace(
-                plain,
-                virtual_stages=vp,
-                overlap_grad_reduce=gradients,
-                overlap_param_gather=weights,
-                audio_shard=shard,
-            )
-            yield from _with_packs(recipe, split, tokens, recomputes)
+def first_that_fits(
+    planner: Planner, workload: Workload, candidates: Iterable[Candidate], tries: int
+) -> tuple[Plan | None, Plan | None]:
+    """Plan candidates in full until one fits.
 
+    If a candidate does not fit, the bounds of later candidates are scaled by the error of its bound. Bounds of the
+    LLM's phase are scaled for similar layouts of the LLM, and others for similar layouts of the audio side.
 
-def _shards(recipe: Recipe, ep: int, per_node: int) -> list[int | None]:
-    """Return the values of `parallel.audio_shard` to try: none, that of the recipe, and the ranks of a node."""
-    world = recipe.parallel.num_ranks
-    if recipe.train.gather_audio_weights != "per_update":
-        return [None]
-    found = dict.fromkeys([recipe.parallel.audio_shard, per_node])
-    return [None, *(n for n in found if n is not None and n < world and world % n == 0 and n % ep == 0)]
+    Args:
+        planner: The planner.
+        workload: The samples of a step.
+        candidates: The candidates, fastest first.
+        tries: The largest number of candidates that are planned.
 
-
-def _with_packs(
-    recipe: Recipe, split: ParallelConfig, tokens: Sequence[int], recomputes: Sequence[Recompute]
-) -> Iterator[Recipe]:
-    """Yield the variants with the parallelism `split`, one for each pack size and combination of recomputations."""
-    for rows in tokens:
-        packed = dataclasses.replace(recipe.train, llm_tokens_per_microbatch=rows)
-        try:
-            check_packs(packed, split)
-        except UserError:
-            continue
-        for llm, layers, calls in itertools.product(recomputes, (False, True), (False, True)):
-            train = dataclasses.replace(
-                packed, recompute_llm=llm, recompute_encoders=layers, recompute_encoder_calls=calls
-            )
-            yield dataclasses.replace(recipe, parallel=split, train=train)
-
-
-def _virtual_stages(num_layers: int, pp: int, current: int) -> list[int]:
-    """Return the numbers of virtual stages to try.
-
-    These are 1, the recipe's own number, and the numbers that lead to chunks of 2 or 4 layers, where at most the first
-    and the last chunk have fewer layers. If no number leads to such chunks, chunks of one layer are tried.
+    Returns:
+        The plan of the first candidate that fits, or None; and, of those that do not fit, the plan that needs the least
+        memory, or None.
     """
-    if pp == 1:
-        return [1]
-    most = num_layers // pp
-    found = {vp for size in _CHUNK_LAYERS if (vp := -(-num_layers // (pp * size))) <= most}
-    found = {vp for vp in found if -num_layers % (pp * vp) <= _ENDS} or {most}
-    return sorted({1, *found, min(current, most)})
-
-
-def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
-    """Yield (expected seconds of a step, recipe) for the variants that may fit into memory."""
-    accelerator = planner.accelerator
-    seen: set[object] = set()
-    placed: dict[tuple[int, ...], tuple[Topology, list[EncoderWork], PackPlan]] = {}
-    audio: dict[tuple[int, bool, bool], tuple[int, int]] = {}
-    for variant in variants(planner, recipe):
-        states = _rough_states(planner, variant)
-        if states.total > accelerator.usable_bytes:
-            continue
-        parallel = variant.parallel
-        key = (
-            *(parallel.tensor, parallel.pipeline, parallel.expert, parallel.virtual_stages),
-            variant.train.llm_tokens_per_microbatch,
+    closest: Plan | None = None
+    errors: dict[tuple[object, ...], float] = {}
+    for one in candidates:
+        parallel, train = one.recipe.parallel, one.recipe.train
+        llm = (parallel.tensor, parallel.context, parallel.pipeline, train.recompute_llm)
+        audio = (
+            *(parallel.expert, train.encoder_batch_sec, train.gather_audio_weights),
+            *(train.recompute_encoders, train.recompute_encoder_calls),
         )
-        if key not in placed:
-            placed[key] = planner.place(variant, workload)
-        topology, work, packs = placed[key]
-        topology = dataclasses.replace(topology, shard=build_topology(parallel, parallel.num_ranks).shard)
-        train = dataclasses.replace(variant.train, llm_tokens_per_microbatch=1)
-        if (same := (parallel, train, packs.num_microbatches, packs.pack_tokens)) in seen:
-            continue  # Another limit on the tokens of a pack has led to the same packs.
-        seen.add(same)
-        train = variant.train
-        encoders = (topology.ep, train.recompute_encoders, train.recompute_encoder_calls)
-        if encoders not in audio:
-            audio[encoders] = _audio_activations(planner, variant, workload, topology, work)
-        kept, backward = audio[encoders]
-        weights, gradients = _rough_whole_weights(planner, variant, topology)
-        activations = weights + max(kept + _rough_activations(planner, variant, packs), backward + gradients)
-        if states.total + activations > accelerator.usable_bytes:
+        needed = max(one.in_llm * errors.get(llm, 1.0), one.backward * errors.get(audio, 1.0))
+        if needed > planner.accelerator.usable_bytes:
             continue
-        _, _, time = planner.time(variant, workload, topology, work, packs, states)
-        yield time.total, variant
+        plan = planner.plan(one.recipe, workload)
+        if plan.fits:
+            return plan, closest
+        kind, bound = (llm, one.in_llm) if plan.worst.phase == "llm" else (audio, one.backward)
+        errors[kind] = plan.worst.total / bound if bound else 1.0
+        if closest is None or plan.worst.total < closest.worst.total:
+            closest = plan
+        tries -= 1
+        if not tries:
+            break
+    return None, closest
 
 
-def _rough_states(planner: Planner, variant: Recipe) -> States:
-    """Estimate the model states of a rank of the first stage, which holds its share of the layers and the embedding."""
+def _llm_states(planner: Planner, variant: Recipe) -> States:
+    """Estimate the LLM's states on a rank of the first stage, which holds its share of the layers and the embedding."""
     parallel, size = variant.parallel, 2 if variant.train.precision == "bf16" else FP32_BYTES
     topology, parts = build_topology(parallel, parallel.num_ranks), planner.parts
-    dp = topology.without_context.dp
-    audio = sum(parts.experts.values(), parts.shared)
 
     def share(kind: str) -> float:
         layers = getattr(parts.layers, kind)
@@ -187,30 +247,21 @@ def _rough_states(planner: Planner, variant: Recipe) -> States:
         stage = (layers - experts) / parallel.pipeline + getattr(parts.embedding, kind)
         return float(stage / parallel.tensor + held)
 
-    total, learned = share("total"), share("learned")
-    shared = audio.total / topology.shard_ranks
-    master = 3 if size < FP32_BYTES else 2
-    return States(
-        int(total * size + shared * size),
-        int(learned * FP32_BYTES + shared * FP32_BYTES),
-        int((learned / dp + shared) * FP32_BYTES * master),
-    )
+    learned, gradient = share("learned"), 2 if parallel.grad_reduce_dtype == "bf16" else FP32_BYTES
+    optimizer = learned / topology.without_context.dp * FP32_BYTES * (3 if size < FP32_BYTES else 2)
+    return States(int(share("total") * size), int(learned * gradient), int(optimizer))
 
 
-def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> float:
-    """Return a lower bound of the number of bytes that the LLM's layers keep for the backward pass.
-
-    With full recomputation, a layer keeps its input. Without recomputation, a layer keeps 34 bytes per bf16 hidden
-    value (Korthikanti et al. 2022), of which 24 are counted here.
-    """
-    parallel, train, hf = variant.parallel, variant.train, planner.model.llm
-    rows, count = packs.pack_tokens / parallel.context, packs.num_microbatches
-    each = rows * hf.hidden_size / parallel.tensor * _KEPT[train.recompute_llm]
-    in_flight = interleaved_in_flight(0, parallel.pipeline, count, parallel.virtual_stages)
-    return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * in_flight
+def _audio_states(planner: Planner, variant: Recipe) -> States:
+    """Estimate the audio side's states on a rank."""
+    size, parts = 2 if variant.train.precision == "bf16" else FP32_BYTES, planner.parts
+    ranks = build_topology(variant.parallel, variant.parallel.num_ranks).shard_ranks
+    audio = sum(parts.experts.values(), parts.shared)
+    learned = audio.learned / ranks * FP32_BYTES
+    return States(int(audio.total / ranks * size), int(learned), int(3 * learned))
 
 
-def _rough_whole_weights(planner: Planner, variant: Recipe, topology: Topology) -> tuple[float, float]:
+def _whole_bytes(planner: Planner, variant: Recipe, topology: Topology) -> tuple[float, float]:
     """Return lower bounds of the bytes of the audio side's whole weights and whole gradients on a rank."""
     if variant.train.gather_audio_weights != "per_update":
         return 0, 0
@@ -221,18 +272,23 @@ def _rough_whole_weights(planner: Planner, variant: Recipe, topology: Topology) 
     return total * size, learned * FP32_BYTES
 
 
-def _audio_activations(
-    planner: Planner, variant: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork]
-) -> tuple[int, int]:
-    """Return the bytes that the audio side keeps while the LLM runs, and the bytes at the peak of its backward pass.
+def _kept(tracer: EncoderTracer, work: Sequence[EncoderWork], recompute_calls: bool) -> tuple[float, float]:
+    """Return lower bounds of the bytes that encoder calls keep, and of what the backward pass needs on top.
 
-    Both are for the rank whose encoder calls keep the most memory, and do not include ZeRO-3's buffers.
+    They are those of the rank that computes the primary encoder the most. Calls that run again keep only their
+    clips until then.
     """
-    tracer = planner.tracer(variant)
-    rank = fullest_rank(tracer, work, range(topology.world))
-    loaded = [int(n) for n in workload.audio_samples[workload.source_ranks == rank] if n]
-    found = audio_memory(tracer, work, rank, loaded, 0, 0, variant.train.recompute_encoder_calls)
-    return found.kept, found.kept + found.backward
+    rank = int(work[0].cost.argmax())
+    calls = [
+        (tracer.calls(name), call)
+        for one in work
+        for name, some in zip(one.names, one.calls[rank], strict=True)
+        for call in some
+    ]
+    sizes = [max(0.0, cost.kept(call)) for cost, call in calls]
+    if recompute_calls:
+        return float(sum(sum(call) for _, call in calls)) * FP32_BYTES, max(sizes, default=0.0)
+    return sum(sizes), 0.0
 
 
 def batch_within(recipe: Recipe, workload: Workload, tokens_per_update: float) -> Recipe:
@@ -254,16 +310,3 @@ def batch_within(recipe: Recipe, workload: Workload, tokens_per_update: float) -
             f"{lanes * mean:,.0f} tokens; allow more, or lower data.num_lanes"
         )
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, global_batch_samples=samples))
-
-
-def changes_between(recipe: Recipe, variant: Recipe) -> list[str]:
-    """Return the differences between `recipe` and `variant` as `key=value`."""
-    found = []
-    for section in ("data", "parallel", "train"):
-        old, new = getattr(recipe, section), getattr(variant, section)
-        for field in dataclasses.fields(old):
-            value = getattr(new, field.name)
-            if value != getattr(old, field.name):
-                text = "null" if value is None else str(value).lower()
-                found.append(f"{section}.{field.name}={text}")
-    return found

@@ -52,7 +52,7 @@ def step_flops(
     encoders = recomputed = 0.0
     for one in work:
         forward = float(one.cost.sum())
-        trains = any(_prefix(model, name) in parts.trained for name in one.names)
+        trains = are_trained(model, parts, one)
         encoders += forward * (3 if trains else 1)
         again = recipe.train.recompute_encoders + recipe.train.recompute_encoder_calls
         recomputed += forward * again if trains else 0.0
@@ -98,7 +98,11 @@ def causal_attention_flops(model: SizedModel, workload: Workload) -> float:
     return 4.0 * width * scores
 
 
-def _prefix(model: SizedModel, encoder: str) -> str:
-    """Return the prefix of the names of an encoder's parameters."""
+def are_trained(model: SizedModel, parts: PartSizes, work: EncoderWork) -> bool:
+    """Return True if any of the encoders of `work` is trained, so that their calls have a backward pass."""
     primary = model.config.primary
-    return "audio.primary" if primary is not None and primary.name == encoder else f"audio.experts.{encoder}"
+    prefixes = (
+        "audio.primary" if primary is not None and name == primary.name else f"audio.experts.{name}"
+        for name in work.names
+    )
+    return any(prefix in parts.trained for prefix in prefixes)

@@ -67,6 +67,12 @@ class RankRates:
         """Return the time in seconds that element-wise operations take to read and write `moved_bytes`."""
         return moved_bytes / (self.accelerator.memory_tb_s * 1e12 * self.accelerator.memory_efficiency)
 
+    @property
+    def ridge(self) -> float:
+        """The FLOPs per byte at which matmuls at their best rate and memory take equally long."""
+        share = self.accelerator.efficiency or self.accelerator.matrix[-1][1]
+        return self.peak * share * self.memory(1.0)
+
     def starts(self, kernels: float) -> float:
         """Return the time of launching `kernels` kernels in seconds."""
         return kernels * self.accelerator.kernel_us * 1e-6

@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.config.schema import Recipe
 from trainer.engine.ds_config import BUCKET_ELEMENTS
-from trainer.engine.optim import ParamSetting, setting_of
+from trainer.engine.optim import setting_of
 from trainer.engine.placement import place
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
@@ -124,8 +124,6 @@ class MemoryModel:
     """ZeRO-3's buffers, by place in the expert-parallel group."""
     travelling: int
     """The bytes of audio embeddings and tokens that one rank sends and receives in a step."""
-    largest_group: tuple[int, ...]
-    """The bytes of the audio side's fp32 parameters that AdamW updates together, by place, as for `audio`."""
 
     def of(self, stage: int, place: int, states: States) -> RankMemory:
         """Return the peak memory, over the phases of a step, of the ranks of `stage` at `place`."""
@@ -135,7 +133,7 @@ class MemoryModel:
         permanent = zero.bucket + zero.persistent + llm.buffer
         pipeline = self._pipeline(stage)
         phases = {
-            "encode": (0, audio.kept + audio.forward, permanent + zero.gathered),
+            "encode": (0, audio.kept + audio.forward, permanent + zero.gathered + states.gradient_copies),
             "llm": (pipeline, audio.kept, permanent + self.travelling),
             "backward": (
                 0,
@@ -143,7 +141,7 @@ class MemoryModel:
                 permanent + zero.gathered + zero.gradients + self.travelling,
             ),
             "reduce": (0, 0, permanent + zero.gradients + zero.copies),
-            "update": (0, 0, permanent + 3 * self.largest_group[place]),
+            "update": (0, 0, permanent + states.gradient_copies + states.norm),
         }
         phase, (activations, encoders, buffers) = max(phases.items(), key=lambda item: sum(item[1]))
         whole = zero.persistent if zero.gradients else 0
@@ -166,6 +164,7 @@ def memory_model(
     work: Sequence[EncoderWork],
     packs: PackPlan,
     kernels: Kernels,
+    known: dict[Any, StageMemory] | None = None,
 ) -> MemoryModel:
     """Build the memory model of a topology by tracing the real modules.
 
@@ -179,7 +178,10 @@ def memory_model(
         work: The encoders' work in this topology, see `encoder_work`.
         packs: The LLM's packs in this topology.
         kernels: The settings that determine which kernels the ranks run.
+        known: The memory of stages that have been traced already, to which that of further stages is added. The model,
+            the optimizer settings and the kernels must always be the same.
     """
+    known = {} if known is None else known
     context = kernels.mechanisms.context
     lengths = packs.lengths(0, 0)
     if context > 1:
@@ -187,34 +189,42 @@ def memory_model(
     microbatches = packs.num_microbatches * context
     train, dtype = recipe.train, DTYPES[recipe.train.precision]
     kinds = kinds_of_stages(model.llm.num_hidden_layers, topology)
-    stages = {
-        stage: stage_memory(
-            model.llm,
-            topology,
+    stages = {}
+    for stage in sorted(set(kinds)):
+        key = (
             stage,
+            dataclasses.replace(topology, ep=1, shard=None),
             lengths,
             microbatches,
-            optim=recipe.staged_optim,
-            dtype=dtype,
-            recompute=train.recompute_llm,
-            kernels=kernels,
-            adapters=model.adapters,
+            dtype,
+            train.recompute_llm,
         )
-        for stage in sorted(set(kinds))
-    }
-    placement, audio, zero, groups = place(model.config, topology.ep), [], [], []
+        if key not in known:
+            known[key] = stage_memory(
+                model.llm,
+                topology,
+                stage,
+                lengths,
+                microbatches,
+                optim=recipe.staged_optim,
+                dtype=dtype,
+                recompute=train.recompute_llm,
+                kernels=kernels,
+                adapters=model.adapters,
+            )
+        stages[stage] = known[key]
+    placement, audio, zero = place(model.config, topology.ep), [], []
     bucket = int(ds_json["zero_optimization"].get("reduce_bucket_size", 5e8))
     if recipe.train.gather_audio_weights == "per_update":
         bucket = 0
     for at in range(topology.ep):
-        tower = model.tower(placement.held_by(at))
+        tower = model.shared_tower(placement.held_by(at))
         buffers = zero_buffers(tower, recipe, topology.ep, ds_json)
-        rank = fullest_rank(tracer, work, range(at, topology.world, topology.ep))
-        loaded = workload.loaded_by(rank)
         again = train.recompute_encoder_calls
+        rank = fullest_rank(tracer, work, range(at, topology.world, topology.ep), again)
+        loaded = workload.loaded_by(rank)
         audio.append(audio_memory(tracer, work, rank, loaded, bucket, buffers.learned, again))
         zero.append(buffers)
-        groups.append(_largest_group(tower, recipe, topology))
     per_rank = -(-workload.tokens // topology.world) * model.llm.hidden_size * dtype.itemsize
     return MemoryModel(
         topology,
@@ -224,34 +234,29 @@ def memory_model(
         tuple(audio),
         tuple(zero),
         3 * per_rank,
-        tuple(groups),
     )
 
 
-def fullest_rank(tracer: EncoderTracer, work: Sequence[EncoderWork], ranks: Sequence[int]) -> int:
-    """Return the rank among `ranks` whose encoder calls keep the most memory."""
+def fullest_rank(
+    tracer: EncoderTracer, work: Sequence[EncoderWork], ranks: Sequence[int], recompute_calls: bool = False
+) -> int:
+    """Return the rank among `ranks` whose encoder calls need the most memory.
 
-    def kept(rank: int) -> float:
-        return sum(
-            tracer.calls(name).kept(clips)
+    If calls run again in the backward pass, this is the memory of their clips and of the largest call alone.
+    """
+
+    def needed(rank: int) -> float:
+        calls = [
+            (tracer.calls(name).kept(clips), sum(clips) * FP32_BYTES)
             for one in work
             for name, calls in zip(one.names, one.calls[rank], strict=True)
             for clips in calls
-        )
+        ]
+        if not recompute_calls:
+            return sum(kept for kept, _ in calls)
+        return max((kept for kept, _ in calls), default=0.0) + sum(size for _, size in calls)
 
-    return max(ranks, key=kept)
-
-
-def _largest_group(tower: nn.Module, recipe: Recipe, topology: Topology) -> int:
-    """Return the bytes of the audio side's largest optimizer group on one rank. ZeRO-3 updates one group at a time."""
-    sums: dict[tuple[ParamSetting, bool], int] = {}
-    for name, p in tower.named_parameters():
-        expert = name.startswith("experts.") and topology.ep > 1
-        setting = setting_of(recipe.staged_optim, f"audio.{name}", p.dim())
-        if p.requires_grad and not setting.frozen:
-            key = (setting, expert)
-            sums[key] = sums.get(key, 0) + -(-p.numel() // topology.num_sharers(of_experts=expert)) * FP32_BYTES
-    return max(sums.values(), default=0)
+    return max(ranks, key=needed)
 
 
 def kinds_of_ranks(model: MemoryModel, states: RankStates) -> list[RankMemory]:

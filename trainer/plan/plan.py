@@ -20,11 +20,13 @@ from trainer.plan.accelerator import GIB, Accelerator
 from trainer.plan.communication import Traffic, traffic
 from trainer.plan.data import DatasetSummary
 from trainer.plan.encoder_memory import EncoderTracer
+from trainer.plan.encoder_time import EncoderCost, encoder_costs
 from trainer.plan.experts import ExpertPlan, expert_plan
 from trainer.plan.flops import Flops, step_flops
 from trainer.plan.forecast import digest_of
 from trainer.plan.host import DiskSpace, HostMemory, disk_space, host_memory
-from trainer.plan.llm_memory import Kernels
+from trainer.plan.layer_time import RankRates
+from trainer.plan.llm_memory import Kernels, StageMemory, stage_memory
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.memory import MemoryModel, RankMemory, kinds_of_ranks, memory_model
 from trainer.plan.ranks import DTYPES, RankStates, rank_states
@@ -167,34 +169,77 @@ class Planner:
         self.parts = part_sizes(self.sizes)
         self.ds_json = load_ds_json(deepspeed_json(recipe))
         self._encoder_work: dict[tuple[int, int, int, int], tuple[Workload, list[EncoderWork]]] = {}
+        self._stages: dict[Any, StageMemory] = {}
+        self._states: dict[Any, tuple[States, ...]] = {}
+        self._packs: dict[tuple[int | None, ...], tuple[Workload, PackPlan]] = {}
         self._tracers: dict[tuple[str, bool], EncoderTracer] = {}
+        self._encoder_costs: dict[tuple[int, str, bool, bool], tuple[EncoderCost, ...]] = {}
 
     def tracer(self, recipe: Recipe) -> EncoderTracer:
         """Return the tracer of the encoders, with the recipe's precision and recomputation."""
         key = (recipe.train.precision, recipe.train.recompute_encoders)
         if key not in self._tracers:
+            dtype = DTYPES[key[0]]
+            rates = RankRates(self.accelerator, self.mechanisms, dtype.itemsize)
             self._tracers[key] = EncoderTracer(
-                self.model.tower(), recipe.staged_optim, DTYPES[key[0]], key[1], self.device
+                self.model.tower(), recipe.staged_optim, dtype, key[1], self.device, rates.ridge
             )
         return self._tracers[key]
+
+    def encoder_costs(self, recipe: Recipe, work: Sequence[EncoderWork]) -> tuple[EncoderCost, ...]:
+        """Return the costs of the encoders on their busiest ranks. `work` must be a result of `place`."""
+        layers, calls = recipe.train.recompute_encoders, recipe.train.recompute_encoder_calls
+        key = (id(work), recipe.train.precision, layers, calls)
+        if key not in self._encoder_costs:
+            tracer = self.tracer(recipe)
+            self._encoder_costs[key] = encoder_costs(
+                self.model, self.parts, tracer, work, recompute_layers=layers, recompute_calls=calls
+            )
+        return self._encoder_costs[key]
 
     def place(self, recipe: Recipe, workload: Workload) -> tuple[Topology, list[EncoderWork], PackPlan]:
         """Return the topology of the recipe, and the distribution of a step's work over it (encoder work and packs)."""
         topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
-        budget = num_samples(recipe.train.encoder_batch_sec)
+        budget, train = num_samples(recipe.train.encoder_batch_sec), recipe.train
         # The encoders' work does not depend on how the LLM is split.
         key = (topology.world, topology.ep, budget, id(workload))
         if key not in self._encoder_work:
             work = encoder_work(self.model, workload, topology, budget, self.device)
             self._encoder_work[key] = (workload, work)
-        return topology, self._encoder_work[key][1], pack_work(recipe, workload, topology)
+        divided = (topology.dp, topology.row_multiple, topology.microbatch_multiple)
+        packed = (*divided, train.llm_tokens_per_microbatch, train.pack_multiple_tokens, id(workload))
+        if packed not in self._packs:
+            self._packs[packed] = (workload, pack_work(recipe, workload, topology))
+        return topology, self._encoder_work[key][1], self._packs[packed][1]
+
+    def layer_unit(self, recipe: Recipe) -> float:
+        """Return the bytes that a layer of the LLM keeps for the backward pass, divided by the bytes of its input.
+
+        The layer is traced without parallelism, and with short segments that need no padding.
+        """
+        rows, dtype = 1024, DTYPES[recipe.train.precision]
+        found = stage_memory(
+            self.model.llm,
+            Topology(1, 1, 1),
+            0,
+            (rows,),
+            1,
+            optim=recipe.staged_optim,
+            dtype=dtype,
+            recompute=recipe.train.recompute_llm,
+            kernels=Kernels(self.device, self.transformer_engine, self.mechanisms),
+            adapters=self.model.adapters,
+        )
+        return found.layers / self.model.llm.num_hidden_layers / (rows * self.model.llm.hidden_size * dtype.itemsize)
 
     def memory(
         self, recipe: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork], packs: PackPlan
     ) -> MemoryModel:
         """Return the memory model of a topology, see `memory_model`."""
         tracer, kernels = self.tracer(recipe), Kernels(self.device, self.transformer_engine, self.mechanisms)
-        return memory_model(recipe, self.model, topology, self.ds_json, tracer, workload, work, packs, kernels)
+        return memory_model(
+            recipe, self.model, topology, self.ds_json, tracer, workload, work, packs, kernels, self._stages
+        )
 
     def plan(self, recipe: Recipe, workload: Workload) -> Plan:
         """Return the plan of `recipe` for `workload`.
@@ -205,7 +250,9 @@ class Planner:
         check_recipe(recipe)
         topology, work, packs = self.place(recipe, workload)
         reduction = Reduction.of(recipe.parallel)
-        states = rank_states(self.model, topology, recipe.staged_optim, recipe.train.precision, self.ds_json, reduction)
+        states = rank_states(
+            self.model, topology, recipe.staged_optim, recipe.train.precision, self.ds_json, reduction, self._states
+        )
         kinds = kinds_of_ranks(self.memory(recipe, workload, topology, work, packs), states)
         fullest = max((k.states for k in kinds), key=lambda s: s.total)
         flops, moved, time = self.time(recipe, workload, topology, work, packs, fullest)
@@ -281,7 +328,7 @@ class Planner:
             self.parts,
             topology,
             accelerator,
-            work,
+            self.encoder_costs(recipe, work),
             packs,
             flops,
             moved,

@@ -6,6 +6,7 @@ a rank.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,22 +57,40 @@ def rank_states(
     precision: str,
     ds_json: dict[str, Any],
     reduction: Reduction = FP32_REDUCTION,
+    known: dict[Any, tuple[States, ...]] | None = None,
 ) -> RankStates:
-    """Return the model states of all ranks. They are computed from the real modules, built on the meta device."""
+    """Return the model states of all ranks. They are computed from the real modules, built on the meta device.
+
+    Args:
+        model: The model that the recipe describes.
+        topology: The layout of the ranks.
+        optim: The optimizer settings.
+        precision: The value of `train.precision`.
+        ds_json: The DeepSpeed JSON.
+        reduction: The settings of the exchange of gradients and weights between replicas.
+        known: The states of stages that have been computed already, to which those of further stages are added. The
+            model and the optimizer settings must always be the same.
+    """
     dtype = DTYPES[precision]
     stages: dict[int, tuple[States, ...]] = {}
     kinds = kinds_of_stages(model.llm.num_hidden_layers, topology)
     for stage in sorted(set(kinds)):
+        key = (stage, dataclasses.replace(topology, ep=1, shard=None), precision, reduction)
+        if known is not None and key in known:
+            stages[stage] = known[key]
+            continue
         with fake_rank(topology, topology.rank_of(0, stage, 0)):
             chunks, models = build_stage(
                 model.llm, topology, stage, optim, dtype, adapters=model.adapters, reduction=reduction
             )
             stages[stage] = tuple(llm_states(chunks, models, topology.without_context, dtype))
+        if known is not None:
+            known[key] = stages[stage]
     llm = tuple(stages[kind] for kind in kinds)
     placement = place(model.config, topology.ep)
     audio = []
     for at in range(topology.ep):
-        tower = model.tower(placement.held_by(at))
+        tower = model.shared_tower(placement.held_by(at))
         audio.append(audio_states(tower, optim, topology, dtype, Offload.of(ds_json)))
     return RankStates(topology.without_context, llm, tuple(audio))
 

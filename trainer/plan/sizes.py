@@ -145,6 +145,17 @@ class SizedModel:
             add_adapters(tower, "audio.", self.adapters)
         return tower
 
+    def shared_tower(self, held: Collection[str]) -> AudioTower:
+        """Return the result of `tower`, which is built only once. Callers must not change it."""
+        key = frozenset(held)
+        if key not in self._towers:
+            self._towers[key] = self.tower(held)
+        return self._towers[key]
+
+    @cached_property
+    def _towers(self) -> dict[frozenset[str], AudioTower]:
+        return {}
+
 
 def sized_model(recipe: Recipe) -> SizedModel:
     """Return the recipe's model with all sizes resolved.

@@ -31,6 +31,8 @@ FP32_BYTES = 4
 _MOMENTS = 2
 _STEP_BYTES = 4
 """The size in bytes of AdamW's step counter, of which there is one per updated tensor."""
+_NORM_BYTES = 16
+"""The temporary bytes per gradient while the engines compute a gradient's norm: its fp64 copy, and the squares."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class States:
     """The largest number of bytes that a save copies to host memory: fp32 weights, moments, and frozen weights."""
     saved_once: int = 0
     """The part of `snapshot` that only the first save copies: frozen weights, which all checkpoints share."""
+    gradient_copies: int = 0
+    """The fp32 copies of the rank's part of bf16 gradients. They exist from an update to the next pass of the LLM."""
+    norm: int = 0
+    """The temporary bytes of the norm of gradients, which is computed tensor by tensor. A sum has the larger one."""
 
     def __add__(self, other: States) -> States:
         return States(
@@ -53,6 +59,8 @@ class States:
             self.optimizer + other.optimizer,
             self.snapshot + other.snapshot,
             self.saved_once + other.saved_once,
+            self.gradient_copies + other.gradient_copies,
+            max(self.norm, other.norm),
         )
 
     @property
@@ -154,7 +162,9 @@ def llm_states(
         optimizer = sum(spans) * per_element + len(spans) * _STEP_BYTES
         once = frozen * dtype.itemsize if dp == 0 else 0
         snapshot = sum(spans) * FP32_BYTES * (_MOMENTS + 1) + once
-        found.append(States(weights, gradients, optimizer, snapshot, once))
+        copies = sum(spans) * FP32_BYTES if any(b.grad_data.dtype != torch.float32 for b in buffers) else 0
+        norm = max(spans, default=0) * _NORM_BYTES
+        found.append(States(weights, gradients, optimizer, snapshot, once, copies, norm))
     return found
 
 
@@ -182,7 +192,7 @@ def audio_states(
         dtype: The dtype of the weights.
         offload: The states that are kept in host memory.
     """
-    total = learned = 0
+    total = learned = largest = 0
     groups = set()
     saved, saved_once = (np.zeros(topology.num_shard_copies, dtype=np.int64) for _ in range(2))
     for name, parameter in tower.named_parameters():
@@ -193,6 +203,7 @@ def audio_states(
         block = topology.saving_block(f"audio.{name}")
         if parameter.requires_grad and not setting.frozen:
             learned += share
+            largest = max(largest, share)
             groups.add((setting.lr, setting.weight_decay, expert and topology.ep > 1))
             saved[block] += share * FP32_BYTES * (_MOMENTS + 1)
         else:
@@ -207,6 +218,7 @@ def audio_states(
             0 if offload.optimizer else optimizer,
             each + once,
             once,
+            norm=largest * _NORM_BYTES,
         )
         for each, once in zip(saved.tolist(), saved_once.tolist(), strict=True)
     )

@@ -14,6 +14,7 @@ from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
 from trainer.plan.accelerator import Accelerator
 from trainer.plan.communication import ALL_TO_ALL, CONTEXT, GRADIENT_BYTES, Traffic
+from trainer.plan.encoder_time import EncoderCost, encoder_seconds
 from trainer.plan.experts import as_dense
 from trainer.plan.flops import Flops
 from trainer.plan.layer_time import (
@@ -28,13 +29,15 @@ from trainer.plan.layer_time import (
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.ranks import DTYPES
 from trainer.plan.sizes import PartSizes, SizedModel
-from trainer.plan.states import States
-from trainer.plan.workload import EncoderWork
+from trainer.plan.states import FP32_BYTES, States
 
-_UPDATE_PASSES = 3
-"""The approximate number of times that AdamW without fused kernels passes over its tensors."""
-_ENCODER_LAYER_KERNELS = 40
-"""The approximate number of kernels that one pass through an encoder layer launches."""
+_NORM_BYTES = 36
+"""The bytes read and written per gradient for the norm: an fp64 copy (12), the squares (16), and their sum (8)."""
+_CLIP_BYTES = 8
+"""The bytes read and written per gradient to scale it."""
+_ADAM_BYTES = 28
+"""The bytes read and written per weight by the fused AdamW: four fp32 values are read, and all but the gradient are
+written."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def step_time(
     parts: PartSizes,
     topology: Topology,
     accelerator: Accelerator,
-    work: Sequence[EncoderWork],
+    encoder_costs: Sequence[EncoderCost],
     packs: PackPlan,
     flops: Flops,
     traffic: Sequence[Traffic],
@@ -112,7 +115,7 @@ def step_time(
         parts: The sizes of the model's parts.
         topology: The layout of the ranks.
         accelerator: The rates of the accelerator.
-        work: The encoders' work.
+        encoder_costs: The costs of the encoders on their busiest ranks.
         packs: The LLM's packs.
         flops: The FLOPs of a step.
         traffic: The bytes that the busiest rank sends, by kind of collective.
@@ -123,7 +126,7 @@ def step_time(
     seconds = {t.name: t.seconds(accelerator) for t in traffic}
     gradient = GRADIENT_BYTES[recipe.parallel.grad_reduce_dtype]
     rates = RankRates(accelerator, mechanisms, DTYPES[recipe.train.precision].itemsize, gradient)
-    compute = _encoder_seconds(recipe, model, parts, rates, work, flops)
+    compute = sum(encoder_seconds(one, parts.encoder_width, rates) for one in encoder_costs)
     gathers = sum(s for name, s in seconds.items() if name.startswith("ZeRO-3") and name.endswith("weights"))
     reductions = sum(s for name, s in seconds.items() if name.startswith("ZeRO-3") and name.endswith("gradients"))
     per_module = recipe.train.gather_audio_weights == "per_module"
@@ -132,8 +135,7 @@ def step_time(
 
     llm = _llm(recipe, model, parts, topology, rates, packs, seconds)
     moved = sum(seconds.get(name, 0.0) for name in ("clips and features", "audio embeddings and tokens"))
-    updated = 2 * states.optimizer + states.gradients + states.weights
-    update = _UPDATE_PASSES * updated / (accelerator.memory_tb_s * accelerator.memory_efficiency * 1e12)
+    update = rates.memory(update_bytes(states, rates.bytes_per_value))
     exchange = moved + llm.gradients
     total = encoders + llm.pipeline + exchange + update
     ran = total * topology.world * rates.peak
@@ -228,6 +230,22 @@ def _llm(
     )
 
 
+def update_bytes(states: States, bytes_per_value: int) -> float:
+    """Return the bytes that the update of the weights reads and writes on a rank.
+
+    For each weight that the rank updates, these are the passes over its fp32 gradient, moments and master weight, and
+    the copy of the new weight. Before the next step, all accumulated gradients of the rank are set to zero.
+
+    Args:
+        states: The rank's model states. Their optimizer state is a copy of the weights (if `bytes_per_value` is below
+            4) and two moments.
+        bytes_per_value: The size of a weight in bytes.
+    """
+    updated = states.optimizer / (FP32_BYTES * (3 if bytes_per_value < FP32_BYTES else 2))
+    copied = FP32_BYTES + bytes_per_value
+    return updated * (_NORM_BYTES + _CLIP_BYTES + _ADAM_BYTES + copied) + states.gradients
+
+
 def _squares(packs: PackPlan) -> float:
     """Return the mean over packs of the sum of squared segment lengths."""
     return float((packs.num_tokens.astype(np.float64) ** 2).sum()) / (packs.num_microbatches * packs.replicas)
@@ -248,41 +266,3 @@ def _with_ring_attention(
     return Seconds(
         layer.forward + max(0.0, ring - attention.forward), layer.backward + max(0.0, 2 * ring - attention.backward)
     )
-
-
-def _encoder_seconds(
-    recipe: Recipe,
-    model: SizedModel,
-    parts: PartSizes,
-    rates: RankRates,
-    work: Sequence[EncoderWork],
-    flops: Flops,
-) -> float:
-    """Return the number of seconds for which the slowest rank computes the encoders.
-
-    The matmuls of an encoder are assumed to have the shape of the average weight, and as many rows as a call has
-    frames.
-    """
-    total = 0.0
-    forward = sum(float(w.cost.sum()) for w in work)
-    again = recipe.train.recompute_encoders + recipe.train.recompute_encoder_calls
-    passes = (flops.encoders / forward if forward else 0.0) + again
-    for one in work:
-        rank = int(one.cost.argmax())
-        calls = [call for encoder in one.calls[rank] for call in encoder]
-        frames = max((sum(call) / 320 for call in calls), default=1.0)
-        width = parts.encoder_width
-        share = rates.accelerator.matrix_share(max(1.0, frames), width, width)
-        total += float(one.cost[rank]) * passes / (rates.peak * share)
-        depth = _depth(model, one.names, parts)
-        total += rates.starts(len(calls) * depth * _ENCODER_LAYER_KERNELS * max(1.0, passes))
-    return total
-
-
-def _depth(model: SizedModel, names: Sequence[str], parts: PartSizes) -> int:
-    """Return the largest number of layers of the encoders `names`."""
-    primary = model.config.primary
-    prefixes = [
-        "audio.primary" if primary is not None and name == primary.name else f"audio.experts.{name}" for name in names
-    ]
-    return max(parts.depths.get(prefix, 1) for prefix in prefixes)

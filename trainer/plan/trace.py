@@ -1,12 +1,13 @@
-"""Activation memory of a module, measured on the meta device: the memory kept for the backward pass, and the peaks.
+"""Memory of a module, measured on the meta device: the bytes kept for the backward pass, the peaks, and the traffic.
 
 On the meta device, every operation creates tensors of the real shape and dtype without allocating memory. The storages
 of these tensors are counted while they exist. Memory that kernels allocate internally (workspaces of convolutions and
-matmuls) is not included.
+matmuls) is not included. The bytes that operations read and write are counted as well (`op_traffic`).
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trainer.plan.op_traffic import op_traffic
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -30,23 +33,39 @@ class Traced:
     """The peak of the forward pass."""
     backward: int
     """The peak of the backward pass, including the memory held after the forward pass."""
+    moved_forward: int = 0
+    """The bytes that the forward pass reads and writes, except in matmuls and attention."""
+    moved_backward: int = 0
+    """The bytes that the backward pass reads and writes, except in matmuls and attention."""
+    kernels_forward: int = 0
+    """The number of kernels that the forward pass launches."""
+    kernels_backward: int = 0
+    """The number of kernels that the backward pass launches."""
 
 
-def trace(forward: Callable[[], Tensor], existing: Iterable[Tensor], device: str = "cpu") -> Traced:
+def trace(
+    forward: Callable[[], Tensor], existing: Iterable[Tensor], device: str = "cpu", ridge: float = math.inf
+) -> Traced:
     """Run `forward` and its backward pass, and measure their memory.
 
     Args:
         forward: A function on meta tensors. All storages that it creates are counted.
         existing: Tensors that exist already and are not counted.
         device: The type of device whose kernels are counted, `cuda` or `cpu`.
+        ridge: The number of FLOPs per byte from which on a convolution's bytes do not count as traffic.
     """
-    with _Bytes(existing) as count, _resized_storages(count), _flash_attention(), _fused_norms(device):
+    with (
+        _Bytes(existing, ridge) as count,
+        _resized_storages(count),
+        _flash_attention(device),
+        _fused_norms(device),
+    ):
         output = forward()
-        kept, peak = count.now, count.peak
-        count.peak = count.now
+        kept, peak, moved, kernels = count.now, count.peak, count.moved, count.kernels
+        count.peak, count.moved, count.kernels = count.now, 0, 0
         if output.requires_grad:
             output.backward(torch.empty_like(output))
-        return Traced(kept, peak, count.peak)
+        return Traced(kept, peak, count.peak, moved, count.moved, kernels, count.kernels)
 
 
 def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
@@ -62,16 +81,19 @@ def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
 
 
 @contextmanager
-def _flash_attention() -> Iterator[None]:
+def _flash_attention(device: str) -> Iterator[None]:
     """Count the memory of attention as fused kernels use it, that is, without the scores.
 
-    On the meta device, torch would choose the unfused implementation. That implementation is still used for a trainable
-    mask (WavLM's gated position bias), as on the CPU. The function is replaced because a dispatch mode would not be
+    On the meta device, torch would choose the unfused implementation. CPUs use it only for a trainable mask (WavLM's
+    gated position bias), for which CUDA has a fused kernel that returns the gradient of the mask
+    (`_scaled_dot_product_efficient_attention_backward`). The function is replaced because a dispatch mode would not be
     active during the recomputation of activation checkpointing.
     """
     plain = functional.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if device == "cuda" and attn_mask is not None and attn_mask.is_floating_point() and attn_mask.shape[-2] > 1:
+            return cast(Tensor, _BiasedFlash.apply(query, key, value, attn_mask))
         if attn_mask is None or not attn_mask.requires_grad:
             return cast(Tensor, _Flash.apply(query, key, value))
         return plain(query, key, value, attn_mask, **kwargs)
@@ -126,12 +148,12 @@ class _FusedRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, torch.empty((*x.shape[:-1], 1), dtype=torch.float32))
-        return torch.empty_like(x)
+        return x.clone()  # reads and writes as many bytes as the norm
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
+        return x + grads[0], torch.empty_like(weight)
 
 
 class PackedFlash(torch.nn.Module):
@@ -154,18 +176,42 @@ class _Flash(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
-class _Bytes(TorchDispatchMode):
-    """A counter of the bytes of all meta storages that exist (`now`), and of the maximum (`peak`)."""
+class _BiasedFlash(torch.autograd.Function):
+    """Attention with a bias [B, H, F, F], which is copied to memory with aligned rows and read once."""
 
-    def __init__(self, existing: Iterable[Tensor]) -> None:
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        aligned, out = bias.clone(), torch.empty_like(query)
+        aligned.sum()
+        ctx.save_for_backward(query, key, value, out, torch.empty(query.shape[:-1], dtype=torch.float32), aligned)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, _, _, bias = ctx.saved_tensors
+        gradients = tuple(torch.empty_like(t) for t in (query, key, value))
+        return (*gradients, bias.clone() if ctx.needs_input_grad[3] else None)
+
+
+class _Bytes(TorchDispatchMode):
+    """A counter of the bytes of all meta storages that exist (`now`), and of the maximum (`peak`).
+
+    It also counts the bytes that operations read and write (`moved`), and their number (`kernels`).
+    """
+
+    def __init__(self, existing: Iterable[Tensor], ridge: float = math.inf) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.moved = self.kernels = 0
+        self._ridge = ridge
         self._alive = {t.untyped_storage()._cdata: 0 for t in existing}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        moved, kernels = op_traffic(func, args, kwargs or {}, out, self._ridge)
+        self.moved += moved
+        self.kernels += kernels
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta":
                 self._add(leaf)
