@@ -38,12 +38,23 @@ def check_recipe(recipe: Recipe) -> None:
         UserError: If a rule is broken. The message contains the key, its value and the allowed values.
     """
     build_topology(recipe.parallel, recipe.parallel.num_ranks)
+    if recipe.parallel.expert > 1 and not recipe.model.experts:
+        raise UserError(f"parallel.expert = {recipe.parallel.expert}: the model has no encoder experts; set it to 1")
     _check_encoders(recipe)
+    if recipe.train.gather_audio_weights == "per_module":
+        for place, encoder in _places(recipe.model):
+            if not family_of(encoder).gathers_per_module:
+                raise UserError(
+                    f"train.gather_audio_weights = per_module: {place} has the family {encoder.family}, whose modules "
+                    "cannot be gathered one by one; set it to per_update"
+                )
     check_losses(recipe.model)
     check_weights("model.llm.weights", recipe.model.llm.weights)
     hf_config = known_llm_config(recipe.model.llm)
-    check_layout(recipe, hf_config)
     if hf_config is not None:
+        check_llm(hf_config, recipe.parallel)
+        if mixture_of(hf_config) is not None and recipe.train.recompute_llm == "selective":
+            raise UserError("train.recompute_llm = selective: must be none or full for an LLM with experts")
         check_router_losses(recipe.model, hf_config)
         _check_lengths(recipe, hf_config)
         _check_vocabulary(recipe, hf_config)
@@ -52,56 +63,22 @@ def check_recipe(recipe: Recipe) -> None:
     _check_data(recipe)
     _check_steps(recipe)
     check_trackers(recipe.telemetry.trackers)
-    if recipe.train.deterministic:
-        check_variables(os.environ)
-
-
-def check_layout(recipe: Recipe, hf_config: PretrainedConfig | None) -> None:
-    """Check the rules on the layout: parallelism, packs, the reduction of gradients, and the gathering of weights.
-
-    Args:
-        recipe: The recipe.
-        hf_config: The configuration of the LLM; None if it is not known yet.
-
-    Raises:
-        UserError: If a rule is broken. The message contains the key, its value and the allowed values.
-    """
-    parallel, train = recipe.parallel, recipe.train
-    build_topology(parallel, parallel.num_ranks)
-    if parallel.expert > 1 and not recipe.model.experts:
-        raise UserError(f"parallel.expert = {parallel.expert}: the model has no encoder experts; set it to 1")
-    if hf_config is not None:
-        check_llm(hf_config, parallel)
-        if mixture_of(hf_config) is not None and train.recompute_llm == "selective":
-            raise UserError("train.recompute_llm = selective: must be none or full for an LLM with experts")
-    _check_lanes(recipe)
-    check_packs(train, parallel)
-    check_reduction(train, parallel)
-    if recipe.stages and parallel.overlap_grad_reduce:  # Megatron waits for the same gradients in every step
+    check_packs(recipe.train, recipe.parallel)
+    check_reduction(recipe.train, recipe.parallel)
+    if recipe.stages and recipe.parallel.overlap_grad_reduce:  # Megatron waits for the same gradients in every step
         raise UserError(
             "parallel.overlap_grad_reduce = true: the parameters that learn change between stages of training; set it "
             "to false, or remove stages"
         )
-    _check_audio_weights(recipe)
-
-
-def _check_audio_weights(recipe: Recipe) -> None:
-    """Check the rules on the gathering of the audio side's weights."""
-    gathering, shard = recipe.train.gather_audio_weights, recipe.parallel.audio_shard
-    check_gathering(deepspeed_json(recipe), load_ds_json(deepspeed_json(recipe)), gathering)
-    if gathering != "per_module":
-        return
-    for place, encoder in _places(recipe.model):
-        if not family_of(encoder).gathers_per_module:
-            raise UserError(
-                f"train.gather_audio_weights = per_module: {place} has the family {encoder.family}, whose modules "
-                "cannot be gathered one by one; set it to per_update"
-            )
-    if shard not in (None, recipe.parallel.num_ranks):
+    check_gathering(deepspeed_json(recipe), load_ds_json(deepspeed_json(recipe)), recipe.train.gather_audio_weights)
+    shard = recipe.parallel.audio_shard
+    if recipe.train.gather_audio_weights == "per_module" and shard not in (None, recipe.parallel.num_ranks):
         raise UserError(
             f"parallel.audio_shard = {shard}: weights that are gathered per module are shared by all ranks; remove it, "
             "or set train.gather_audio_weights to per_update"
         )
+    if recipe.train.deterministic:
+        check_variables(os.environ)
 
 
 def deepspeed_json(recipe: Recipe) -> Path:
@@ -268,6 +245,7 @@ def _check_vocabulary(recipe: Recipe, hf_config: PretrainedConfig) -> None:
 
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
+    _check_lanes(recipe)
     if not data.datasets:
         raise UserError("data.datasets is empty: name at least one manifest or folder of shards")
     spoken = [task.name for task in TASKS.values() if task.is_transcription]

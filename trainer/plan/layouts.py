@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from model.errors import UserError
 from model.llm.families import mixture_of
 from model.llm.stages import Recompute
-from trainer.config.checks import check_layout, check_packs
+from trainer.config.checks import check_packs, check_recipe
 from trainer.config.schema import Recipe
 from trainer.engine.ds_config import Gathering
 from trainer.parallel.topology import ParallelConfig, divisors
@@ -58,7 +58,7 @@ def llm_layouts(recipe: Recipe, config: PretrainedConfig, per_node: int) -> Iter
         if tp * cp > max(per_node, parallel.tensor * parallel.context):
             continue
         plain = dataclasses.replace(parallel, tensor=tp, context=cp, pipeline=pp, virtual_stages=1)
-        if not _is_legal(dataclasses.replace(recipe, parallel=plain, train=unpacked), config):
+        if not _is_legal(dataclasses.replace(recipe, parallel=plain, train=unpacked)):
             continue
         virtual = [1] if has_experts else _virtual_stages(config.num_hidden_layers, pp, parallel.virtual_stages)
         for vp, reduction in itertools.product(virtual, _reductions(recipe, has_experts)):
@@ -88,7 +88,7 @@ def audio_layouts(recipe: Recipe, config: PretrainedConfig, per_node: int) -> It
             continue
         split = dataclasses.replace(parallel, expert=ep, audio_shard=shard)
         gathered = dataclasses.replace(train, gather_audio_weights=gathering)
-        if not _is_legal(dataclasses.replace(recipe, parallel=split, train=gathered), config):
+        if not _is_legal(dataclasses.replace(recipe, parallel=split, train=gathered)):
             continue
         for seconds, layers, calls in itertools.product(batches, (False, True), (False, True)):
             changed = dataclasses.replace(
@@ -124,9 +124,9 @@ def _text(value: object) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def _is_legal(recipe: Recipe, config: PretrainedConfig) -> bool:
+def _is_legal(recipe: Recipe) -> bool:
     try:
-        check_layout(recipe, config)
+        check_recipe(recipe)
     except UserError:
         return False
     return True
