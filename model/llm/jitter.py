@@ -44,7 +44,7 @@ def jittered_rows(rows: Tensor, noise: TokenNoise, layer: int, amount: float) ->
         rows: The inputs of a router in fp32.
         noise: The identities of the tokens.
         layer: The number of the layer.
-        amount: ε.
+        amount: The amplitude ε.
     """
     result: Tensor = _Jitter.apply(rows, noise, layer, amount)
     return result
@@ -56,8 +56,8 @@ def jitter_factors(noise: TokenNoise, layer: int, width: int, amount: float) -> 
     Args:
         noise: The identities of the tokens.
         layer: The number of the layer.
-        width: H.
-        amount: ε.
+        width: The hidden width H.
+        amount: The amplitude ε.
     """
     channels = _mix(torch.arange(width, device=noise.samples.device))
     tokens = _mix(_mix(noise.samples) + _mix(noise.positions + (layer << 32)))
