@@ -14,6 +14,8 @@ from model.errors import UserError
 from model.llm.families import LLM_FAMILIES
 from model.losses.table import LOSSES
 from tests.plugin_package import run, write_plugin
+from trainer.config.checks import check_recipe
+from trainer.config.load import load_recipe
 from trainer.plugins import GROUPS, VARIABLE, inherit_plugins, load_plugins
 from trainer.scoring.tasks import TASKS
 
@@ -91,6 +93,8 @@ QUIET = Quiet()
         "earshot.losses": {"quiet": "QUIET"},
     }
     write_plugin(tmp_path, "plug_parts", source, points)
+    with pytest.raises(UserError, match=r"the installed package plug_parts defines this loss.*plugins=\[plug_parts\]"):
+        check_recipe(load_recipe("debug", ["model.losses.quiet.weight=0.1"]))
     try:
         load_plugins(["plug-parts"])
         # An export copies the module of an encoder family, so the table stores the module's name.

@@ -74,6 +74,10 @@ def test_a_task_of_a_plugin_trains_and_is_scored(tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["headlines"] == {"command": "answer_length"} and not found["num_skipped"]
 
+    # Runs name their plug-ins themselves.
+    done = run("tools.compare", str(folder), str(folder), path=path)
+    assert done.returncode == 0 and "test/command/answer_length" in done.stdout, done.stderr
+
     # A command that opens no run is given its name.
     compared = [str(out / "predictions.jsonl")] * 2
     done = run("tools.compare", *compared, path=path)

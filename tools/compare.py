@@ -132,11 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare_runs(args: argparse.Namespace) -> int:
-    from tools.compare_runs import compare_runs, describe, write_page
+    from tools.compare_runs import compare_runs, describe, load_plugins_of, write_page
 
     other = next((path for path in args.files if not is_run(path)), None)
     if other is not None:
         raise UserError(f"{other}: is not the folder of a run; give only run folders, or only files of predictions")
+    load_plugins_of(args.files)
     tree = compare_runs(args.files, time.time())
     print(describe(tree))
     if args.html is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from model.errors import UserError
 from tools.run_status import main_scores, read_status
 from tools.status import sparkline
 from trainer.page.render import render
+from trainer.plugins import load_plugins
 from trainer.scoring.table import format_table
 from trainer.telemetry.jsonl import read_lines, write_atomically
 from trainer.telemetry.trackers.base import flatten_params
@@ -32,6 +34,20 @@ _SPEEDS: dict[str, tuple[str, Callable[[float], str]]] = {
 """The title and the format of each number about a run's speed."""
 _IGNORED = ("name", "train.run_dir")
 """Recipe keys that are not compared, since they always differ between runs."""
+
+
+def load_plugins_of(folders: Sequence[Path]) -> None:
+    """Load the plug-ins of runs, whose tasks may have scores. A plug-in that cannot be loaded is reported on stderr.
+
+    Raises:
+        UserError: If the recipe of a run cannot be read.
+    """
+    names = [name for folder in folders for name in _read_recipe(folder).get("plugins") or ()]
+    for name in dict.fromkeys(names):
+        try:
+            load_plugins([name])
+        except UserError as error:
+            print(f"note: {error}; the scores of its tasks are not compared", file=sys.stderr)
 
 
 def compare_runs(folders: Sequence[Path], now_sec: float) -> dict[str, Any]:
@@ -73,6 +89,11 @@ def compare_runs(folders: Sequence[Path], now_sec: float) -> dict[str, Any]:
 
 def _recipe(folder: Path) -> dict[str, str]:
     """Return the values of a run's recipe as text by dotted key; empty if the folder contains no recipe."""
+    return flatten_params(_read_recipe(folder))
+
+
+def _read_recipe(folder: Path) -> Mapping[str, Any]:
+    """Return the recipe of a run; empty if the folder contains none."""
     path = folder / "recipe.yaml"
     if not path.is_file():
         return {}
@@ -80,7 +101,7 @@ def _recipe(folder: Path) -> dict[str, str]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}); restore it") from None
-    return flatten_params(tree) if isinstance(tree, Mapping) else {}
+    return tree if isinstance(tree, Mapping) else {}
 
 
 def _curve(records: Sequence[Mapping[str, Any]]) -> list[list[float]]:

@@ -223,6 +223,11 @@ def _as_text(args: argparse.Namespace, report: ImportReport) -> str:
     if totals.skipped:
         listed = "" if args.check else f", listed in {args.out}/{SKIPPED_NAME}"
         lines.append(f"skipped: {totals.reasons()}{listed}")
+    if report.skipped_fraction > args.max_skipped_fraction:
+        lines.append(
+            f"exit code 1: {report.skipped_fraction:.1%} of the rows were skipped, more than --max-skipped-fraction "
+            f"{args.max_skipped_fraction:g} allows"
+        )
     return "\n".join(lines)
 
 

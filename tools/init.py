@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {', '.join(written)} to {options.folder.resolve()}")
-    print(f"next: edit {RECIPE} and slurm/env.sh, then  earshot train {RECIPE} --dry-run")
+    print(f"next: edit {RECIPE} and slurm/env.sh, then  earshot train {RECIPE} --dry-run --no-data")
     return 0
 
 

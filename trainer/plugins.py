@@ -76,6 +76,11 @@ def inherit_plugins() -> None:
     load_plugins(_inherited())
 
 
+def package_with(group: str, name: str) -> str | None:
+    """Return an installed package that has the entry point `name` in a group of `GROUPS`; None if there is none."""
+    return next((_package(point) for point in entry_points(group=group) if point.name == name), None)
+
+
 def _inherited() -> list[str]:
     return [name for name in os.environ.get(VARIABLE, "").split(",") if name]
 

@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_no_command_is_run(tmp_path: Path) -> None:
+def test_no_command_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a b.wav").write_bytes(audio_bytes(0.1, kind="WAV", channels=2))
     made = tmp_path / "made"
     entries = {
@@ -55,6 +55,8 @@ def test_no_command_is_run(tmp_path: Path) -> None:
     (tmp_path / "wav.scp").write_text("".join(f"{k} {v}\n" for k, v in entries.items()))
     (tmp_path / "text").write_text("".join(f"{k} text\n" for k in entries))
     assert run("kaldi", tmp_path, tmp_path / "out", jobs=2) == 1
+    share = (len(entries) - 2) / len(entries)
+    assert f"exit code 1: {share:.1%} of the rows were skipped, more than --max-skipped" in capsys.readouterr().out
     assert not made.exists() and not (ROOT / "made").exists()
     assert [r["id"] for r in manifest(tmp_path / "out")] == ["cat", "sph"]
     reasons = dict(skipped(tmp_path / "out"))

@@ -19,7 +19,7 @@ from model.errors import UserError
 from model.llm.families import mixture_of
 from model.llm.rotary import num_positions
 from model.lora import LLM, Adapters, llm_layers
-from model.losses.table import check_losses
+from model.losses.table import LOSSES, check_losses
 from trainer.config.llm_checks import check_llm, check_router_losses, known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
@@ -27,6 +27,7 @@ from trainer.config.weights import check_present, check_weights
 from trainer.engine.determinism import check_variables
 from trainer.engine.ds_config import check_gathering, load_ds_json
 from trainer.parallel.topology import ParallelConfig, build_topology, divisors
+from trainer.plugins import package_with
 from trainer.scoring.tasks import TASKS
 from trainer.telemetry.trackers.table import check_trackers
 
@@ -48,6 +49,13 @@ def check_recipe(recipe: Recipe) -> None:
                     f"train.gather_audio_weights = per_module: {place} has the family {encoder.family}, whose modules "
                     "cannot be gathered one by one; set it to per_update"
                 )
+    for name in recipe.model.losses.keys() - LOSSES.keys():
+        package = package_with("earshot.losses", name)
+        if package is not None:
+            raise UserError(
+                f"model.losses.{name}: the installed package {package} defines this loss, but the recipe does not load "
+                f"it; add {package} to plugins, e.g. plugins=[{package}]"
+            )
     check_losses(recipe.model)
     check_weights("model.llm.weights", recipe.model.llm.weights)
     hf_config = known_llm_config(recipe.model.llm)
