@@ -80,7 +80,7 @@ lint: setup
 	$(PY) -m mypy
 
 check: lint
-	$(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile
 
 test: lint docs
 	tests/run_all.sh $(PY) $(JOBS)

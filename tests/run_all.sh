@@ -6,6 +6,8 @@
 set -uo pipefail
 python=$1 jobs=$2
 report=(--durations=40 --durations-min=3)
+# With two threads for each of JOBS processes, threads of one process wait for those of the others.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Only the tests of this run are remembered.
 rm -rf .pytest_cache/v/cache/lastfailed
 "$python" -m pytest -n "$jobs" --dist loadfile "${report[@]}"
