@@ -50,8 +50,8 @@ def chunked_delta_rule(
     size = min(CHUNK_TOKENS, 1 << (length - 1).bit_length())
     query, key, value = (_chunks(x, size) for x in (_unit(query) * query.shape[-1] ** -0.5, _unit(key), value))
     decay, rate = (_chunks(x[..., None], size) for x in (decay, rate))  # [B, H, N, C, 1], like all others
-    total = decay.cumsum(-2)
     before = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    total = decay.mT.masked_fill(~before, 0.0).sum(-1, keepdim=True)  # a cumulative sum that is deterministic on CUDA
     # The decay from the token of a column to the token of a row. Differences above the diagonal could overflow.
     ratio = (total - total.mT).masked_fill(~before, float("-inf")).exp()
     rated = rate * key

@@ -50,9 +50,9 @@ def test_the_published_mowe(num_ranks: int, capsys: pytest.CaptureFixture[str]) 
 
 def test_the_lengths_of_packs_are_printed() -> None:
     found = describe(load_recipe("mowe_70b"))
-    assert "an LLM pack up to 8192 tokens, padded to a multiple of 4 (the tensor-parallel ranks)." in found
+    assert "an LLM pack up to 10240 tokens, padded to a multiple of 4 (the tensor-parallel ranks)." in found
     found = describe(load_recipe("mowe_70b", ["train.pack_multiple_tokens=1024"]))
-    assert "an LLM pack up to 8192 tokens, padded to a multiple of 1024, which gives 8 different lengths." in found
+    assert "an LLM pack up to 10240 tokens, padded to a multiple of 1024, which gives 10 different lengths." in found
 
 
 def test_the_reproducibility_of_a_resumed_run_is_printed() -> None:
