@@ -59,8 +59,8 @@ def test_the_70b_plan() -> None:
         assert word in text
     assert max(map(len, lines[:-1])) <= 100
     assert found["fits"] and found["ranks"] == 128
-    # The weights of the LLM are bf16, split over the tensor ranks and the stages. A stage has one kind of rank per place
-    # of an expert-parallel group.
+    # The weights of the LLM are bf16, split over the tensor ranks and the stages. A stage has one kind of rank per
+    # place of an expert-parallel group.
     assert found["expert"] == 2
     first = [kind for kind in found["kinds"] if kind["expert_place"] == 0]
     assert found["tensor"] * sum(k["weights_bytes"] * len(k["stages"]) for k in first) > 2 * 70.5e9

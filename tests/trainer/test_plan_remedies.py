@@ -8,7 +8,7 @@ import pytest
 
 from trainer.config.checks import check_recipe
 from trainer.config.load import load_recipe
-from trainer.plan.remedies import remedy
+from trainer.plan.remedies import memory_remedy, remedy
 
 PARTS = (
     "computing the LLM",
@@ -59,3 +59,35 @@ def test_what_the_recipe_already_does_is_not_recommended() -> None:
     whole = load_recipe("mowe_70b")  # Every layer is a stage of its own.
     assert "virtual_stages" not in remedy("the pipeline's bubble", whole)
     assert "virtual_stages" in remedy("the pipeline's bubble", load_recipe("mowe_70b", ["parallel.virtual_stages=2"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part", "whole", "expected"),
+    [
+        (
+            ["train.recompute_encoder_calls=false"],
+            "encoder activations",
+            True,
+            "train.recompute_encoder_calls=true, or train.recompute_encoders=true, or more ranks",
+        ),
+        (
+            ["train.recompute_encoder_calls=true", "train.recompute_encoders=true"],
+            "encoder activations",
+            True,
+            "a smaller train.encoder_batch_sec, or more ranks",
+        ),
+        (
+            ["train.recompute_llm=full"],
+            "LLM activations",
+            True,
+            "a smaller train.llm_tokens_per_microbatch, or for long samples a larger parallel.context",
+        ),
+        ([], "buffers", True, "train.gather_audio_weights=per_module"),
+        ([], "buffers", False, "a smaller reduce_bucket_size or stage3_max_reuse_distance in train.deepspeed"),
+        ([], "states", True, "a larger parallel.tensor or parallel.pipeline, or more ranks"),
+    ],
+)
+def test_a_plan_that_does_not_fit_names_only_what_the_recipe_does_not_do(
+    overrides: list[str], part: str, whole: bool, expected: str
+) -> None:
+    assert memory_remedy(part, load_recipe("mowe_8b", overrides), whole) == expected

@@ -30,6 +30,7 @@ from trainer.plan.llm_memory import Kernels, StageMemory, stage_memory
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.memory import MemoryModel, RankMemory, kinds_of_ranks, memory_model
 from trainer.plan.ranks import DTYPES, RankStates, rank_states
+from trainer.plan.remedies import memory_remedy
 from trainer.plan.sizes import Size, parameter_sizes, part_sizes, sized_model
 from trainer.plan.states import States
 from trainer.plan.step_time import StepTime, step_time
@@ -119,17 +120,13 @@ class Plan:
         if self.fits:
             return
         worst = self.worst
-        buffers = "a smaller reduce_bucket_size or stage3_max_reuse_distance in train.deepspeed"
-        if worst.whole_weights:
-            buffers = "train.gather_audio_weights=per_module"
         parts = {
-            "a larger parallel.tensor or parallel.pipeline, or more ranks": worst.states.total,
-            "a smaller train.llm_tokens_per_microbatch, train.recompute_llm=full, or for long samples a larger "
-            "parallel.context": worst.activations,
-            "train.recompute_encoder_calls=true, or train.recompute_encoders=true": worst.encoder_activations,
-            buffers: worst.buffers,
+            "states": worst.states.total,
+            "LLM activations": worst.activations,
+            "encoder activations": worst.encoder_activations,
+            "buffers": worst.buffers,
         }
-        remedy = max(parts, key=lambda key: parts[key])
+        remedy = memory_remedy(max(parts, key=lambda part: parts[part]), self.recipe, bool(worst.whole_weights))
         raise UserError(
             f"{self.recipe.name} does not fit: a rank of stage {worst.stages[0]} at place {worst.place} of its "
             f"expert-parallel group needs {worst.total / GIB:.1f} GiB (weights, gradients and optimizer "

@@ -1,4 +1,4 @@
-"""Ways to shorten the parts of a step, without the ways that a recipe already uses."""
+"""Ways to shorten the parts of a step or to save memory, without the ways that a recipe already uses."""
 
 from __future__ import annotations
 
@@ -18,6 +18,39 @@ def remedy(part: str, recipe: Recipe) -> str:
     if not options:
         return "nothing in the recipe changes it much"
     return ", ".join(options[:-1]) + (" or " if len(options) > 1 else "") + options[-1]
+
+
+def memory_remedy(part: str, recipe: Recipe, gathers_whole_weights: bool) -> str:
+    """Return a phrase that names the changes that would make a part of a rank's memory smaller.
+
+    Args:
+        part: `states`, `LLM activations`, `encoder activations` or `buffers`.
+        recipe: The recipe of the run.
+        gathers_whole_weights: Whether the buffers contain the whole weights of the audio side.
+    """
+    train = recipe.train
+    options = {
+        "states": [("a larger parallel.tensor or parallel.pipeline", True), ("more ranks", True)],
+        "LLM activations": [
+            ("a smaller train.llm_tokens_per_microbatch", True),
+            ("train.recompute_llm=full", train.recompute_llm != "full"),
+            ("for long samples a larger parallel.context", True),
+        ],
+        "encoder activations": [
+            ("train.recompute_encoder_calls=true", not train.recompute_encoder_calls),
+            ("train.recompute_encoders=true", not train.recompute_encoders),
+            ("a smaller train.encoder_batch_sec", train.recompute_encoder_calls),
+            ("more ranks", True),
+        ],
+        "buffers": [
+            ("train.gather_audio_weights=per_module", gathers_whole_weights),
+            (
+                "a smaller reduce_bucket_size or stage3_max_reuse_distance in train.deepspeed",
+                not gathers_whole_weights,
+            ),
+        ],
+    }[part]
+    return ", or ".join(text for text, applies in options if applies)
 
 
 def _options(part: str, recipe: Recipe) -> list[tuple[str, bool]]:
