@@ -8,5 +8,14 @@ while [[ "${1:-}" == -* ]]; do
   options+=("$1")
   shift
 done
-bash "$@"  # Outside a Slurm job, the script only checks the recipe and the data.
+[[ $# -gt 0 ]] || { echo "usage: slurm/submit.sh [--name=value ...] SCRIPT [RECIPE] [key=value ...]" >&2; exit 2; }
+
+# asked NAME: the value of sbatch's option --NAME, given here or in a line of the script that begins with #SBATCH
+asked() {
+  printf '%s\n' "$(sed -n 's/^#SBATCH //p' "$script")" "${options[@]}" | sed -n "s/^--$1=//p" | tail -n 1
+}
+script=$1
+# Outside a Slurm job, the script only checks the recipe and the data, and whether the ranks fit on these nodes.
+SUBMIT_NODES="$(asked nodes)" SUBMIT_NTASKS_PER_NODE="$(asked ntasks-per-node)" \
+  SUBMIT_GPUS_PER_NODE="$(asked gpus-per-node)" bash "$@"
 exec sbatch "${options[@]}" "$@"

@@ -258,12 +258,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if "SLURM_JOB_ID" not in os.environ:
-            check(options.recipe, options.overrides, smaller=True)
-            return 0
+            return _outside(options.recipe, options.overrides)
         return _in_job(options.recipe, choose(options.recipe, options.overrides, os.environ))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.USER_ERROR
+
+
+def _outside(recipe: str, overrides: Sequence[str]) -> int:
+    """Check what needs no nodes, and whether the ranks fit on the nodes for which `slurm/submit.sh` will ask."""
+    asked = slurm.Allocation.asked(os.environ)
+    facts = check(recipe, overrides, per_node=None if asked is None else asked.tasks_per_node, smaller=True)
+    if asked is not None:
+        slurm.lay_out(asked, facts.num_ranks, facts.tensor)
+    return 0
 
 
 def _in_job(recipe: str, overrides: Sequence[str]) -> int:

@@ -59,6 +59,25 @@ class Allocation:
             gpus,
         )
 
+    @staticmethod
+    def asked(environ: Mapping[str, str]) -> Allocation | None:
+        """Return the resources for which `slurm/submit.sh` will ask, if the variables that it sets name them.
+
+        Args:
+            environ: SUBMIT_NODES, SUBMIT_NTASKS_PER_NODE and SUBMIT_GPUS_PER_NODE have the values of sbatch's options
+                `--nodes`, `--ntasks-per-node` and `--gpus-per-node`. They are empty or missing if an option is not
+                given.
+
+        Returns:
+            The resources, whose nodes have no names yet; None if the number of nodes or of tasks per node is unknown.
+        """
+        most = environ.get("SUBMIT_NODES", "").rpartition("-")[2]  # the second number of a range such as 2-4
+        gpus = _num_gpus(environ.get("SUBMIT_GPUS_PER_NODE", ""))
+        tasks = environ.get("SUBMIT_NTASKS_PER_NODE") or str(gpus)
+        if not all(number.isascii() and number.isdigit() and int(number) for number in (most, tasks)):
+            return None
+        return Allocation(0, 0, ("",) * int(most), int(tasks), 1, gpus)
+
 
 @dataclass(frozen=True)
 class Layout:
