@@ -122,6 +122,19 @@ def test_the_check_without_building_finds_missing_splits_of_manifests(corpus: Pa
     assert not list(corpus.glob("**/shards.json"))
 
 
+def test_the_check_without_building_finds_rows_that_cannot_be_used(corpus: Path) -> None:
+    manifest = corpus / "set.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    number = next(i for i, row in enumerate(rows) if row["split"] == "train")
+    of_split = sum(row["split"] == "train" for row in rows)
+    rows[number]["task"] = "command"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = rf"1 of {of_split} samples cannot be used \(1 unknown_task\).* line {number + 1} id .*task = 'command'"
+    with pytest.raises(UserError, match=message):
+        check_stored(data_config(corpus, SET))
+    check_stored(data_config(corpus, SET, max_skipped_fraction=1 / of_split))
+
+
 def test_a_wrong_path_is_reported_before_ranks_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,14 @@ from trainer.data.metadata import earlier_texts, has_earlier_answers
 from trainer.data.node_cache import QUEUE_BYTES, NodeCache
 from trainer.data.sample import earlier_answers_error
 from trainer.data.sentencepiece_training import train_sentencepiece
-from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards, source_digest
+from trainer.data.shard_build import (
+    SKIPPED_NAME,
+    BuildReport,
+    ShardLimits,
+    build_shards,
+    check_fields,
+    source_digest,
+)
 from trainer.data.shards import INDEX_NAME, Selection, ShardIndex, ShardSet, read_index
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.storage.open import join_url, open_store, scheme_of
@@ -192,7 +199,8 @@ def check_stored(config: DataConfig) -> None:
 
     Raises:
         UserError: If a manifest or an index is missing or cannot be read, a dataset contains no samples to train on, or
-            an evaluation split has no samples in any dataset.
+            an evaluation split has no samples in any dataset, or too many rows of a manifest have fields that cannot be
+            used.
     """
     _check_datasets(config)
     check_files(config)
@@ -203,7 +211,11 @@ def check_stored(config: DataConfig) -> None:
             given.append(_given_shards(config, part, (part.split, *config.eval_splits)))
             _open_training(given[-1], config)
         elif part.manifest is not None:
-            in_manifests |= set(_rows_by_split(part, Path(config.root) / part.manifest))
+            manifest = Path(config.root) / part.manifest
+            rows = _rows_by_split(part, manifest)
+            in_manifests |= set(rows)
+            for split in dict.fromkeys((part.split, *config.eval_splits)):
+                check_fields(str(manifest), rows.get(split, ()), config.max_skipped_fraction)
     _check_eval_splits(config, given, in_manifests)
 
 

@@ -265,20 +265,41 @@ class _Build:
         self._writer, self._num_recorded = None, len(self.skipped)
 
     def _check_skipped(self) -> None:
-        skipped, num_rows = self.skipped, len(self.rows)
-        if len(skipped) > self.max_skipped_fraction * num_rows or 0 < num_rows == len(skipped):
-            counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(s.reason for s in skipped).items()))
-            first = {s.reason: s for s in sorted(skipped, key=lambda s: -s.line)}
-            examples = "; ".join(
-                f"line {s.line} id {s.key}: {s.detail}" for s in sorted(first.values(), key=lambda s: s.line)
-            )
-            raise UnusableError(
-                f"{self.manifest}: {len(skipped)} of {num_rows} samples cannot be used ({counts}), more than "
-                f"max_skipped_fraction = {self.max_skipped_fraction}; first of each reason: {examples}; fix them or "
-                "raise it"
-            )
-        if not num_rows:
+        _check_share(self.manifest, self.skipped, len(self.rows), self.max_skipped_fraction)
+        if not self.rows:
             raise UnusableError(f"{self.manifest}: no samples in the requested split; check the split")
+
+
+def check_fields(manifest: str, rows: Sequence[Row], max_skipped_fraction: float) -> None:
+    """Check the fields of a manifest's rows, without reading their audio.
+
+    Args:
+        manifest: The manifest, for the error message.
+        rows: The rows of one split.
+        max_skipped_fraction: The largest fraction of rows that may be skipped.
+
+    Raises:
+        UnusableError: If a larger fraction of the rows cannot be used.
+    """
+    skipped = []
+    for row in rows:
+        try:
+            check_metadata(row.metadata, len(row.audio))
+        except SampleError as error:
+            skipped.append(SkippedRow(row.line, row.key, error.reason, error.detail))
+    _check_share(manifest, skipped, len(rows), max_skipped_fraction)
+
+
+def _check_share(manifest: str, skipped: Sequence[SkippedRow], num_rows: int, max_skipped_fraction: float) -> None:
+    if len(skipped) <= max_skipped_fraction * num_rows and not 0 < num_rows == len(skipped):
+        return
+    counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(s.reason for s in skipped).items()))
+    first = {s.reason: s for s in sorted(skipped, key=lambda s: -s.line)}
+    examples = "; ".join(f"line {s.line} id {s.key}: {s.detail}" for s in sorted(first.values(), key=lambda s: s.line))
+    raise UnusableError(
+        f"{manifest}: {len(skipped)} of {num_rows} samples cannot be used ({counts}), more than max_skipped_fraction = "
+        f"{max_skipped_fraction}; first of each reason: {examples}; fix them or raise it"
+    )
 
 
 def _finished_parts(store: Store, digest: str) -> list[_Part]:
