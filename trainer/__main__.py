@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments of the command; None for those of the process.
 
     Returns:
-        The exit code (see `ExitCode`). It is 2 after a user error, which one line on stderr describes.
+        The exit code (see `ExitCode`). It is 2 after a user error, which a one-line message on stderr describes.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)
@@ -84,6 +84,10 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
         if not options.no_data:
             check_data(recipe)
+            try:
+                check_folders(recipe)
+            except UserError as error:  # A recipe can be checked before its weights are downloaded.
+                print(f"warning: {error}", file=sys.stderr, flush=True)
         check_tokenizer(recipe)
         print(describe(recipe))
         return 0

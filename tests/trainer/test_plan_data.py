@@ -157,3 +157,6 @@ def test_a_dry_run_checks_local_data(corpus: Path, tmp_path: Path, capsys: pytes
     assert error.count("\n") == 1 and "; --no-data skips this check" in error
     assert train([*dry, f"data.root={tmp_path}", "--no-data"]) == 0
     assert train([*dry, "data.root=s3://nowhere/x"]) == 0  # Buckets are not read.
+    capsys.readouterr()
+    assert train([*dry, f"data.root={corpus}", "model.llm.weights=/nowhere/llm"]) == 0
+    assert "warning: model.llm.weights = /nowhere/llm: no such folder; give a folder" in capsys.readouterr().err
