@@ -115,7 +115,7 @@ def time_plans(ranks: int = 4096) -> dict[str, Any]:
         "packs of 512 replicas": lambda: plan_packs(tokens, 512, 8192, 8),
     }
     rows: dict[str, Any] = {}
-    print(f"planning for {ranks} ranks × {CLIPS_PER_RANK} clips, CPU ms: median of {NUM_PLANS} (least)")
+    print(f"planning for {ranks} ranks × {CLIPS_PER_RANK} clips, CPU ms: median of {NUM_PLANS} (minimum)")
     for name, plan in plans.items():
         plan()
         seconds = []

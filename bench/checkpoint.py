@@ -119,7 +119,7 @@ def _ratio(stalls: dict[str, list[float]]) -> float:
 
 
 def _report(stalls: dict[str, list[float]], num_bytes: int) -> None:
-    print(f"{'':14} {'median':>8} {'least':>8} {'most':>8} {'first':>8}   seconds for which training is interrupted")
+    print(f"{'':14} {'median':>8} {'min':>8} {'max':>8} {'first':>8}   seconds for which training is interrupted")
     for name, seconds in stalls.items():
         later = seconds[1:]
         print(f"{name:14} {statistics.median(later):8.3f} {min(later):8.3f} {max(later):8.3f} {seconds[0]:8.3f}")

@@ -11,17 +11,19 @@ the same clips with the same routing, and the arms take turns. The encoders comp
 - messages, lengths: two parts of `ours`, timed separately. `messages` sends each clip and each feature sequence as a
   separate message, without copying it first. `lengths` gathers the lengths on all ranks. Every dispatch method has
   these costs.
-- AutoEP: `_AllToAllV` from deepspeed.module_inject, with its own split plan. It moves rows of one width. A row is a
-  frame, with 320 samples on the way to the encoder and 768 features on the way back. Rounding up to whole frames pads a
-  clip by at most 20 ms.
-- MOELayer: `deepspeed.moe`. It moves rows of one width in both directions, up to a capacity that is the same for all
-  experts. A row is a frame in 768 columns, and the capacity is the smallest that drops no frame (`drop_tokens=False`).
-  If rows were whole clips, every clip would be padded to the length of the longest clip.
+- AutoEP: `_AllToAllV` from deepspeed.module_inject, with its own split plan. All rows of one call have the same width.
+  A row is one frame: 320 samples on the way to the encoder, 768 features on the way back. Rounding up to whole frames
+  pads a clip by at most 20 ms.
+- MOELayer: `deepspeed.moe`. All rows have the same width in both directions, and every rank sends the same number of
+  rows, called the capacity, to every expert. A row is one frame, zero-padded to 768 columns. The capacity is the
+  smallest that drops no frame (`drop_tokens=False`). If rows were whole clips, every clip would be padded to the length
+  of the longest clip.
 
 Goals: `ours` sends at most 1.02 times the payload, which is the samples and features of the clips that are encoded on
 another rank, and takes at most 1.3 times as long as `bare`. On a busy machine, every wait for another rank adds
-scheduling delay to the wall time, but not to the CPU time of all ranks, which is also printed. Bytes are counted in the
-collectives, where an all-reduce counts as a ring all-reduce. The exit code is 1 if a goal is missed.
+scheduling delay to the wall time, but not to the CPU time of all ranks, which is also printed. Bytes are computed from
+the arguments of each collective call. An all-reduce is assumed to be a ring all-reduce. The exit code is 1 if a goal is
+missed.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ def _sent_all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> float:
     return 2 * tensor.numel() * tensor.element_size() * (WORLD - 1) / WORLD
 
 
-# The arguments have the names of torch.distributed, since DeepSpeed passes them as keywords.
+# The parameters above are named as in torch.distributed, since DeepSpeed passes them as keyword arguments.
 _SENT: dict[str, Callable[..., float]] = {
     "all_to_all_single": _sent_all_to_all,
     "batch_isend_irecv": _sent_messages,

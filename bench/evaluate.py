@@ -7,8 +7,8 @@ with AutoModelForCausalLM and AutoProcessor. It reads the files in the order of 
 single samples or on padded batches of eight samples. All arms (variants) read and decode the same files. Loading the
 model is not timed, and each arm first runs one batch as a warm-up. The arms take turns, so that other load on the
 machine slows all of them. The loops run with one thread and with one thread per core, and tools.evaluate with one
-process per core (`--nproc`). All arms are also measured with one thread, to separate the effect of batching from the
-effect of several processes.
+process per core (`--nproc`). tools.evaluate is also measured with one process and one thread, to separate the effect of
+batching from the effect of several processes.
 
 Goals: tools.evaluate is at least 3 times as fast as the loop with single samples and 1.3 times as fast as the loop with
 batches of eight, and generates the same text. The exit code is 1 if a goal is missed.

@@ -2,10 +2,10 @@
 
     python -m bench.export
 
-Two ranks train a model with 1 GiB of fp32 weights for one step, and save a checkpoint of ours and one of DeepSpeed. Our
-export and `zero_to_fp32` then take turns converting their checkpoint to safetensors, each time in a new process. The
-time of imports is not counted. The additional work of our export (checksums of all files, the tokenizer and code) is
-counted. Neither of them syncs its files to disk.
+Two ranks train a model with 1 GiB of fp32 weights for one step, and save one checkpoint in our format and one in
+DeepSpeed's. Our export and `zero_to_fp32` then take turns converting their checkpoint to safetensors, each time in a
+new process. The time of imports is not counted. The additional work of our export (checksums of all files, the
+tokenizer and code) is counted. Neither of them syncs its files to disk.
 
 Goals: our export is at least 5 times as fast, its peak memory is at most the size of the largest tensor plus 400 MiB,
 and all tensors are bit-identical. The exit code is 1 if a goal is missed.

@@ -1,4 +1,4 @@
-"""Speech of realistic lengths for the benchmarks of the loader, as shards and in lhotse's format Shar.
+"""Speech of realistic lengths for the benchmarks of the loader, as shards and in lhotse's Shar format.
 
 The speech consists of joined utterances of the kit, a set of small public recordings in the folder $KIT_DIR.
 """
@@ -81,7 +81,7 @@ def write_dataset(store: Store, samples: Sequence[Utterance], per_shard: int) ->
 
 
 def write_shar(folder: Path, samples: Sequence[Utterance], per_shard: int) -> None:
-    """Write samples in lhotse's format Shar, with the same encoded audio as in `write_dataset`."""
+    """Write samples in lhotse's Shar format, with the same encoded audio as in `write_dataset`."""
     from lhotse import MonoCut, Recording, SupervisionSegment
     from lhotse.shar import SharWriter
 

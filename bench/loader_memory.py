@@ -1,7 +1,8 @@
 """Check that the resident memory of the loader does not grow over many batches and epochs.
 
-    python -m bench.loader_memory [BATCHES] [WORKERS]     default: 100000 batches, which take half an hour, without
-    workers
+    python -m bench.loader_memory [BATCHES] [WORKERS]
+
+The defaults are 100000 batches (about half an hour) and 0 workers.
 
 The data is the kit, a set of small public recordings in the folder $KIT_DIR.
 

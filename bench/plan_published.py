@@ -266,9 +266,8 @@ def main() -> int:
     checked = halves([one.row for one in found if one.row.counts != "no"]) if options.halves else []
     for half in checked:
         print(
-            "halves: factor {factor:.2f} fitted on one, rms {rms:.1%} on the other, {rms_unfitted:.1%} with 1".format(
-                **half
-            )
+            "halves: factor {factor:.2f} fitted on one, rms {rms:.1%} on the other ({rms_unfitted:.1%} without the "
+            "factor)".format(**half)
         )
     print(json.dumps({"passed": passed, "missed": missed, **result, "halves": checked}))
     return 0 if passed else 1

@@ -61,9 +61,9 @@ class Metadata:
     num_files: int
     """The number of files if a node has `RANKS_PER_NODE` ranks, including the manifest and the trainer's state."""
     merge_sec: float
-    """The CPU seconds in which rank 0 merges the data of all ranks and formats the manifest."""
+    """The CPU seconds that rank 0 needs to merge the data of all ranks and format the manifest."""
     parse_sec: float
-    """The CPU seconds in which a rank parses the manifest."""
+    """The CPU seconds that a rank needs to parse the manifest."""
 
 
 def measure(model: SizedModel, topology: Topology) -> Metadata:

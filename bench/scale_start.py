@@ -2,7 +2,7 @@
 
 In a gloo group, each rank reads the addresses of all other ranks from the store of rank 0, so the store answers N²
 requests. The time is measured with real processes on this machine, which are forked so that they do not import PyTorch
-again. These processes share the machine's cores with the store. On a cluster, the store has a core for itself, so the
+again. These processes share the machine's cores with the store. On a cluster, the store has a core to itself, so the
 measured time per pair of ranks is probably an overestimate.
 """
 
@@ -23,7 +23,7 @@ _TIMEOUT = datetime.timedelta(seconds=300)
 
 
 def start_sec(num_ranks: int) -> float:
-    """Return the wall time in seconds in which `num_ranks` processes of this machine create a gloo group."""
+    """Return the wall time in seconds that `num_ranks` processes of this machine need to create a gloo group."""
     context = multiprocessing.get_context("fork")
     found: SimpleQueue[float] = context.SimpleQueue()
     with socket.socket() as free:

@@ -1,7 +1,8 @@
-"""The host time per step of one rank in a run with many ranks, which consists of planning and small collectives.
+"""The host time of one rank per step in a run with many ranks: planning and small collectives.
 
 `bench.scale` uses this module. Planning is measured in this process with the global batch of all ranks. Collectives are
-measured with a few real processes on this machine. For more ranks, a model adds up the times of the rounds.
+measured with a few real processes on this machine. For larger numbers of ranks, their time is extrapolated with a cost
+model: the number of communication rounds times the time of a round, plus the time to receive the data.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _NUM_EXPERTS = 4
 _CALLS, _WARMUP = 300, 30
 _FIELDS = 5
 _HEAD = 16
-"""The number of integers that a rank contributes in addition to the integers of samples and clips."""
+"""The number of integers in a rank's part of the planning exchange, not counting those that describe samples and
+clips."""
 COLLECTIVES = 2
 """The number of small collectives per step (tests/test_host_syncs.py)."""
 _NETWORK_SEC, _BYTES_PER_SEC = 30e-6, 1e9
@@ -100,7 +102,7 @@ def collective_sec(num_ranks: int) -> dict[str, float]:
     Returns:
         The median for `tree`, which is `trainer.parallel.tree.all_gather_numbers`, and for `ring`, which is gloo's
         all-gather of the same numbers. `undisturbed` is the first decile for `tree`. It is closer to the time on a
-        cluster, where each rank has a core for itself.
+        cluster, where each rank has a core to itself.
     """
     code = "from bench.scale_step import rank_main; rank_main()"
     port = str(20_000 + os.getpid() % 20_000)
@@ -126,7 +128,8 @@ def rank_main() -> None:
     dist.init_process_group("gloo")
     mine = np.arange(1 + SAMPLES_PER_RANK * _FIELDS, dtype=np.int64)
     world = dist.get_world_size()
-    warnings.simplefilter("ignore")  # PyTorch 2.13 warns about the name of the ring, whose new name older versions lack
+    # PyTorch 2.13 warns that the function of `ring` was renamed; older versions lack the new name.
+    warnings.simplefilter("ignore")
     target, source = torch.empty(world * len(mine), dtype=torch.int64), torch.from_numpy(mine)
     arms: dict[str, Callable[[], object]] = {
         "tree": lambda: all_gather_numbers(mine, None),

@@ -7,7 +7,7 @@ weights) runs forward and backward passes through `trainer.engine.expert_paralle
 assignment of clips to experts. c_k is the measured cost of encoder k alone on all clips, and p_k is the fraction of the
 clips that a mix sends to encoder k.
 
-Goal: for every mix, its CPU seconds divided by the CPU seconds with all encoders on all clips are within 5 % of
+Goal: for every mix, the ratio of its CPU seconds to the CPU seconds with all encoders on all clips is within 5 % of
 Σ p·c / Σ c. The fractions p_k count clips, but the cost of a clip depends on its length. Each mix therefore has the
 same fractions among short and long clips. The CPU seconds include planning and batching. The exit code is 1 if the goal
 is missed.
@@ -137,7 +137,7 @@ def report(seconds: dict[str, list[float]]) -> dict[str, object]:
     # Other load on the machine can only increase the measured times, so the minimum is used.
     least = {name: min(spent) for name, spent in seconds.items()}
     cost = {name: least[name] for name in names}
-    print("least CPU seconds on all clips: " + ", ".join(f"{n} {c:.2f}" for n, c in cost.items()), end="")
+    print("minimum CPU seconds on all clips: " + ", ".join(f"{n} {c:.2f}" for n, c in cost.items()), end="")
     print(f", all {least['all']:.2f}")
     print(f"{'mix':30} {'p':>18} {'Σp·c/Σc':>9} {'measured (range)':>24} {'off by':>7}")
     rows = []

@@ -24,11 +24,12 @@ KIT_QUANTILES_SEC = (
     0.16, 0.31, 0.38, 0.43, 0.49, 0.67, 1.48, 1.89, 1.92, 2.07, 2.3, 2.56, 2.79, 3.01, 3.3, 3.83, 4.0, 5.0, 5.0, 5.0,
     12.5,
 )  # fmt: skip
-"""Every twentieth quantile of the durations of the kit's 4,608 training samples, for machines without the kit."""
+"""The durations of the kit's 4,608 training samples at every fifth percentile, from minimum to maximum; used on
+machines without the kit."""
 VOCAB_SIZE = 4096
 PROMPT_TOKENS, ANSWER_TOKENS = 10, (2, 11)
-"""The number of tokens before the audio, and the bounds of the number of tokens in an answer, of which the upper bound
-is excluded. Samples of the kit have 16 text tokens on average."""
+"""The number of tokens before the audio, and the range of the number of tokens in an answer (upper bound exclusive).
+Samples of the kit have 16 text tokens on average."""
 OPTIM = OptimConfig(lr=1e-4, weight_decay=0.0, schedule="constant")
 
 
@@ -59,7 +60,8 @@ class Setting:
     kind: str
     """`earshot`, or the order of clips in an arm that uses Trainer: `padded` (random), `grouped` or `balanced`."""
     micro: int = 8
-    """The number of clips in a micro-batch of the peer, per rank (with `balanced`, the mean)."""
+    """For arms that use transformers' Trainer (the peers): the number of clips per micro-batch and rank (for
+    `balanced`, the mean)."""
     persistent: int = 10**6
     """The peer's `stage3_param_persistence_threshold`. Smaller parameters are not partitioned among ranks."""
     tensor: int = 1
@@ -106,8 +108,8 @@ class Stopwatch:
 def model_config(sizes: Sizes) -> ModelConfig:
     """Return a model with a primary encoder, four encoder experts of the same size, and a Llama.
 
-    By default, the encoders have 20 M parameters and the LLM has 31 M. This ratio resembles five encoders of the size
-    of Whisper-medium with an LLM of 2 to 3 billion parameters.
+    By default, the encoders have 20 M parameters in total and the LLM has 31 M, about the same ratio as for five
+    encoders the size of Whisper-medium and an LLM with 2 to 3 billion parameters.
     """
     width = sizes.width
     whisper = {

@@ -1,4 +1,5 @@
-"""Measure the difference between Whisper's features of short windows and of 30 s windows, as used in pre-training.
+"""Measure how much Whisper's features change if it processes short windows instead of the 30 s windows of its
+pre-training.
 
     python -m bench.whisper_trim ~/.cache/earshot/models/whisper-base
 

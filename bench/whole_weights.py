@@ -5,15 +5,16 @@
 On a GPU machine, this is the time that the host spends launching copies and collectives; during this time, a fast GPU
 is idle. A step consists of gathering weights, accumulating one gradient per parameter, reducing gradients and releasing
 weights (`trainer.engine.whole_weights`). The time depends on the number of parameters, but not on the number of their
-elements or of ranks. The parameters are therefore as many as in the audio modules of RECIPE (default: mowe_70b), but
-have only 64 elements, on the CPU, and the rank is in groups of 8 ranks. The groups are fake, so nothing is sent.
+elements or of ranks. The benchmark therefore uses as many parameters as the audio modules of RECIPE have (default:
+mowe_70b), but each has only 64 elements and is on the CPU. The process groups have 8 ranks. They are fake, so nothing
+is sent.
 
 Autograd itself takes time to pass a gradient to each parameter. This time is measured with parameters that have no
 `grad`, as in a model without this engine, and is subtracted.
 
-For comparison, gradients of the real sizes on the meta device are passed in buckets of 50 million elements to
-`reduce_scatter_coalesced`, with which DeepSpeed's ZeRO-3 reduces gradients, as one of N ranks (default: 1008). This
-time grows with the number of ranks.
+For comparison, the benchmark acts as one of N ranks (default: 1008) and passes gradients of the real sizes, on the meta
+device and in buckets of 50 million elements, to `reduce_scatter_coalesced`, which DeepSpeed's ZeRO-3 uses to reduce
+gradients. This time grows with the number of ranks.
 
 Goal: at most 20 ms per step. The exit code is 1 if the goal is missed. The last line is one JSON object.
 """
@@ -74,7 +75,10 @@ def parameters_of(recipe_name: str) -> tuple[list[tuple[str, nn.Parameter]], int
 
 
 def small(named: Sequence[tuple[str, nn.Parameter]]) -> list[Any]:
-    """Return as many parameters on the CPU, each with `_ELEMENTS` elements and the attributes that ZeRO-3 adds."""
+    """Return the same number of parameters on the CPU.
+
+    Each has `_ELEMENTS` elements and the attributes that ZeRO-3 adds.
+    """
     block, replicas = (dist.new_group(list(range(_SHARERS))) for _ in range(2))
     found: list[Any] = []
     for name, parameter in named:
@@ -173,7 +177,7 @@ def main() -> int:
     for name, milliseconds in best.items():
         print(f"  {name:14s} {milliseconds:7.2f} ms")
     print(f"  {'total':14s} {total:7.2f} ms (goal: at most {GOAL_MS:g} ms)")
-    print(f"a backward pass without the engine: {plain:.2f} ms, which are subtracted above")
+    print(f"a backward pass without the engine: {plain:.2f} ms (already subtracted above)")
     print(f"DeepSpeed's reduction alone, as one of {options.ranks} ranks: {theirs:.0f} ms")
     passed = total <= GOAL_MS
     found = {"ranks": options.ranks, "ms": best, "plain_ms": plain, "deepspeed_reduce_ms": theirs}

@@ -139,10 +139,10 @@ class AdapterConfig:
     audio token. `drop` drops them, except in a clip that would otherwise have no audio token. `convolutions` and
     `queries` accept only `pad`."""
     block_frames: int = 0
-    """The number of frames of 20 ms after which groups of frames begin anew, as in Qwen3-ASR, whose encoder makes 12
-    frames of 80 ms and one of 40 ms from a second of audio. 0 forms groups over the whole clip. With blocks, a frame at
-    the end of a clip counts only if it contains at least 10 ms of audio. `convolutions` and `last_group: drop` accept
-    only 0."""
+    """The number of frames of 20 ms after which the grouping of frames restarts, as in Qwen3-ASR, whose encoder makes
+    12 frames of 80 ms and one of 40 ms from a second of audio. 0 forms groups over the whole clip. With blocks, a frame
+    at the end of a clip counts only if it contains at least 10 ms of audio. `convolutions` and `last_group: drop`
+    accept only 0."""
     normalize: bool = False
     """Whether to normalize the features of every frame, and to scale the audio embeddings to the size of the LLM's
     token embeddings. Use it with a pre-trained LLM."""

@@ -23,7 +23,7 @@ def parse_json(text: str | bytes) -> Any:
         text: The document. Bytes must be UTF-8; a byte order mark is skipped.
 
     Raises:
-        ValueError: If the document is not valid. The message is a reason in one line. The error is a BrokenTextError if
+        ValueError: If the document is not valid. The message is a one-line reason. The error is a BrokenTextError if
             only text in the document is invalid.
     """
     if isinstance(text, bytes):

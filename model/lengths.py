@@ -44,8 +44,8 @@ class TokenRate:
     """True if layers round down, so that frames at the end that do not fill a stride are dropped. A clip has at least
     one group."""
     block_frames: int = 0
-    """The number of frames after which groups begin anew, so that the last group of a block may be shorter; 0 for no
-    blocks. With blocks, a frame at the end of a clip counts only if it contains at least 10 ms of audio."""
+    """The number of frames after which the grouping restarts, so that the last group of a block may be shorter; 0 for
+    no blocks. With blocks, a frame at the end of a clip counts only if it contains at least 10 ms of audio."""
 
     def frames_of_samples(self, samples: int) -> int:
         """Return the number of encoder frames of a clip of `samples` audio samples that count."""

@@ -176,7 +176,7 @@ def test_its_export_carries_its_file(plugin: Path, tmp_path: Path, capsys: pytes
     [
         (lambda file: file.write_text("from .other import x\n"), "not a relative module"),
         (lambda file: file.write_text("import toy_encoder.other\n"), "not toy_encoder.other"),
-        (lambda file: ENCODER_FAMILIES.update(toy=object()), "make the entry a text 'module:NAME'"),
+        (lambda file: ENCODER_FAMILIES.update(toy=object()), "make the entry a string 'module:NAME'"),
     ],
 )
 def test_a_family_of_several_files_is_not_exported(plugin: Path, spoil: Callable[[Path], object], message: str) -> None:

@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--deepspeed",
         metavar="FILE",
-        help="a DeepSpeed JSON file (default: ZeRO-3 that gathers every weight anew for each use)",
+        help="a DeepSpeed JSON file (default: ZeRO-3 that gathers every weight again for each use)",
     )
     parser.add_argument(
         "--pack-multiple", type=int, metavar="N", help="train.pack_multiple_tokens, a multiple of 8 (default: none)"

@@ -35,7 +35,10 @@ def drawn_factor(name: str, shape: tuple[int, int]) -> Tensor:
 
 
 def drawn_biases(name: str, num_rows: int) -> Tensor:
-    """Return random biases [num_rows] that balance experts. With their initial zeros, they would change no choice."""
+    """Return random biases [num_rows] that balance experts.
+
+    If they started at zero, as usual, they would not change which experts are chosen.
+    """
     return 0.05 * initial_factor(f"{name}.random", (num_rows, 1), SEED)[:, 0]
 
 

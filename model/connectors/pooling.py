@@ -1,7 +1,8 @@
-"""The average of frames and LayerNorm, as in Qwen2-Audio (arXiv 2407.10759) and Audio Flamingo 3 (arXiv 2507.08128).
+"""Average pooling over frames, followed by LayerNorm.
 
-Both models apply the norm of Whisper's encoder after the average instead of before it, so their encoder here is the
-family `whisper_no_norm`.
+This is done in Qwen2-Audio (arXiv 2407.10759) and Audio Flamingo 3 (arXiv 2507.08128). Both models apply the norm of
+Whisper's encoder after the average instead of before it, so use the encoder family `whisper_no_norm` with these
+adapters.
 
 Shapes: F frames, S audio tokens, D width, k frames per audio token.
 """
@@ -20,17 +21,17 @@ from model.errors import UserError
 
 
 class Pooling(Adapter):
-    """The average of k frames, where k is the product of the strides, and LayerNorm.
+    """An adapter that averages k frames, where k is the product of the strides, and then applies LayerNorm.
 
-    The projector is the only linear layer after it, as in Qwen2-Audio.
+    As in Qwen2-Audio, the projector is the only linear layer after it.
     """
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:
         super().__init__(config, input_dim)
         if config.kind == "pooling" and config.hidden_size != input_dim:
             raise UserError(
-                f"model.adapter.hidden_size = {config.hidden_size}: pooling keeps the width of the features; set it to "
-                f"{input_dim}"
+                f"model.adapter.hidden_size = {config.hidden_size}: pooling does not change the width of the features, "
+                f"so hidden_size must be {input_dim}"
             )
         self.dim = input_dim
         self.norm = nn.LayerNorm(input_dim)
@@ -51,7 +52,7 @@ class Pooling(Adapter):
 
 
 class PoolingPerceptron(Pooling):
-    """`Pooling`, and a linear layer with GELU before the projector, as in Audio Flamingo 3."""
+    """`Pooling`, followed by a linear layer with GELU before the projector, as in Audio Flamingo 3."""
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:
         super().__init__(config, input_dim)

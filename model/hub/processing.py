@@ -35,7 +35,7 @@ class EarshotProcessor(ProcessorMixin):
         tokens_per_group: The number of audio tokens for each group of frames. The product of the strides is the size of
             a group.
         drops_rest: True if frames at the end of a clip that do not fill a group are dropped.
-        block_frames: The number of frames after which groups begin anew; 0 for no blocks.
+        block_frames: The number of frames after which the grouping restarts; 0 for no blocks.
         min_audio_sec: The length to which shorter clips are padded with silence at the end.
         max_audio_sec: The length of the longest clips in training; None if it is unknown. Longer clips are also
             accepted.

@@ -62,7 +62,7 @@ class Convolution(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """Linear attention within each segment of a pack, which takes the place of Megatron's attention in a layer.
+    """Linear attention within each segment of a pack, which replaces Megatron's attention in a layer.
 
     The input projection has the rows of queries, keys and values, of the output gate, and of the rate and the decay of
     each head, in this order. Heads are divided among tensor-parallel ranks. The convolution and the state of a head

@@ -77,7 +77,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:
-    """Return `x` [B, L, H, channels] in fp32 as chunks [B, H, N, C, channels], of which the last is padded with 0."""
+    """Return `x` [B, L, H, channels] in fp32 as chunks [B, H, N, C, channels]. The last chunk is zero-padded."""
     x = pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % size))
     return x.unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4)
 

@@ -35,7 +35,7 @@ class AttentionLayer:
     """The key of the layer's parameters in `rope_parameters`; empty if all layers have the same parameters, and None if
     the layer has no rotary embedding."""
     is_linear: bool = False
-    """True if a gated delta network (`model.llm.delta_net`) takes the place of attention."""
+    """True if a gated delta network (`model.llm.delta_net`) replaces attention."""
 
 
 LINEAR = AttentionLayer(rope=None, is_linear=True)

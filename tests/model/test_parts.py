@@ -217,7 +217,7 @@ def test_values_that_a_kind_of_adapter_refuses() -> None:
         build_adapter(AdapterConfig(bias=False), 3)
     with pytest.raises(UserError, match=r"model\.adapter\.last_group = drop: the kind queries always pads"):
         build_adapter(AdapterConfig("queries", 4, num_heads=2, last_group="drop"), 3)
-    with pytest.raises(UserError, match=r"model\.adapter\.hidden_size = 4: pooling keeps the width .* set it to 3"):
+    with pytest.raises(UserError, match=r"model\.adapter\.hidden_size = 4: pooling does not change .* must be 3"):
         build_adapter(AdapterConfig("pooling", 4), 3)
     with pytest.raises(UserError, match=r"model\.adapter\.hidden_size = 5: must be even"):
         build_adapter(AdapterConfig("swiglu", 5), 3)

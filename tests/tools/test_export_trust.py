@@ -102,7 +102,7 @@ def test_hooks_in_the_config_of_the_llm_do_not_reach_the_export(run: Path, tmp_p
     [
         (
             lambda m: m["audio"]["primary"].update(weights="attacker/repository"),
-            "names weights = 'attacker/repository'",
+            "has weights = 'attacker/repository'",
         ),
         (lambda m: m["audio"]["primary"].update(family="attacker"), "audio.primary.family = 'attacker'"),
         (lambda m: m["audio"]["primary"].update(auto_map={}), "audio.primary.auto_map: unknown key"),

@@ -62,7 +62,6 @@ def new_digest(cryptographic: bool) -> Digest:
     """Return a hash for the content of a file.
 
     Args:
-        cryptographic: True for SHA-256. False for XXH3-128, which is many times as fast but detects only accidental
-            damage.
+        cryptographic: True for SHA-256. False for XXH3-128, which is much faster but detects only accidental damage.
     """
     return hashlib.sha256() if cryptographic else xxhash.xxh3_128()

@@ -1,7 +1,7 @@
 """The order of samples, as a pure function of the seed, the dataset weights and a few integers.
 
 One epoch of a dataset is a sequence that contains each of its samples once. If shuffling is enabled, the shards are
-shuffled anew for each epoch, then the chunks within each shard, and then the samples within each chunk. (A chunk is a
+reshuffled for each epoch, then the chunks within each shard, and then the samples within each chunk. (A chunk is a
 group of consecutive samples that one read of the store returns.) Samples of the same chunk are rarely in the same
 batch, because each lane contributes only a few samples to a batch.
 

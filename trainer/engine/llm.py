@@ -382,7 +382,7 @@ class _TrainedPacks:
     def loss(self, m: int, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss of a pack in the form that Megatron's schedule expects, given its logits [1, t, V/TP].
 
-        If only some rows have logits (`labelled_rows`), their number takes the place of t.
+        If only some rows have logits (`labelled_rows`), their number replaces t.
         """
         labels, rows = self.packs.labels[self.packs.rows(m)], self.labelled_rows(m)
         wanted = labels if rows is None else labels.index_select(0, rows)

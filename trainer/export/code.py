@@ -57,7 +57,7 @@ def _place(title: str, table: Mapping[str, object], key: str) -> tuple[str, str]
     entry = table[key]
     if not isinstance(entry, str):
         raise UserError(
-            f"{title}[{key!r}]: an export needs the file that defines it; make the entry a text 'module:NAME'"
+            f"{title}[{key!r}]: an export needs the file that defines it; make the entry a string 'module:NAME'"
         )
     module, _, name = entry.partition(":")
     return module, name

@@ -1,8 +1,9 @@
 """The description of a model in a checkpoint's state.json. Only its known fields are used.
 
 A user who can write to the checkpoint can change the description, and the users of an export execute code from its
-folder. Therefore, this program itself writes all values in an export that refer to code, such as `auto_map`. From the
-description, it takes only config fields that the families declare, and checks their types.
+folder. Values that refer to code, such as `auto_map`, are therefore never copied from the description; earshot
+generates them itself. From the description, it takes only config fields that the families declare, and checks their
+types.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Description:
     text_config: Mapping[str, Any]
     """The fields of the LLM's transformers config, and its `model_type`."""
     audio: ModelConfig
-    """The audio side. Its LLM is not set."""
+    """The config of the audio modules. The field `llm` is not set."""
     vocab_size: int
     """The vocabulary size of the tokenizer."""
     llm_shapes: Mapping[str, tuple[int, ...]]
@@ -83,7 +84,7 @@ def _read(tree: object) -> Description:
         _check_encoder(encoder)
     vocab_size = whole["vocab_size"]
     if type(vocab_size) is not int or vocab_size < 1:
-        raise UserError(f"vocab_size = {vocab_size!r} is not a number of tokens")
+        raise UserError(f"vocab_size = {vocab_size!r} is not a positive integer")
     text_config, shapes = _text_config(whole["text_config"])
     return Description(text_config, found, vocab_size, shapes)
 
@@ -97,7 +98,7 @@ def _mapping(tree: object, keys: tuple[str, ...], what: str) -> Mapping[str, Any
 
 def _check_encoder(encoder: EncoderConfig) -> None:
     if encoder.weights is not None:
-        raise UserError(f"encoder {encoder.name!r} names weights = {encoder.weights!r}, which checkpoints never do")
+        raise UserError(f"encoder {encoder.name!r} has weights = {encoder.weights!r}, but checkpoints have null")
     resolve(encoder)
 
 
@@ -105,8 +106,8 @@ def _text_config(tree: object) -> tuple[dict[str, Any], dict[str, tuple[int, ...
     """Return the fields that the config class of the LLM's family declares, and the shapes of the LLM's tensors.
 
     All other fields are dropped. The export writes fields that every config has, such as `architectures`. Fields that
-    the class does not know have no effect on the network, for example settings of attention hooks, quantization and
-    code.
+    the class does not declare, such as those for attention hooks, quantization or remote code, do not change the
+    network.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -114,7 +115,7 @@ def _text_config(tree: object) -> tuple[dict[str, Any], dict[str, tuple[int, ...
         raise UserError(f"text_config = {repr(tree)[:80]} is not a mapping")
     kind = tree.get("model_type")
     if not isinstance(kind, str):
-        raise UserError(f"text_config.model_type = {repr(kind)[:80]} is not a text")
+        raise UserError(f"text_config.model_type = {repr(kind)[:80]} is not a string")
     check_family(kind)
     cls = type(AutoConfig.for_model(kind))
     own = {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(PretrainedConfig)}

@@ -134,9 +134,10 @@ def _runs_one_by_one(filled: Floats, num_bins: int, limit: float) -> Ints:
 
 
 def _deal(costs: Floats, order: Ints, bins: Ints, loads: Floats, limit: float) -> Ints:
-    """Deal items out to bins in alternating order, and fill no bin beyond `limit`.
+    """Deal items out to the bins in alternating directions: first to last, then last to first.
 
-    A bin keeps its costliest items up to `limit`, and at least one item, so that the remaining items are small.
+    A bin keeps its costliest items as long as their sum is at most `limit`, and always at least one item, so that the
+    remaining items are small.
 
     Args:
         costs: The cost of each item.

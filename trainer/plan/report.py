@@ -50,11 +50,12 @@ def explain(plan: Plan) -> str:
 def _summary(plan: Plan, advice: Advice | None, price: float | None) -> list[str]:
     usable, worst = plan.accelerator.usable_bytes, plan.worst
     verdict = "yes" if plan.fits else "NO"
+    phase = "LLM" if worst.phase == "llm" else worst.phase
     rows = [
         (
             "fits",
-            f"{verdict}: {gib(worst.total)} of {gib(usable)} GiB usable on the fullest rank (stage "
-            f"{worst.stages[0]}, in the phase {worst.phase})",
+            f"{verdict}: the fullest rank needs {gib(worst.total)} of {gib(usable)} usable GiB (stage "
+            f"{worst.stages[0]}, in the {phase} phase)",
         )
     ]
     if plan.too_small:

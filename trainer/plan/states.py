@@ -30,7 +30,7 @@ from trainer.parallel.topology import Topology
 FP32_BYTES = 4
 _MOMENTS = 2
 _STEP_BYTES = 4
-"""The size in bytes of AdamW's step counter, of which there is one per updated tensor."""
+"""The size in bytes of AdamW's step counter. Each updated tensor has one."""
 _NORM_BYTES = 16
 """The temporary bytes per gradient while the engines compute a gradient's norm: its fp64 copy, and the squares."""
 

@@ -69,7 +69,7 @@ def deadline(grace_sec: float, since_sec: float, late: Callable[[], None]) -> It
     Args:
         grace_sec: The time allowed, in seconds.
         since_sec: The time from which `grace_sec` is measured, in seconds of `time.monotonic`.
-        late: A function that is called in another thread when the time is over, unless the block has ended.
+        late: A function that is called in another thread when the time is up, unless the block has ended.
     """
     timer = threading.Timer(max(0.0, since_sec + grace_sec - time.monotonic()), late)
     timer.daemon = True
@@ -124,7 +124,7 @@ def totals_of(notes: Floats, datasets: Iterable[str]) -> Totals:
     """Return the totals over all ranks.
 
     Args:
-        notes: The result of `notes_of` of each rank, [world, number of notes].
+        notes: The result of `notes_of` on each rank, [world, number of notes].
         datasets: The names of the datasets, in the order of `notes_of`.
     """
     _, *numbers = notes.sum(axis=0).tolist()
@@ -139,7 +139,7 @@ def first_failure(mine: Failure | None, notes: Floats, groups: Groups) -> Failur
 
     Args:
         mine: The failure on this rank; None if this rank did not fail.
-        notes: The result of `notes_of` of each rank, [world, number of notes].
+        notes: The result of `notes_of` on each rank, [world, number of notes].
         groups: This rank's process groups.
     """
     if not notes[:, 0].any():

@@ -43,7 +43,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Deadline:
-    """A limit on the total time of a request, whose connections are closed when the time is over.
+    """A limit on the total time of a request, whose connections are closed when the time is up.
 
     A socket's own timeout would restart with every byte.
 

@@ -64,7 +64,7 @@ def make_app(
             reach a server on this machine through a host name of the web page (DNS rebinding).
         key: The key that clients must send as `Authorization: Bearer KEY`; None for no key.
         max_request_bytes: The largest size of a request's body.
-        max_upload_sec: The longest time in which a request's body may arrive, in seconds.
+        max_upload_sec: The maximum time that a request's body may take to arrive, in seconds.
     """
     app = FastAPI(title="earshot", docs_url=None, redoc_url=None, openapi_url=None)
     queue = _Queue(max_upload_sec)
@@ -165,7 +165,7 @@ class _Queue:
     """A queue in which requests wait for the model. The audio of a request is decoded when it is the request's turn.
 
     Args:
-        max_upload_sec: The longest time in which a request's body may arrive, in seconds.
+        max_upload_sec: The maximum time that a request's body may take to arrive, in seconds.
     """
 
     def __init__(self, max_upload_sec: float = MAX_UPLOAD_SEC) -> None:

@@ -228,7 +228,7 @@ def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple
         whole: The global batch.
         groups: The process groups of this rank.
         budget_tokens: The largest number of rows in a pack; None for one pack per replica.
-        multiple_tokens: The number of which the rows in a pack are a multiple; None for `Topology.row_multiple`.
+        multiple_tokens: The number of rows in a pack is a multiple of this; None for `Topology.row_multiple`.
     """
     topology = groups.topology
     if budget_tokens is None:

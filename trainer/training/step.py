@@ -105,7 +105,7 @@ class Step:
         groups: The process groups of this rank.
         num_steps: The number of steps in the run, which is the length of the learning-rate schedule.
         tokens_per_microbatch: The largest number of rows in a pack.
-        pack_multiple_tokens: The number of which the rows in a pack are a multiple; None for `Topology.row_multiple`.
+        pack_multiple_tokens: The number of rows in a pack is a multiple of this; None for `Topology.row_multiple`.
         seed: The seed of the router's noise.
         debug_plan: If true, the plans of all ranks are compared before the exchanges of each step.
         spike: The recipe's `spike` section, which determines when updates are skipped; None for the defaults.

@@ -9,5 +9,5 @@ PUBLISHED: dict[str, object] = {
     "qwen3_asr": "trainer.export.published.qwen3_asr:QWEN3_ASR",
     "audioflamingo3": "trainer.export.published.audioflamingo3:AUDIO_FLAMINGO_3",
 }
-"""`model_type` in config.json → the architecture. An entry is an `Architecture` or a text `module:NAME`, which is
-imported when it is first used. A new architecture needs one file and one line in this table."""
+"""`model_type` in config.json → the architecture. An entry is an `Architecture` or a string `module:NAME`, which
+is imported when it is first used. A new architecture needs one new file and one line in this table."""

@@ -38,6 +38,6 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
     for message in listed:
         role, text = message.get("from", message.get("role")), message.get("value", message.get("content"))
         if not isinstance(text, str):
-            raise RowError("wrong_type", f"the message {short(message)} must have a text")
+            raise RowError("wrong_type", f"the text of the message {short(message)} must be a string")
         turns.append(Message(_ROLES.get(str(role), str(role)), text))
     return {**fields, **fields_of_messages(turns, audio)}

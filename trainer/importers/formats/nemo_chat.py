@@ -45,7 +45,7 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
             audio.append(_clip(message))
             text = AUDIO_TAG
         if not isinstance(text, str):
-            raise RowError("wrong_type", f"the turn {short(message)} must have a text")
+            raise RowError("wrong_type", f"the text of the turn {short(message)} must be a string")
         for tag in _SOUND_TAGS:
             text = text.replace(tag, AUDIO_TAG)
         if turns and turns[-1].role == role:

@@ -1,4 +1,4 @@
-"""Data of SLAM-LLM: JSON lines with `key`, `source` and `target`, or with `task`, `path` and a file of prompts."""
+"""Data of SLAM-LLM: JSON lines with `key`, `source` and `target`, or with `task`, `path` and a separate prompt file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROMPTS = "multiprompt.jsonl"
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the rows of one file, or of all JSON-lines files in a folder except the file of prompts.
+    """Yield the rows of one file, or of all JSON-lines files in a folder except the prompt file.
 
     The file `multiprompt.jsonl` next to the data has lines with `task` and `prompt`. If a task has several prompts, the
     key of a row determines which prompt the row gets.
