@@ -63,12 +63,12 @@ def grow_cases(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"before": train(step, BEFORE, BEFORE + 1)["losses"][0]}
     stop()
     step, manager = start(folder, "grown", ep=2)
-    manager.start(str(Path(folder) / "small"), step)
+    manager.start(str(Path(folder) / "small"), step, ())
     found["grown"] = train(step, BEFORE, BEFORE + 3)["losses"]
     found["entering"] = step.audio.tower.router.steps_to_enter.tolist()
     stop()
     step, manager = start(folder, "shrunk", ep=2, without=["wavlm", "hubert"])
-    manager.start(str(Path(folder) / "small"), step)
+    manager.start(str(Path(folder) / "small"), step, ())
     found["shrunk"] = train(step, BEFORE, BEFORE + 1)["losses"][0]
     stop()
     return found

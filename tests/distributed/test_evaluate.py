@@ -48,7 +48,7 @@ def body(root: str, tp: int, pp: int, ep: int, out: str) -> int:
     groups = build_groups(build_topology(recipe.parallel, world), rank, device, recipe.seed)
     prepared = prepare(data, recipe.model.adapter.rate)
     step = build_step(recipe, groups, prepared.tokenizer.vocab_size)
-    CheckpointManager(f"{out}/checkpoints", CheckpointConfig(), groups).start(str(folder / "run"), step)
+    CheckpointManager(f"{out}/checkpoints", CheckpointConfig(), groups).start(str(folder / "run"), step, ())
     evaluator = Evaluator(recipe.eval, prepared, step, Path(out))
     found = evaluator(0, "dev")
     assert (found is not None) == (rank == 0)
