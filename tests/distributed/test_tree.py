@@ -24,6 +24,7 @@ def body() -> dict[str, Any]:
     distinct = gather_distinct(["odd" if rank % 2 else "even", "name"], dist.group.WORLD)
     half = dist.new_group(list(range(1, world, 2))) if world > 1 else None
     inside = all_gather_numbers(np.array([rank]), half).ravel().tolist() if rank % 2 else None
+    dist.barrier()  # Rank 0 serves the store, which the odd ranks need until their groups are connected.
     dist.destroy_process_group()
     return {
         "numbers": numbers.tolist(),
