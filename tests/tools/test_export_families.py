@@ -52,7 +52,7 @@ def test_the_memory_of_a_call_is_traced_and_fits_its_shape() -> None:
     for name in names:
         clips = (40_000, 40_000) if name.startswith("auto") else (50_000, 30_000)  # `auto` may pad less than the plan
         # The blocks of Qwen3-ASR's encoder make its memory no polynomial of the shape: the difference is 6 %.
-        limit = 0.07 if name == "qwen3_asr" else 0.05
+        limit = 0.07 if name.startswith("qwen3_asr") else 0.05
         assert tracer.calls(name).kept(clips) == pytest.approx(tracer.traced(name, clips).kept, rel=limit), name
 
 
