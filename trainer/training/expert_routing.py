@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.llm.families import mixture_of
 from model.llm.mixture import Mixture
 from model.losses.base import Loss
 from model.losses.router import RouterLoss
@@ -50,20 +49,6 @@ class ExpertRouting:
         self._losses = [loss for loss in losses if isinstance(loss, RouterLoss)]
         self._meter = TokenMeter(mixture, len(kinds.pairs) * len(MODALITIES), groups.device)
         self._biases = ExpertBiases(llm) if mixture.bias_rate else None
-
-    @classmethod
-    def of(
-        cls,
-        model: ModelConfig,
-        losses: Sequence[Loss],
-        llm: LLMEngine,
-        groups: Groups,
-        kinds: SampleKinds,
-        seed: int,
-    ) -> ExpertRouting | None:
-        """Return the routing of an LLM; None if it has no FFN experts. For the arguments, see the class."""
-        mixture = mixture_of(llm.hf_config)
-        return None if mixture is None else cls(mixture, model, losses, llm, groups, kinds, seed)
 
     def begin(self, step: int, whole: GlobalBatch, packs: Packs) -> tuple[RouterMeter, Packs]:
         """Return the meter of the choices that routers make in a step, and the packs with the identities of samples.

@@ -30,6 +30,7 @@ from model.audio_output import AudioOutput
 from model.batch import Batch
 from model.config import ModelConfig
 from model.lengths import SAMPLE_RATE
+from model.llm.families import mixture_of
 from model.losses.base import LossTerm, TokenLoss, audio_terms
 from model.losses.table import active_losses
 from model.transfer import to_device
@@ -138,7 +139,10 @@ class Step:
         self.meter = LoadMeter([e.name for e in model.experts], None if model.primary is None else model.primary.name)
         self.stages = StageSwitch(optim, num_steps, audio, llm)
         self.kinds = kinds or SampleKinds.of(task_names(), {})
-        self.routing = ExpertRouting.of(model, self.losses, llm, groups, self.kinds, seed)
+        mixture = mixture_of(llm.hf_config)
+        self.routing: ExpertRouting | None = None
+        if mixture is not None:
+            self.routing = ExpertRouting(mixture, model, self.losses, llm, groups, self.kinds, seed)
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
         self.router_noise: RouterNoise = partial(router_noise, model, seed)
         self._expected_values = FIRST
