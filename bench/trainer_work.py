@@ -60,8 +60,8 @@ class Setting:
     kind: str
     """`earshot`, or the order of clips in an arm that uses Trainer: `padded` (random), `grouped` or `balanced`."""
     micro: int = 8
-    """For arms that use transformers' Trainer (the peers): the number of clips per micro-batch and rank (for
-    `balanced`, the mean)."""
+    """The number of clips per micro-batch and rank in the arms that use transformers' Trainer (the peers). For
+    `balanced`, it is the mean."""
     persistent: int = 10**6
     """The peer's `stage3_param_persistence_threshold`. Smaller parameters are not partitioned among ranks."""
     tensor: int = 1

@@ -39,7 +39,7 @@ NAMES = {
     **{f"{kind}_{role}": f"{{e}}.{role}" for kind in ("expert", "shared") for role in ("gate", "up", "down")},
 }
 PROBABILITIES = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.05, 0.45, 0.4], [0.5, 0.3, 0.1, 0.1]])
-"""Of two experts and two null experts. The tokens choose one, none and both of the two experts."""
+"""The probabilities of two experts and two null experts. The tokens choose one, none and both of the two experts."""
 
 
 def llm(router: ExpertRouterConfig, top_k: int = 2) -> LLMConfig:

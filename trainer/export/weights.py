@@ -63,8 +63,8 @@ class Target:
     adapter: LowRank | None = None
     """The adapter to merge into the tensor; None for none."""
     parts: tuple[tuple[Place, Target], ...] = ()
-    """For a tensor of all experts of a layer: its parts, each with the target that it would be as a separate tensor.
-    All other values of the tensor are 0."""
+    """The parts of a tensor of all experts of a layer, each with the target that it would be as a separate tensor. All
+    other values of the tensor are 0."""
 
     @property
     def num_bytes(self) -> int:
