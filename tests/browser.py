@@ -1,4 +1,4 @@
-"""The rendering of report pages in Chromium without a network."""
+"""Helpers that render report pages in Chromium without a network."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TIMEOUT_SEC = 60
 
 
 def need_chromium() -> None:
-    """Skip the module if there is no browser. CI has one."""
+    """Skip the calling test module if Chromium is not installed, except in CI, which must have it."""
     if CHROMIUM is None and "CI" not in os.environ:
-        pytest.skip("no chromium here: apt-get install chromium", allow_module_level=True)
+        pytest.skip("chromium is not installed: apt-get install chromium", allow_module_level=True)
 
 
 class Page(HTMLParser):
@@ -55,13 +55,18 @@ class Page(HTMLParser):
 
 
 def browse(path: Path, address: str = "") -> Page:
-    """Return the page as Chromium shows it after its script has run."""
+    """Return the page as Chromium shows it after the page's script has run.
+
+    Args:
+        path: The page's file.
+        address: What follows the path in the URL, such as `#tab`.
+    """
     return browse_url(f"file://{path}{address}", path.parent)
 
 
 def browse_url(url: str, scratch: Path) -> Page:
-    """Return the page at a URL as Chromium shows it after its script has run and its requests were answered."""
-    assert CHROMIUM is not None, "CI installs chromium: see .ci/run"
+    """Return the page at a URL as Chromium shows it after the page's script has run and its requests are answered."""
+    assert CHROMIUM is not None, "chromium is not installed, although .ci/run installs it"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
     command += [
         "--autoplay-policy=no-user-gesture-required",
@@ -100,7 +105,7 @@ addEventListener("load", () => setTimeout(() => {
 def measure(path: Path) -> dict[int, dict[str, Any]]:
     """Return, for each of `WIDTHS`, by how many pixels a page is wider than the screen, its height, and its state.
 
-    The page is shown in frames, because a browser's own window has a least width.
+    The page is shown in frames, because a browser's own window has a minimum width.
     """
     frame = f"<iframe src='{path.name}' style='width:{{}}px;height:900px;border:0;display:block'></iframe>"
     frames = path.with_name("frames.html")

@@ -1,6 +1,6 @@
-"""The folders and files whose tests are marked as slow, because they start ranks, servers or a cluster.
+"""Configuration of pytest: which folders and files have slow tests, and the handling of Ctrl-C.
 
-Other slow tests are marked with `@pytest.mark.slow`. Interrupts are enabled for the processes that tests start.
+The tests in `SLOW_PLACES` start ranks, servers or a cluster. Other slow tests are marked with `@pytest.mark.slow`.
 """
 
 from __future__ import annotations

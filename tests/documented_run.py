@@ -1,4 +1,4 @@
-"""A function that runs a command of the documentation as a reader would run it."""
+"""A helper that runs a command from the documentation as a reader would run it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_earshot(words: Sequence[str], folder: Path, python: str = sys.executable) -> str:
-    """Return what `earshot WORDS` prints in a folder, and require that it succeeds.
+    """Run `earshot WORDS` in a folder, check that it succeeds, and return what it prints.
 
     Args:
         words: The arguments after `earshot`.
-        folder: The current folder of the command.
-        python: The interpreter.
+        folder: The folder in which the command runs.
+        python: The path of the Python interpreter.
     """
     done = subprocess.run(
         [python, "-m", "tools", *words],

@@ -1,4 +1,4 @@
-"""The table of encoder families, with a tiny model and transformers' computation of a clip's features for each."""
+"""The table of encoder families. Each case has a tiny model and computes a clip's features with transformers."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ WINDOW_SEC = 2.0
 
 @dataclass(frozen=True)
 class Case:
-    """One variant of a family."""
+    """One variant of an encoder family."""
 
     family: str
     config: Mapping[str, Any]
     """Fields of the family's transformers config."""
     published: Callable[[dict[str, Any]], Any]
-    """Returns the transformers model that a checkpoint holds, which may contain more than the encoder."""
+    """A function that returns the transformers model of a published checkpoint, which may have more than an encoder."""
     extractor: Callable[[], Any]
-    """Returns transformers' feature extractor."""
+    """A function that returns transformers' feature extractor."""
     reference: Callable[[Any, Any, Tensor], Tensor]
-    """Returns the features [E, D] of one clip, computed by transformers from the published model and the extractor."""
+    """A function that computes the features [E, D] of one clip from the published model and the extractor."""
     window_sec: float = WINDOW_SEC
     frame_samples: int = 320
 
@@ -104,7 +104,7 @@ CTC: dict[str, Any] = {"vocab_size": 8, "pad_token_id": 0}
 
 
 def ctc(model: Any, config: Any) -> Callable[[dict[str, Any]], Any]:
-    """Return a builder of a model for CTC, as fine-tuned checkpoints are published."""
+    """Return a builder of a CTC model, which is the form of published fine-tuned checkpoints."""
     return lambda fields: model(config(**fields, **CTC))
 
 
@@ -112,7 +112,10 @@ BERT = ctc(Wav2Vec2BertForCTC, Wav2Vec2BertConfig)
 
 
 def bert(positions: str | None) -> Case:
-    """Return the case of wav2vec2-BERT with one kind of positions. Distances exceed the largest learned one."""
+    """Return the case of wav2vec2-BERT with one kind of position embedding.
+
+    Only distances up to 8 frames are learned, so that clips also contain distances beyond them.
+    """
     fields = {"left_max_position_embeddings": 8, "right_max_position_embeddings": 3, "conv_depthwise_kernel_size": 5}
     fields |= {"feature_projection_input_dim": 80, "position_embeddings_type": positions}
     config = {**SMALL, **fields}
@@ -132,7 +135,7 @@ def of_mel(base: str) -> Callable[[Any, Any, Tensor], Tensor]:
 
 
 def normalizing(do_normalize: bool) -> Callable[[], Any]:
-    """Return a builder of the extractor of waveforms."""
+    """Return a builder of the extractor for models that read waveforms."""
     return lambda: Wav2Vec2FeatureExtractor(do_normalize=do_normalize)
 
 
@@ -163,7 +166,7 @@ def tower(model: Any, config: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 def of_tower(published: Any, extractor: Any, wave: Tensor) -> Tensor:
-    """Return the frames of the audio tower, as the speech LLM calls it."""
+    """Return the frames that the audio tower computes when it is called as in the speech LLM."""
     inputs = extractor(wave.numpy(), sampling_rate=16_000, return_attention_mask=True, return_tensors="pt")
     encoder, mask = published.model.audio_tower, inputs["attention_mask"]
     name = type(encoder).__name__
@@ -182,7 +185,10 @@ def of_tower(published: Any, extractor: Any, wave: Tensor) -> Tensor:
 
 
 def of_chunks(published: Any, extractor: Any, wave: Tensor) -> Tensor:
-    """Return the frames of Qwen3-ASR's encoder at 50 Hz. They are 80 ms apart, but the last of a chunk is shorter."""
+    """Return the frames of Qwen3-ASR's encoder, interpolated to 50 Hz.
+
+    The encoder's own frames cover 80 ms. The last frame of a chunk may cover less.
+    """
     options = {"return_tensors": "pt", "return_attention_mask": True, "padding": True}
     inputs = extractor([wave.numpy()], sampling_rate=16_000, **options)
     mask = inputs["attention_mask"]
@@ -194,7 +200,7 @@ def of_chunks(published: Any, extractor: Any, wave: Tensor) -> Tensor:
 
 
 def chunk_bounds(own: int, mel_frames: int) -> tuple[list[int], list[int]]:
-    """Return the first mel frame of each frame of Qwen3-ASR's encoder, and the mel frame after its last.
+    """Return, for each frame of Qwen3-ASR's encoder, its first mel frame and the mel frame after its last one.
 
     Args:
         own: The number of mel frames of a chunk.
@@ -205,7 +211,7 @@ def chunk_bounds(own: int, mel_frames: int) -> tuple[list[int], list[int]]:
 
 
 def of_repeated_chunks(published: Any, extractor: Any, wave: Tensor) -> Tensor:
-    """Return the frames of Qwen3-ASR's encoder before its last norm, each for every 20 ms that it covers."""
+    """Return the frames of Qwen3-ASR's encoder before its last norm, repeated once for every 20 ms that they cover."""
     inputs = extractor([wave.numpy()], sampling_rate=16_000, padding=True, return_attention_mask=True)
     tower, mask = published.model.audio_tower, inputs["attention_mask"]
     norm, tower.ln_post = tower.ln_post, torch.nn.Identity()
@@ -222,7 +228,7 @@ def fast_conformer(fields: dict[str, Any]) -> Any:
 
 
 def of_parakeet(published: Any, extractor: Any, wave: Tensor) -> Tensor:
-    """Return the frames of the encoder, of which the last may be past the end."""
+    """Return the frames of the encoder. The last frame may begin after the end of the clip."""
     inputs = extractor([wave.numpy()], sampling_rate=16_000, return_tensors="pt")
     found = published.encoder(**inputs)
     frames: Tensor = found.last_hidden_state[0, : int(found.attention_mask.sum())]
@@ -230,7 +236,7 @@ def of_parakeet(published: Any, extractor: Any, wave: Tensor) -> Tensor:
 
 
 def of_patches(published: Any, extractor: Any, wave: Tensor) -> Tensor:
-    """Return the mean over the frequency bands of the patches at each time within the clip."""
+    """Return, for each time step within the clip, the mean of the patches of all frequency bands."""
     values = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt")["input_values"]
     tokens = published.audio_spectrogram_transformer(values).last_hidden_state[0, 2:]
     steps = (published.config.max_length - 16) // 10 + 1
@@ -251,7 +257,7 @@ FAIRSEQ = ctc(Wav2Vec2ConformerForCTC, Wav2Vec2ConformerConfig)
 
 
 def automatic(model: Any, fields: Mapping[str, Any], extractor: Any, reference: Any) -> Case:
-    """Return a case of the family `auto`; its reference at another rate is brought to 50 Hz."""
+    """Return a case of the family `auto`. `reference` must return features at 50 Hz."""
     config = {**fields, "model_type": model.config_class.model_type, "extractor": extractor.to_dict()}
 
     def published(given: dict[str, Any]) -> Any:
@@ -262,7 +268,7 @@ def automatic(model: Any, fields: Mapping[str, Any], extractor: Any, reference: 
 
 
 def of_lasr(published: Any, extractor: Any, wave: Tensor) -> Tensor:
-    """Return the frames of LASR, which are 40 ms apart, at 50 Hz."""
+    """Return the frames of LASR's encoder, interpolated from 25 Hz to 50 Hz."""
     inputs = extractor([wave.numpy()], sampling_rate=16_000, return_tensors="pt")
     frames = published(**inputs).last_hidden_state[0]
     return at_mixture_rate(Ragged(frames, (len(frames),)), 640, (num_frames(len(wave)),)).values
@@ -368,13 +374,13 @@ CASES: dict[str, Case] = {
 
 
 def clip(samples: int, seed: int = 0) -> Tensor:
-    """Return noise with an offset and a tone, so that no norm over padding goes unnoticed."""
+    """Return noise with an offset and a growing tone, so that a test notices if a norm includes padding."""
     noise = 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
     return noise + 0.05 + 0.2 * torch.sin(torch.arange(samples) * 0.05) * (torch.arange(samples) / 20_000)
 
 
 def perturb(module: torch.nn.Module) -> None:
-    """Change all weights and statistics, so that no zero bias or unit gain hides a mistake."""
+    """Change weights and running statistics at random, so that no zero bias or unit gain hides a mistake."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -388,7 +394,7 @@ def perturb(module: torch.nn.Module) -> None:
 
 
 def model_of(names: Sequence[str]) -> ModelConfig:
-    """Return the tiny model whose experts are these cases, all of which encode every clip."""
+    """Return the tiny model with the encoders of these cases as its experts. Every expert encodes every clip."""
     model = tiny_model()
     experts = tuple(CASES[name].encoder(name) for name in names)
     return replace(model, experts=experts, router=replace(model.router, top_k=len(experts)))

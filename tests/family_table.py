@@ -1,8 +1,8 @@
-"""The table that lists, for each family and each property, the test that checks the property.
+"""The tables that list, for each family and each property, the test that checks the property.
 
-`python -m tests.family_table` prints the table that docs/families.md contains. The families of a test are read from the
-test's parameters, so that the table does not contain a family that the test lacks. With `--list`, the command prints
-the tests alone, as arguments for pytest.
+`python -m tests.family_table` prints the tables that docs/families.md contains. The families of a test are read from
+the test's parameters, so the tables cannot list a family that the test does not cover. With `--list`, the command
+prints only the tests, as arguments for pytest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Fill:
     test: Callable[..., Any]
     families: frozenset[str]
     cases: tuple[str, ...] = ()
-    """The names of the test's cases that show the property; empty for all cases."""
+    """The ids of the test's cases that show the property; empty if all of them do."""
 
     @property
     def place(self) -> str:
@@ -64,30 +64,33 @@ def parameters(test: Callable[..., Any], name: str) -> list[Any]:
 
 
 def of_cases(test: Callable[..., Any]) -> Fill:
-    """Return the families of the encoders in `tests/encoder_table.py` that a test has as its parameter `name`."""
+    """Return the families of the cases in `tests/encoder_table.py` that a test's parameter `name` selects."""
     return fill(test, (CASES[name].family for name in parameters(test, "name")))
 
 
 def of_configs(test: Callable[..., Any], names: Iterable[str] | None = None) -> Fill:
-    """Return the families of the encoders of `tests/model/test_encoders.py` that a test has as its parameter `name`."""
+    """Return the families of the configs in `tests/model/test_encoders.py` that a test's parameter `name` selects.
+
+    If `names` is given, it replaces the values of the parameter.
+    """
     return fill(test, (test_encoders.CONFIGS[name].family for name in names or parameters(test, "name")))
 
 
 def tiny_encoders(*adapters: str) -> set[str]:
-    """Return the encoder families of the tiny model with these adapters."""
+    """Return the families of all encoders of the tiny models with these adapters."""
     models = [tiny_model("llama", adapter) for adapter in adapters]
     return {e.family for m in models for e in (m.primary, *m.experts) if e is not None}
 
 
 def model_types(test: Callable[..., Any], configs: dict[str, dict[str, Any]]) -> Fill:
-    """Return the LLM families of the configs that a test has as its parameter `family`."""
+    """Return the LLM families of those `configs` that a test's parameter `family` selects."""
     return fill(test, (configs[name]["model_type"] for name in parameters(test, "family")))
 
 
 SPLIT_EXPERTS = [
     case for case in test_ffn_experts.MORE_CASES if case[0].tp == case[0].pp == 2 and not case[2].get("lora")
 ]
-"""The cases with TP2·PP2 of LLMs with experts, without adapters."""
+"""The cases of LLMs with FFN experts at TP2·PP2, except those with low-rank adapters."""
 ONE_PER_FAMILY = {CASES[name].family for name in one_per_family()}
 ENCODERS: dict[str, list[Fill]] = {
     "features equal transformers'": [

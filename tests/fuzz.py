@@ -1,13 +1,13 @@
-"""Fuzzing of all parsers of files and texts from other sources.
+"""Fuzzing of all parsers that read files and texts from other sources.
 
     python -m tests.fuzz --inputs 2000
 
 Each input is a valid input with random changes: bytes are flipped, inserted, removed and repeated, and JSON values are
 replaced. A parser may accept the input, or raise a UserError or SampleError (or a ValueError if its docstring says so).
-Anything else is a failure, as is an input that takes longer than `MAX_SEC` or more memory than `MAX_BYTES`. The seed of
-a failure is printed, and `--only TARGET --first SEED --inputs 1` repeats the failure.
+Anything else is a failure, as is an input that takes longer than `MAX_SEC`. The memory of the process is limited by
+`MAX_BYTES`. The seed of a failure is printed, and `--only TARGET --first SEED --inputs 1` repeats the failure.
 
-Exit code 0: no failures. 1: failures.
+The exit code is 1 if there were failures, else 0.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from trainer.telemetry.jsonl import StepLog, read_metrics
 
 MAX_SEC = 10.0
 MAX_BYTES = 1 << 30
-"""The memory that all inputs together may add to that of the imported program."""
+"""The largest growth of the process's address space in bytes, from the first input of the first parser."""
 _ODD: tuple[Any, ...] = (
     *(None, True, -1, 0, 1.5, 2**63, 10**400, 1e308, "", "all", "\u2028", "../x", "a" * 5000, [], {}, [[]], {"a": []}),
     *("\ud800", "nan", ["x", 1], float("nan")),
@@ -77,16 +77,16 @@ _BYTES = (
 
 @dataclass(frozen=True)
 class Target:
-    """A parser, with a function that makes an input."""
+    """A parser, and a function that makes inputs for it."""
 
     make: Callable[[random.Random], bytes]
     parse: Callable[[bytes, Path], object]
-    """A function that parses an input; it may write files to the folder."""
+    """A function that parses an input and may write files to the given folder."""
     allowed: tuple[type[Exception], ...] = (UserError, SampleError)
 
 
 def changed(data: bytes, source: random.Random) -> bytes:
-    """Return bytes with one to six random changes, most of them near the beginning, where headers are."""
+    """Return the bytes with one to six random changes. Most of them are near the beginning, where headers are."""
     content = bytearray(data)
     for _ in range(source.randint(1, 6)):
         reach = len(content) if source.random() < 0.5 else min(len(content), 200)
@@ -108,7 +108,7 @@ def changed(data: bytes, source: random.Random) -> bytes:
 
 
 def replaced(value: Any, source: random.Random) -> Any:
-    """Return a JSON value in which some parts are replaced, removed or repeated."""
+    """Return a copy of a JSON value in which random parts are replaced, removed or repeated."""
     if source.random() < 0.06:
         return source.choice(_ODD)
     if isinstance(value, dict):
@@ -121,7 +121,7 @@ def replaced(value: Any, source: random.Random) -> Any:
 
 
 def lines_of(records: list[dict[str, Any]]) -> Callable[[random.Random], bytes]:
-    """Return a maker of JSON lines with changed values, bytes or both."""
+    """Return a function that makes JSON lines of the records, with random changes of values and bytes."""
 
     def make(source: random.Random) -> bytes:
         text = "\n".join(json.dumps(replaced(r, source)) for r in records).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Fuzzing of the importers, with a corpus in each format of which one file is changed at random."""
+"""Fuzzing of the importers: each input is a corpus in which one file is changed at random."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _source_name(form: str) -> str:
 
 
 def maker(form: str, changed: Change, replaced: Replace) -> Callable[[random.Random], bytes]:
-    """Return a maker of inputs: the name of a file of the corpus, and its changed content."""
+    """Return a function that makes inputs. An input is the name of a file of the corpus and its changed content."""
 
     def make(source: random.Random) -> bytes:
         files = _files(form)
@@ -64,7 +64,7 @@ def maker(form: str, changed: Change, replaced: Replace) -> Callable[[random.Ran
 
 
 def parser(form: str) -> Callable[[bytes, Path], None]:
-    """Return a function that imports the corpus with one changed file, without writing."""
+    """Return a function that reads the corpus with one changed file as an import would, without writing samples."""
 
     def parse(data: bytes, folder: Path) -> None:
         name, _, content = data.partition(b"\n")

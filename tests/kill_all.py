@@ -5,8 +5,8 @@
     python -m tests.kill_all --only export --seed 7  one writer
 
 After a kill, the remaining files must be readable, and no complete file may be lost. The same call then completes the
-work, and the result must equal the result of an undisturbed call, without leftovers. Two simultaneous calls must also
-have this result, although one of them may be refused.
+work. Its result must equal that of an undisturbed call, without leftovers. Two simultaneous calls must also have this
+result, although one of them may be refused.
 """
 
 from __future__ import annotations
@@ -53,15 +53,17 @@ FORK = multiprocessing.get_context("fork")
 
 @dataclass(frozen=True)
 class Writer:
-    """Something that writes files, and what must hold about them. `source` is a folder that is never written."""
+    """A call that writes files, and the functions that check them."""
 
     name: str
     write: Callable[[Path, Path], None]
-    """Does the work in (source, folder), or completes what a killed call left. Raises UserError if it is refused."""
+    """The call, with the arguments (source, folder). It only reads `source`. It writes `folder`, or completes what a
+    killed call left there, and raises UserError if it is refused."""
     check: Callable[[Path], object]
-    """Reads what a killed call left, and raises an error if it is not usable. The result must never shrink."""
+    """A function that reads what a killed call left in `folder`, and raises an error if it is not usable. Its result
+    must never decrease from kill to kill."""
     outcome: Callable[[Path], object]
-    """Returns what must equal the result of a call that was not killed."""
+    """A function that returns the part of `folder` that must be the same after a call that was not killed."""
 
 
 def write_events(_source: Path, folder: Path) -> None:
@@ -113,12 +115,12 @@ def write_export(source: Path, folder: Path) -> None:
 
 
 def save_all(checkpoints: Checkpoints) -> None:
-    """Save checkpoints until the last step, as a run that starts anew or resumes."""
+    """Save checkpoints until the last step, as a new or resumed run does."""
     attempt = checkpoints.begin_attempt()
     try:
         for step in range(max(checkpoints.steps(), default=0) + 1, NUM_STEPS + 1):
             save(checkpoints, attempt, step)
-    except (FencedError, OSError) as error:  # A newer attempt has begun, and deleted the draft of this one.
+    except (FencedError, OSError) as error:  # a newer attempt has begun, and deleted the draft of this attempt
         raise UserError(str(error)) from None
 
 
@@ -143,13 +145,16 @@ def newest_of(checkpoints: Checkpoints) -> int:
 
 
 def shards_of(folder: Path) -> dict[str, int | bytes]:
-    """Return the contents of finished shards. A kill after the index was written leaves the state of the build."""
+    """Return the files of finished shards, without the build's own state, which a kill at the end leaves behind."""
     found = contents(folder)
     return {name: value for name, value in found.items() if not name.endswith(("/building.json", ".part.json"))}
 
 
 def last_two(checkpoints: Checkpoints) -> list[int]:
-    """Return the steps that must be kept. A kill right after the last save leaves an older one, which does no harm."""
+    """Return the two newest steps, which must be kept.
+
+    A kill right after the last save leaves an older checkpoint as well, which does no harm.
+    """
     return sorted(checkpoints.steps())[-2:]
 
 
@@ -158,9 +163,9 @@ def bucket(folder: Path) -> BucketCheckpoints:
 
 
 def contents(folder: Path) -> dict[str, int | bytes]:
-    """Return the content of every file, or its size if the content differs between calls, by its name.
+    """Return the content of every file by its name; for JSON files, which differ between calls, return the size.
 
-    A writer that was killed may leave a hidden file, which a later call deletes when it is an hour old.
+    The hidden files that a killed writer may leave are deleted first. A later call deletes them after an hour.
     """
     sweep_leftovers(folder, older_sec=0)
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -189,7 +194,7 @@ WRITERS = (
 
 
 def call(writer: Writer, source: Path, folder: Path) -> None:
-    """Run a writer in a process of its own. The exit code is 3 if it was refused."""
+    """Run a writer, and exit with code 3 if it is refused. This is the main function of a separate process."""
     torch.set_num_threads(1)
     try:
         writer.write(source, folder)
@@ -204,7 +209,7 @@ def started(writer: Writer, source: Path, folder: Path) -> multiprocessing.proce
 
 
 def finish(writer: Writer, source: Path, folder: Path) -> float:
-    """Let a writer complete its work, and return the seconds that it took."""
+    """Run a writer until its work is complete, and return the number of seconds that it took."""
     start = time.monotonic()
     process = started(writer, source, folder)
     process.join(120)
@@ -213,7 +218,7 @@ def finish(writer: Writer, source: Path, folder: Path) -> float:
 
 
 def kill(writer: Writer, source: Path, scratch: Path, num_kills: int, choose: random.Random) -> int:
-    """Kill a writer at random moments, and return how often it was killed before it had finished."""
+    """Kill a writer at random moments, and return the number of kills before the writer had finished."""
     whole = scratch / "whole"
     whole.mkdir(parents=True)
     finish(writer, source, whole)
@@ -238,7 +243,7 @@ def kill(writer: Writer, source: Path, scratch: Path, num_kills: int, choose: ra
 
 
 def pair(writer: Writer, source: Path, scratch: Path, num_trials: int) -> int:
-    """Run a writer twice at once, and return how often one of the two was refused."""
+    """Run a writer twice at the same time, and return the number of trials in which one of the two was refused."""
     whole, refused = fresh(scratch / "alone"), 0
     finish(writer, source, whole)
     wanted = writer.outcome(whole)
@@ -259,21 +264,24 @@ def pair(writer: Writer, source: Path, scratch: Path, num_trials: int) -> int:
 
 
 def fresh(folder: Path) -> Path:
-    """Return an empty folder."""
+    """Empty a folder or create it, and return it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
 def make_source(folder: Path) -> Path:
-    """Write what the writers read: a manifest with recordings, and a run to export."""
+    """Write the input of the writers, which is a manifest with recordings and a run to export."""
     write_manifest(folder, 12)
     write_run(folder / "run")
     return folder
 
 
 PAIRS = tuple(w for w in WRITERS if w.name not in ("events", "metrics"))
-"""Events of two attempts are in one file by design, and only one attempt writes metrics."""
+"""The writers of which two may run at the same time.
+
+Two attempts write their events to the same file by design, and only one attempt writes metrics.
+"""
 
 
 def main() -> int:

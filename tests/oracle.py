@@ -1,4 +1,4 @@
-"""Greedy decoding by the single-process model, without cache, packing or ranks."""
+"""Greedy decoding with the single-process model, without a cache, packing or ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def prompt_of(sample: Sample) -> Sample:
 
 @torch.no_grad()
 def greedy(oracle: SpeechLLM, sample: Sample, eos_id: int, vocab_size: int, max_new_tokens: int) -> list[int]:
-    """Return the tokens that follow a prompt, without the end token."""
+    """Return the ids of the tokens that the model generates after a sample's prompt, without the end token."""
     found: list[int] = []
     audio = oracle.embed_audio(Batch((sample,)))
     while len(found) < max_new_tokens:

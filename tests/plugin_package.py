@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def write_plugin(folder: Path, package: str, source: str, points: Mapping[str, Mapping[str, str]]) -> Path:
-    """Write a package of one module with the metadata that an installer writes.
+    """Write a package of one module, with the metadata that an installer would write, and return `folder`.
 
     Args:
-        folder: The folder for both, which a process must have on its path.
+        folder: The folder of the module and the metadata. It must be on the Python path of processes that use them.
         package: The name of the package and of its module.
         source: The text of the module.
-        points: By group, the entry points: by name, the object in the module.
+        points: The entry points of each group, as a mapping from their names to names of objects in the module.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{package}.py").write_text(source, encoding="utf-8")
@@ -36,7 +36,7 @@ def write_plugin(folder: Path, package: str, source: str, points: Mapping[str, M
 
 
 def write_task_corpus(folder: Path, task: str) -> Path:
-    """Write the golden corpus with another task; return its manifest."""
+    """Write the golden corpus with another task, and return the path of its manifest."""
     folder.mkdir()
     write_corpus(folder)
     manifest = folder / "golden.jsonl"

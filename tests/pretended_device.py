@@ -45,13 +45,13 @@ _WAITS = {
 }
 _INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 _MIXES = {"_to_copy", "copy_", "_ctc_loss", "_cudnn_ctc_loss", "_ctc_loss_backward"}
-"""The operations that accept tensors of both devices; CTC's lengths are on the host."""
+"""The operations that accept tensors on both devices. The lengths of a CTC loss, for example, are on the host."""
 
 Thing = TypeVar("Thing")
 
 
 class DeviceTensor(Tensor):
-    """A tensor on the device; `host` holds its values."""
+    """A tensor on the pretended device; `host` holds its values."""
 
     host: Tensor
 
@@ -79,7 +79,7 @@ class DeviceTensor(Tensor):
 
     @property  # type: ignore[override]
     def data(self) -> Tensor:
-        """The data of the tensor, which Megatron assigns."""
+        """The data of the tensor. Megatron also assigns it."""
         return DeviceTensor(self.host.detach())
 
     @data.setter
@@ -89,13 +89,13 @@ class DeviceTensor(Tensor):
         self.host = new.host
 
     def tolist(self) -> Any:
-        """Return the values, for which the host waits."""
+        """Return the values, and count that the host waits for them."""
         _note("waits", "tolist")
         return self.host.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
         """Raise the error of a GPU tensor."""
-        raise TypeError("can't convert a device tensor to numpy: copy it to the host first")
+        raise TypeError("cannot convert a tensor on the device to NumPy: copy it to the host first")
 
 
 def put(thing: Thing) -> Thing:
@@ -131,7 +131,7 @@ class PretendedDevice:
         self._modes = (_Dispatch(), _Functions())
 
     def __enter__(self) -> PretendedDevice:
-        assert PretendedDevice.current is None, "one at a time"
+        assert PretendedDevice.current is None, "a PretendedDevice is already active"
         PretendedDevice.current = self
         mel_filters.cache_clear()  # cached by device, and the plan's tracing uses a device of this type too
         for mode in self._modes:
@@ -146,14 +146,14 @@ class PretendedDevice:
 
 
 class _Dispatch(TorchDispatchMode):
-    """Mode that handles the creation of tensors on the device."""
+    """A mode that handles the creation of tensors on the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
 
 class _Functions(TorchFunctionMode):
-    """Mode that handles `torch.tensor(…, device=…)`, whose copy is invisible at lower levels."""
+    """A mode that handles `torch.tensor(…, device=…)`, whose copy is invisible at lower levels."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -165,7 +165,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run an operation on the values, with the rules of a device."""
+    """Run an operation on the host's values, after checking that a GPU would accept its tensors."""
     name = func.overloadpacket.__name__
     flat, _ = tree_flatten((args, kwargs))
     ours = [a for a in flat if isinstance(a, DeviceTensor)]
@@ -201,7 +201,7 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _check(name: str, args: Any, kwargs: Any, ours: Sequence[Any], others: Sequence[Tensor]) -> None:
-    """Raise an error if a GPU would, and count the operation if the host would wait."""
+    """Raise an error if a GPU would raise one, and count the operation if the host would wait for it."""
     mixed = [t for t in others if t.dim() > 0]
     if ours and mixed and name not in _MIXES:
         allowed = name in _INDEXING and isinstance(args[0], DeviceTensor)  # a GPU accepts indices on the host
@@ -226,7 +226,7 @@ def _check(name: str, args: Any, kwargs: Any, ours: Sequence[Any], others: Seque
 
 
 def _is_fill(name: str, args: Any) -> bool:
-    """Return whether this is `x[mask] = number`, which torch executes as `masked_fill_` with the number on the host."""
+    """Return whether an operation is `x[mask] = number`, which torch runs as `masked_fill_` with a host number."""
     return name.startswith(("index_put", "_index_put")) and bool(args[2].dim() == 0)
 
 

@@ -1,7 +1,7 @@
 """A complete training step without DeepSpeed and Megatron's optimizers, for a device on which these cannot run.
 
-All other parts are the code of a training run: tower, dispatch, exchanges, Megatron's model and schedule, losses,
-report.
+All other parts are those of a training run: the audio tower, dispatch, exchanges, Megatron's model and schedule, the
+losses and the report.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _grad_square(parameters: list[torch.nn.Parameter]) -> Tensor:
 
 
 class _BareWeights:
-    """The weights of a plain module, which are always whole."""
+    """The weights of a plain module. In contrast to ZeRO-3, every rank always holds all of them."""
 
     calls_are_collective = False
 
@@ -44,7 +44,7 @@ class _BareWeights:
 
 
 class BareAudio(AudioEngine):
-    """A replacement of `AudioEngine` that uses a plain module instead of ZeRO-3."""
+    """A replacement for `AudioEngine` that uses a plain module instead of ZeRO-3."""
 
     def __init__(self, tower: AudioTower, groups: Groups, batch_samples: int) -> None:
         self.groups, self.tower = groups, tower
@@ -66,7 +66,7 @@ class BareAudio(AudioEngine):
 
 
 class BareLLM(LLMEngine):
-    """A replacement of `LLMEngine` without data parallelism and optimizer."""
+    """A replacement for `LLMEngine` without data parallelism or an optimizer."""
 
     def __init__(self, config: ModelConfig, groups: Groups) -> None:
         self.hf_config, self.groups, self.dtype = resolve_hf_config(config.llm), groups, torch.float32
@@ -83,14 +83,17 @@ class BareLLM(LLMEngine):
 
 
 def build_step(model: ModelConfig, groups: Groups, on_device: bool) -> Step:
-    """Return the step of a single rank, on the CPU or on the pretended device (within its context)."""
+    """Return the training step of a single rank, on the CPU or on the pretended device.
+
+    With `on_device`, the caller must be within the context of a `PretendedDevice`.
+    """
     with megatron_calls():
         llm = BareLLM(model, groups)
     torch.manual_seed(parity_cases.SEED)
     tower = AudioTower(model, llm.hf_config.hidden_size, parity_cases.VOCAB_SIZE).train()
     if on_device:
         groups = replace(groups, device=DEVICE)
-        CALL_COST_SAMPLES[DEVICE.type] = CALL_COST_SAMPLES["cpu"]  # the same calls
+        CALL_COST_SAMPLES[DEVICE.type] = CALL_COST_SAMPLES["cpu"]  # gives the same encoder calls
         put(tower)
         put(llm.chunks[0])
     llm.groups = groups

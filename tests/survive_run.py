@@ -1,4 +1,4 @@
-"""The functions of ranks in runs with failures, for `tests.distributed.harness.run_ranks`."""
+"""The functions that ranks execute in runs with failures, for `tests.distributed.harness.run_ranks`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trainer.training.step import Step
 
 
 class Absent(Step):
-    """A step that omits whole steps, which are not even computed."""
+    """A `Step` that computes nothing in the steps of `absent` (counted from 1)."""
 
     absent: frozenset[int] = frozenset()
 
@@ -45,7 +45,7 @@ class Absent(Step):
 
 
 def poisoned(steps: frozenset[int]) -> type[Loader]:
-    """Return a loader whose batches of `steps` (counted from 1) contain a clip of NaN on the last rank."""
+    """Return a subclass of `Loader` in which the last rank's clips are NaN in `steps` (counted from 1)."""
 
     class Poisoned(Loader):
         def __iter__(self) -> Iterator[tuple[Batch, State]]:
@@ -63,7 +63,7 @@ def _poison(sample: Any) -> Any:
 
 
 def spikes(folder: str, corpus: str) -> dict[str, Any]:
-    """Run trainings with batches of NaN and trainings without some steps, and return the results by name."""
+    """Run trainings with NaN batches and trainings that omit some steps, and return the results by name."""
     connect()
     groups = None
     found: dict[str, Any] = {}
@@ -127,7 +127,7 @@ def _losses(run_dir: Path) -> dict[str, list[float]]:
 
 
 def failing(folder: str, corpus: str) -> int:
-    """Return the exit code of a rank of a run whose third step fails on rank 1."""
+    """Run one rank of a run whose third step fails on rank 1, and return the rank's exit code."""
     rank = int(os.environ["RANK"])
     overrides = [f"data.root={corpus}", f"data.cache_dir={folder}/cache", "train.steps=4", f"train.run_dir={folder}"]
     usual = Step.forward_backward

@@ -1,4 +1,4 @@
-"""Tests of `bench.pipeline` with a tiny model: both arms compute the same loss, and each goal can be missed."""
+"""Tests of `bench.pipeline`: both arms compute the same loss with a tiny model, and each goal can be missed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of `bench.trainer` with a tiny model: the arms train the same model, and each goal can be missed."""
+"""Tests of `bench.trainer`: all arms train the same tiny model, and each goal can be missed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_arms_train_the_same_model() -> None:
     grouped = measured({"kind": "grouped", "micro": 4})
     assert len(ours["losses"]) == 1 + TINY.updates and min(ours["losses"]) > 5  # log(4096) = 8.3
     assert balanced["losses"] == pytest.approx(ours["losses"], rel=1e-5)
-    # Its first update has the same clips, too; the others are sorted by length.
+    # The first update of this arm has the same clips as well. The clips of later updates are sorted by length.
     assert grouped["losses"][0] == pytest.approx(ours["losses"][0], rel=1e-5)
     for found in (ours, balanced, grouped):
         assert found["sec"] > 0 and found["cpu_sec"] > 0 and found["peak_mib"] > 100

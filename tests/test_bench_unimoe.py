@@ -1,4 +1,4 @@
-"""`bench.unimoe`: the runs of its arms are legal recipes, and results are added up."""
+"""Tests of `bench.unimoe`: the recipes of every arm are valid, training resumes, and the table summarizes results."""
 
 from __future__ import annotations
 

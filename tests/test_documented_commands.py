@@ -32,18 +32,18 @@ FOLDERS = ("bench", "docs", "ds_configs", "model", "slurm", "tests", "tools", "t
 
 @dataclass(frozen=True)
 class Documented:
-    """A command as a document has it."""
+    """A command in a document."""
 
     where: str
     words: tuple[str, ...]
-    """Without comments and environment variables."""
+    """The words of the command, without comments and environment variables."""
 
     def __str__(self) -> str:
         return f"{self.where}: {' '.join(self.words)}"
 
 
 def commands_in(text: str, where: str) -> Iterator[Documented]:
-    """Yield the commands of blocks (lines after `$`) and of inline code."""
+    """Yield the commands in console blocks (lines that begin with `$`) and in inline code."""
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in re.findall(r"^\$ (.*)", block.replace("\\\n", " "), re.MULTILINE)]
     lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
@@ -51,7 +51,7 @@ def commands_in(text: str, where: str) -> Iterator[Documented]:
         for part in re.split(r"\s&&\s", re.sub(r"\s#.*|\s… .*", "", line)):
             try:
                 words = shlex.split(part)
-            except ValueError:  # not a command: a quotation mark within other code
+            except ValueError:  # other code with a single quotation mark
                 continue
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words = words[1:]
@@ -84,7 +84,7 @@ def help_of(module: str) -> str:
 
 
 def options_of(module: str) -> set[str]:
-    """Return the options that a module's parser knows; of benchmarks, those that its source names."""
+    """Return the options in a module's `--help`, or in its source if the module is a benchmark."""
     if module.startswith(("tools.", "trainer.__main__", "trainer.job")):
         return set(re.findall(r"--[a-z][a-z-]*", help_of(module)))
     spec = importlib.util.find_spec(module)
@@ -93,7 +93,7 @@ def options_of(module: str) -> set[str]:
 
 
 def problems(command: Documented) -> Iterator[str]:
-    """Yield what is wrong with a command."""
+    """Yield a description of each mistake in a command."""
     program, *words = command.words
     if program == "make":
         yield from (f"no target {w} in the Makefile" for w in words if "=" not in w and w not in TARGETS)
@@ -135,7 +135,10 @@ def problems(command: Documented) -> Iterator[str]:
 
 
 def recipe_problems(words: list[str], default: str | None) -> Iterator[str]:
-    """Yield the recipe keys that are unknown or have an illegal value. Tests of plug-ins run commands that need one."""
+    """Yield the error of a command whose recipe has an unknown key or an invalid value.
+
+    Commands with plug-ins are not checked here, because the tests of plug-ins run them.
+    """
     if any(w.startswith("plugins=") for w in words):
         return
     recipe = next((w for w in words if w in recipe_names()), default)
@@ -203,7 +206,7 @@ def test_documented_files_exist() -> None:
     wrong = [
         f"{document.relative_to(ROOT)}: {path}"
         for document in DOCUMENTS
-        if document.name != "CHANGELOG.md"  # it names what there was
+        if document.name != "CHANGELOG.md"  # names files that have been removed since
         for path in pattern.findall(document.read_text(encoding="utf-8"))
         if not any(ROOT.glob(path.rstrip("/")))
     ]

@@ -96,7 +96,7 @@ def test_run_that_does_not_improve_ends_early_and_stays_ended(corpus: Path, tmp_
     overrides += ["eval.every_steps=1", "eval.split=test", "eval.max_samples=4", "eval.stop_after=2", "optim.lr=1e-12"]
     overrides += ["checkpoint.best_metric=eval/test/asr/cer", "checkpoint.every_steps=4"]
     run = tmp_path / "debug"
-    for _ in range(2):  # the same command does not continue it
+    for _ in range(2):  # the second call must not continue the run
         done = trainer("debug", *overrides)
         assert done.returncode == 0, done.stderr
         assert "stopped at step 3: eval/test/asr/cer has not improved in 2 evaluations" in done.stdout
@@ -110,7 +110,7 @@ def check_profile(whole: Path, half: Path, corpus: Path) -> None:
     """Check that the profile agrees with the run's data and the decisions of its router."""
     history = read_history(whole / HISTORY_NAME)
     assert [i.step for i in history] == [1, 2, 3, 4]
-    # Repeated steps are counted once, with the same routing.
+    # Steps that were repeated after the resume are counted once, and their routing is the same.
     assert [i.load.to_json() for i in read_history(half / HISTORY_NAME)] == [i.load.to_json() for i in history]
     done = run_module("tools.profile_experts", str(whole), "--json", "--fail-on", "imbalance=100")
     assert done.returncode == 0, done.stderr
@@ -138,7 +138,12 @@ def check_profile(whole: Path, half: Path, corpus: Path) -> None:
 
 
 def check_routing(third: ExpertLoad, run: Path) -> None:
-    """Check that routing step 3's batch in one process, with the weights after step 2, gives the recorded history."""
+    """Check that the recorded history of step 3 equals the routing of its batch in one process.
+
+    Args:
+        third: The recorded expert load of step 3.
+        run: The run, whose weights after step 2 are used.
+    """
     reader, recipe = open_checkpoint(RunPath(run, run / "checkpoints" / "step-00000002"))
     prepared = prepare(recipe.data, recipe.model.adapter.rate)
     with Loader(SampleStream(prepared, seed=recipe.seed, num_batches=recipe.train.steps)) as loader:

@@ -1,4 +1,4 @@
-"""Tests that every registered family has every property, and that docs/families.md lists their tests."""
+"""Tests that a test covers every property of every registered family, and that docs/families.md lists these tests."""
 
 from __future__ import annotations
 

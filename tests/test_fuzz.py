@@ -1,4 +1,4 @@
-"""A short run of the fuzzing of all parsers. `make fuzz` is a long run."""
+"""A short fuzzing run of all parsers. `make fuzz` starts a long one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Tests of the places in a step where the host waits for the device (the table in docs/gpu.md), on a pretended device.
+"""Tests of the places in a step where the host waits for the device, on a pretended device.
 
-The waits of DeepSpeed and of Megatron's optimizers are not counted.
+The table in docs/gpu.md lists these places. The waits of DeepSpeed and of Megatron's optimizers are not counted.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from trainer.training.evaluate import answer
 STEP_WAITS = {
     "model/router.py:on_host": 1,  # the router's choice, which determines the ranks that encode
     "model/losses/ctc.py:ctc_sum": 1,  # within torch's CTC loss, which moves the lengths itself
-    "trainer/training/send.py:send": 1,  # the rows of this rank's packs that are audio
+    "trainer/training/send.py:send": 1,  # the positions of audio tokens in this rank's packs
     "trainer/training/step.py:report": 1,  # losses
     "trainer/training/step.py:update": 1,  # the gradient norm, which decides about the update
 }
-"""The waits per step, which do not depend on the number of clips, experts, gates and micro-batches."""
+"""The waits per step. They do not depend on the number of clips, experts, gates or micro-batches."""
 MOST_PER_STEP, MOST_PER_MICROBATCH = 10, 2
 FIRST_STEP_WAITS = {"model/encoders/log_mel.py:mel_filters": 1}
-"""The waits for constants, which happen once per process."""
+"""The waits for constants, which occur only once per process."""
 NEW_TOKENS = 4
 
 
 MOST_COLLECTIVES = 2
-"""The number of collectives of a step for which the ranks' hosts exchange numbers (docs/scale.md)."""
+"""The largest number of collectives per step in which the hosts of all ranks exchange numbers (docs/scale.md)."""
 
 
 @contextmanager
 def host_collectives() -> Iterator[list[str]]:
-    """Return a context manager that records the collectives of CPU tensors that the step calls."""
+    """Return a context manager whose list receives the names of all collectives on CPU tensors or numbers."""
     found: list[str] = []
 
     def recorded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +73,7 @@ def host_collectives() -> Iterator[list[str]]:
 
 
 def begin() -> tuple[Groups, Any, Batch]:
-    """Set up the process groups of a single rank."""
+    """Set up the process groups of a single rank, and return them with the tiny model and its batch."""
     rank, _, device = connect(timeout_sec=60)
     groups = build_groups(Topology(1, 1, 1), rank, device, parity_cases.SEED)
     model = parity_cases.tiny_model()
@@ -81,7 +81,7 @@ def begin() -> tuple[Groups, Any, Batch]:
 
 
 def steps() -> dict[str, Any]:
-    """Run two steps on the device, and the first one on the CPU as well."""
+    """Run two steps on the pretended device and the first one also on the CPU, and return what was recorded."""
     groups, model, batch = begin()
     expected = build_step(model, groups, on_device=False)(0, batch)
     with PretendedDevice() as device:
@@ -113,8 +113,8 @@ def test_step_waits_at_the_places_in_the_table() -> None:
     assert first == {**STEP_WAITS, **FIRST_STEP_WAITS}, seen["kinds"]
     assert sum(second.values()) <= MOST_PER_STEP
     assert seen["collectives"] == ["all_gather_numbers"] * MOST_COLLECTIVES
-    assert not set(second) & {"trainer/engine/llm.py:__call__", "model/llm/packing.py:layout"}, "per micro-batch: none"
-    # There is one transfer for each pack's positions, rows and places. None depends on the number of experts.
+    assert not set(second) & {"trainer/engine/llm.py:__call__", "model/llm/packing.py:layout"}, "waits per micro-batch"
+    # The number of transfers does not depend on the number of experts.
     assert (
         seen["transfers"]["model/mixture.py:mix"] == seen["transfers"]["model/connectors/convolutions.py:forward"] == 1
     )
@@ -128,7 +128,7 @@ def test_documented_table_is_current() -> None:
 
 
 def answers() -> dict[str, Any]:
-    """Decode the same prompts on both devices."""
+    """Decode the same prompts on the CPU and on the pretended device."""
     groups, model, batch = begin()
     prompts = []
     for sample in batch.samples:
@@ -161,7 +161,7 @@ def test_decoding_waits_once_per_token() -> None:
 
 
 def test_waits_reported_by_torch_are_counted_by_site() -> None:
-    """Check how `bench.gpu_check` counts torch's warnings, which this test raises itself."""
+    """Check how `bench.gpu_check` counts torch's warnings about waits. The test emits the warnings itself."""
     modes: list[str] = []
 
     def work() -> None:

@@ -51,7 +51,7 @@ def package_of(module: str) -> str:
 
 
 def imports_of(module: str, path: Path) -> Iterator[str]:
-    """Return the project's modules that `module` imports, including imports within functions."""
+    """Yield the project's modules that `module` imports, including imports within functions."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -114,14 +114,14 @@ def test_no_file_has_a_meaningless_name(name: str) -> None:
     assert not [m for m in MODULES if name in m.split(".") or m.endswith((f"_{name}", f".{name}"))]
 
 
-# It replaces functions of torch, which belong to the process, and counts how often that is nested.
+# This module replaces functions of torch for the whole process, and `_depth` counts nested replacements.
 PROCESS_WIDE = {"trainer/parallel/cpu.py: global _depth"}
 
 MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "clear", "discard"}
 
 
 def global_changes(path: Path) -> Iterator[str]:
-    """Return the places where a function changes a module's variable: `global`, item assignment, or mutating call."""
+    """Yield the places where a function changes a module's variable by `global`, item assignment or a mutating call."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assigned = [n for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign)]
     targets = [t for n in assigned for t in (n.targets if isinstance(n, ast.Assign) else [n.target])]

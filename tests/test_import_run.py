@@ -1,4 +1,4 @@
-"""Tests of runs that start from an imported model: adding encoders, resuming, and exporting the original layout."""
+"""Tests of runs that start from an imported model: adding encoders, resuming, and exporting in the original layout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ EXPERTS = (
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference]:
-    """Return (a folder with a corpus, an imported Qwen2-Audio and a run of it that changes nothing, the original)."""
+    """Return a folder and the original model, a Qwen2-Audio.
+
+    The folder contains a corpus, the imported model, and a run that starts from it without changing the model.
+    """
     root = tmp_path_factory.mktemp("imported")
     write_corpus(root)
     reference = qwen2_audio(root / "original")
@@ -78,7 +81,7 @@ def test_encoders_are_added_with_the_same_first_loss(imported: tuple[Path, Refer
     assert "encoder hubert" in done.stdout + done.stderr and "the router" in done.stdout + done.stderr
     done = train(root, "more", *EXPERTS, "train.steps=4", "optim.lr=1e-2")
     assert done.returncode == 0 and "resuming at step 2" in done.stdout + done.stderr, done.stderr
-    # L_MoWE is a new term of the loss, so the loss of the next token is compared.
+    # The total loss has a new term L_MoWE, so only the loss of the next token is compared.
     assert next_token_loss(root / "runs/same") == pytest.approx(next_token_loss(root / "runs/more"), rel=1e-6)
     found = losses(root / "runs/more")
     assert sorted(found) == [1, 2, 3, 4] and found[4][0] < found[1][0]

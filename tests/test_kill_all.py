@@ -1,4 +1,4 @@
-"""The short form of `make kill-all`."""
+"""A short form of `make kill-all`."""
 
 from __future__ import annotations
 

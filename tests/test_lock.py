@@ -59,7 +59,7 @@ def wanted() -> list[Requirement]:
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda e: e["python_version"])
 def test_the_lock_is_what_the_project_asks_for(environment: dict[str, str]) -> None:
-    found, optional = pinned(environment), {"lhotse"}  # of the extra `peers`, which is not locked
+    found, optional = pinned(environment), {"lhotse"}  # belongs to the extra `peers`, which is not locked
     assert len(found) > 150
     for requirement in wanted():
         name = canonicalize_name(requirement.name)

@@ -1,4 +1,4 @@
-"""Tests of a run that only trains adapters for another run's weights: starting, resuming and exporting."""
+"""Tests of a run that only trains low-rank adapters for another run's weights: starting, resuming and exporting."""
 
 from __future__ import annotations
 

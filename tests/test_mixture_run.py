@@ -1,4 +1,4 @@
-"""Tests of a run that adds experts to another run's LLM: starting, resuming without the donors, and exporting."""
+"""Tests of a run that adds FFN experts to another run's LLM: starting, resuming without the donors, and exporting."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_experts_are_trained_saved_resumed_and_exported(tmp_path: Path) -> None:
     done = train(corpus, runs, *recipe, "train.steps=2")
     assert done.returncode == 0, done.stderr
     assert "expert speech of the LLM" in done.stdout + done.stderr
-    # Two equal experts and adapters that are zero compute what the donor does, since every token chooses at least one
-    # of them. The losses of the router add little.
+    # Every token chooses at least one of two equal experts, whose low-rank adapters are zero. The LLM therefore
+    # computes the same as the donor. The router's losses add little.
     assert losses(runs / "mixture")[1][0] == pytest.approx(FIRST_LOSS_OF_A_NEW_RUN, abs=1e-3)
     *_, load = read_history(runs / "mixture" / HISTORY_NAME)
     assert {(group.task, group.language) for group in load.cells} == {("asr", "en")}
@@ -71,10 +71,10 @@ def test_experts_are_trained_saved_resumed_and_exported(tmp_path: Path) -> None:
     assert export.main(command) == 0
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", trust_remote_code=True, dtype=torch.bfloat16)
     loaded = half.get_parameter("llm.model.layers.1.mlp.experts.speech.router.score_bias")
-    assert torch.equal(loaded, biases[0]), "biases are not rounded"
+    assert torch.equal(loaded, biases[0]), "biases must not be rounded"
     assert half.get_parameter("llm.model.layers.1.mlp.experts.speech.router.weight").dtype == torch.bfloat16
     changes = torch.cat(biases) / 0.001
-    assert 1 <= changes.abs().max().round() <= 4, "each of four steps changes a bias by its rate or not at all"
+    assert 1 <= changes.abs().max().round() <= 4, "each of the four steps changes a bias by the bias rate or not at all"
     torch.testing.assert_close(changes, changes.round(), atol=1e-3, rtol=0)
     assert export.main([str(runs / "mixture"), str(tmp_path / "llm"), "--llm-only", "--merge"]) == 2
     assert "| `speech` | `golden` | `2` |" in (tmp_path / "out" / "README.md").read_text()

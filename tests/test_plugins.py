@@ -28,9 +28,9 @@ EXTRA = replace(TASKS["er"], name="NAME")
 
 @pytest.fixture(autouse=True)
 def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the process find plug-ins in `tmp_path`, and forget them afterwards."""
+    """Let the test find plug-ins in `tmp_path`, and restore the tables afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv(VARIABLE, "")  # so that what a test sets is removed afterwards
+    monkeypatch.setenv(VARIABLE, "")  # restores the variable after the test, even if the test sets it
     before = dict(TASKS)
     yield
     TASKS.clear()

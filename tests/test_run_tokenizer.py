@@ -1,4 +1,4 @@
-"""Tests that weights are only used with the tokenizer with which they were trained."""
+"""Tests that weights are used only with the tokenizer they were trained with."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OVERRIDES = (
     "eval.max_new_tokens=2",
 )
 
-needs_kit = pytest.mark.skipif(not KIT.is_dir(), reason=f"no kit of real recordings at {KIT}; set KIT_DIR")
+needs_kit = pytest.mark.skipif(not KIT.is_dir(), reason=f"there are no real recordings in {KIT}; set KIT_DIR")
 
 
 def run_module(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -79,7 +79,7 @@ JOINING = "data.datasets=[{name: demo, manifest: demo.jsonl}, {name: questions, 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Create a place with a run `base` of four steps."""
+    """Create a place, and train a run `base` there for four steps."""
     place = Place(tmp_path_factory.mktemp("place"))
     done = place.train("base")
     assert done.returncode == 0, done.stderr
@@ -92,7 +92,7 @@ def copy_run(place: Place, name: str) -> Path:
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Check that a training ends with exit code 2 and one line that contains all `words`."""
+    """Check that a training ended with exit code 2 and with one error line that contains all `words`."""
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and all(word in lines[0] for word in words), done.stderr
@@ -151,7 +151,7 @@ def test_resume_with_another_tokenizer_is_refused(place: Place) -> None:
     assert not (run / "checkpoints" / "step-00000006").exists()
 
 
-# ---- tools on a tiny run
+# ---- Tests of tools on a tiny run
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def state_of(run: Path) -> Path:
 
 
 def other_model(run: Path) -> Path:
-    """Return a tokenizer with the same number of pieces and other meanings."""
+    """Train a tokenizer with as many pieces as the run's, but with other pieces, and return its path."""
     path = run.parent / "other.model"
     train_sentencepiece(["zebra fox jumps over lazy dogs", "quick brown"] * 9, 60, path, TokenizerConfig().placeholder)
     return path
@@ -256,7 +256,7 @@ def test_hugging_face_tokenizer_is_stored_next_to_the_checkpoints(tmp_path: Path
 
 
 def next_run(**settings: str) -> Recipe:
-    """Return a recipe with these settings of the tokenizer."""
+    """Return a recipe with these fields of `data.tokenizer`."""
     config = TokenizerConfig(**settings)  # type: ignore[arg-type]
     return Recipe(name="next", model=tiny_model(), data=DataConfig(tokenizer=config))
 

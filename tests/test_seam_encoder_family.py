@@ -1,6 +1,6 @@
-"""Tests of the encoder family and the commands of docs/tutorial_encoder.md.
+"""Tests of the encoder family and the commands in docs/tutorial_encoder.md.
 
-The project does not contain this family.
+The family is not part of the project.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ LENGTHS = (6_400, 12_345, 639, 100, 40_000, 1_281)
 
 
 def register(folder: str) -> None:
-    """Make the family known: the one line of a plug-in, and where Python finds its module."""
+    """Add the family to the table as a plug-in would, and put its module on the Python path."""
     if folder not in sys.path:
         sys.path.append(folder)
     ENCODER_FAMILIES["toy"] = "toy_encoder:TOY"
 
 
 def write_package(folder: Path) -> None:
-    """Write the two files of the page."""
+    """Write the two files that the tutorial contains."""
     (folder / "src").mkdir(parents=True)
     for name, language in (("pyproject.toml", "toml"), ("src/toy_encoder.py", "python")):
         (text,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -57,7 +57,7 @@ def write_package(folder: Path) -> None:
 
 
 def model_with_toys() -> ModelConfig:
-    """The tiny model whose primary encoder and first expert are of the family."""
+    """Return the tiny model, with a primary encoder and a first expert of this family."""
     model = tiny_model()
     toys = [EncoderConfig(name, "toy", config={"hidden_size": size}) for name, size in (("ears", 24), ("toy", 16))]
     return replace(model, primary=toys[0], experts=(toys[1], *model.experts[1:]))
@@ -114,7 +114,10 @@ def test_its_25_frames_a_second_become_50(plugin: Path, window_sec: float) -> No
 
 @pytest.mark.parametrize(("frame_samples", "size"), [(640, 7), (480, 9), (160, 31), (1600, 3)])
 def test_frames_of_any_rate_keep_their_time(frame_samples: int, size: int) -> None:
-    """Each frame holds the time of its centre; so must each frame of the result, within the outer centres."""
+    """Check that interpolation keeps times: each frame holds the time of its center, and so must each new frame.
+
+    New frames before the first or after the last center hold the time of that center.
+    """
     times = (torch.arange(size, dtype=torch.float64) + 0.5) * frame_samples
     wanted = num_frames(size * frame_samples)
     pair = Ragged(torch.cat([times, times + 1e6])[:, None].requires_grad_(), (size, size))
@@ -131,7 +134,11 @@ def test_frames_at_the_mixtures_rate_are_returned_as_they_are() -> None:
 
 
 def train(folder: str) -> list[list[float]]:
-    """Compare training with the single-process model on this rank; returns [loss, gradient] of batches and steps."""
+    """Compare this rank's training with the single-process model.
+
+    Returns:
+        The relative differences [loss, gradient] for each batch and, in the last row, of a few training steps.
+    """
     from tools.parity import DS_CONFIG
     from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
@@ -186,7 +193,7 @@ def test_a_family_of_several_files_is_not_exported(plugin: Path, spoil: Callable
 
 
 def environment(folder: Path) -> str:
-    """Return the Python of a new environment that has all packages of this one, and into which pip can install."""
+    """Create an environment with all packages of the current one, into which pip can install; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=100)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "packages.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
@@ -200,9 +207,9 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
     commands = [words[: words.index("#")] if "#" in words else words for words in commands]
     install, corpus, *others = commands
     write_package(tmp_path / "toy_encoder")
-    write_corpus(tmp_path / corpus[-1], scale=0.05)  # a smaller one than that of the command
+    write_corpus(tmp_path / corpus[-1], scale=0.05)  # smaller than the corpus that the command writes
     assert install[:4] == ["python", "-m", "pip", "install"] and install[-2:] == ["-e", "toy_encoder"]
-    # The folder of the package is in the current folder, where it must not hide the module.
+    # The working folder contains the package's folder, which must not hide the module of the same name.
     python = environment(tmp_path / "venv")
     done = subprocess.run([python, *install[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "BuildBackendWarning" not in done.stderr, done.stderr

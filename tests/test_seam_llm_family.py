@@ -1,4 +1,4 @@
-"""Tests of the LLM family Seed-OSS (ByteDance), which one value of a plug-in adds: training and export."""
+"""Tests of training and export with the LLM family Seed-OSS (ByteDance), which one value in a plug-in adds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEED_OSS = LLMFamily(qkv_bias=True, required={**REQUIRED, **ALWAYS})
 
 
 def register() -> None:
-    """Make the family known: the one line of a plug-in."""
+    """Add the family to the table, as a plug-in would with one line."""
     LLM_FAMILIES["seed_oss"] = SEED_OSS
 
 
@@ -38,7 +38,7 @@ def plugin() -> Iterator[None]:
 
 
 def model_with_seed() -> ModelConfig:
-    """The tiny model with a Seed-OSS LLM whose heads are wider than hidden / heads."""
+    """Return the tiny model with a Seed-OSS LLM whose heads are wider than hidden_size / num_attention_heads."""
     model = tiny_model()
     config = {**model.llm.config, **ALWAYS, "model_type": "seed_oss", "attention_dropout": 0, "head_dim": 12}
     return replace(model, llm=LLMConfig(config=config))
@@ -62,7 +62,7 @@ def test_what_the_family_does_not_compute_is_refused(plugin: None) -> None:
 
 
 def test_the_reference_trains_the_token_of_the_padding_too(plugin: None) -> None:
-    """Seed-OSS pads with token 1, whose embedding transformers would not train."""
+    """Check the gradient of the embedding of token 1, with which Seed-OSS pads. transformers would not train it."""
     reference = build_reference(model_with_seed().llm, seed=1)
     assert reference.config.pad_token_id == 1
     reference(torch.tensor([[1, 2]])).logits.sum().backward()
@@ -84,7 +84,11 @@ def test_its_modules_may_have_other_names(plugin: None) -> None:
 
 
 def train(tp: int, pp: int) -> list[list[float]]:
-    """Compare training with the single-process model on this rank; returns [loss, gradient] of a batch and of steps."""
+    """Compare this rank's training with the single-process model.
+
+    Returns:
+        The relative differences [loss, gradient] for a batch, and [loss, gradient norm] of a few training steps.
+    """
     from tools.parity import DS_CONFIG
     from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect

@@ -1,4 +1,4 @@
-"""Tests of the loss in docs/extending.md, a module outside the project that adds one entry to the table of losses."""
+"""Tests of the loss in docs/extending.md, which a module outside the project adds to the table of losses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME, WEIGHT = "embedding_size", 0.25
 
 @pytest.fixture
 def plug_in(tmp_path: Path) -> Path:
-    """The folder of the module of docs/extending.md."""
+    """Write the module from docs/extending.md, and return its folder."""
     section = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8").split("\n## Add a loss\n")[1]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
@@ -34,14 +34,14 @@ def plug_in(tmp_path: Path) -> Path:
 
 
 def load(folder: str) -> None:
-    """What a plug-in's entry point does in every process."""
+    """Import the module, as the plug-in's entry point does in every process."""
     assert NAME not in LOSSES
     sys.path.insert(0, folder)
     importlib.import_module("embedding_size_loss")
 
 
 def train(folder: str) -> int:
-    """One rank of a training run."""
+    """Run one rank of a training run, and return its exit code."""
     from trainer.build import run_training
     from trainer.config.load import load_recipe
     from trainer.run.launch import RankEnv
@@ -54,7 +54,7 @@ def train(folder: str) -> int:
 
 
 def compare(folder: str, tp: int, pp: int) -> dict[str, Any]:
-    """One rank of a comparison with the single-process model."""
+    """Compare one rank's training with the single-process model, and return the relative differences."""
     from tools.parity import DS_CONFIG
     from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect

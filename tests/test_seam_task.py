@@ -1,4 +1,4 @@
-"""Tests of a task with a new metric from a plug-in, which is trained and evaluated without changes to the project."""
+"""Tests that a plug-in's task with a new metric is trained and evaluated without changes to the project."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.evaluation.predictions import read_predictions
 from trainer.scoring.tasks import TASKS
 
 WRITERS_OF_DATA = {"tools/demo_corpus.py", "tools/spoken_text.py", "trainer/importers/fields.py"}
-"""Files that write data of certain tasks. Imported recordings with nothing but a transcript belong to asr."""
+"""The files that may name tasks because they write data. Imported recordings with only a transcript belong to asr."""
 
 SOURCE = '''
 """A task of repeated commands, scored by the length of the answers."""
@@ -34,7 +34,7 @@ COMMAND = Task(
 
 
 def test_only_the_table_names_tasks() -> None:
-    names = set(TASKS) - {"text", "intent"}  # which have other meanings, too
+    names = set(TASKS) - {"text", "intent"}  # both words also have other meanings in the code
     found = {
         path.relative_to(ROOT).as_posix()
         for package in ("model", "trainer", "tools")
@@ -66,7 +66,7 @@ def test_a_task_of_a_plugin_trains_and_is_scored(tmp_path: Path) -> None:
     assert logged[-1]["eval/test/command/answer_length"] == pytest.approx(expected)
     assert "answer_length" in done.stdout and "command/answer_length" in done.stderr
 
-    # The recipe of the run names the plug-in, so that a command that opens the run and its workers have it, too.
+    # The run's recipe names the plug-in. A command that opens the run therefore loads it, as do its workers.
     out = tmp_path / "evaluation"
     options = ["--data", str(manifest), "--split", "test", "--nproc", "2", "--out", str(out), "--json"]
     done = run("tools.evaluate", str(folder), *options, path=path)
@@ -74,11 +74,11 @@ def test_a_task_of_a_plugin_trains_and_is_scored(tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["headlines"] == {"command": "answer_length"} and not found["num_skipped"]
 
-    # Runs name their plug-ins themselves.
+    # This command finds the plug-in in the recipes of the runs.
     done = run("tools.compare", str(folder), str(folder), path=path)
     assert done.returncode == 0 and "test/command/answer_length" in done.stdout, done.stderr
 
-    # A command that opens no run is given its name.
+    # A command that opens no run needs the option `--plugins`.
     compared = [str(out / "predictions.jsonl")] * 2
     done = run("tools.compare", *compared, path=path)
     assert done.returncode == 2

@@ -56,7 +56,7 @@ POINTS = {"earshot.trackers": {"lines": "LinesTracker"}, "earshot.hooks": {"loss
 
 
 def wandb_history(file: Path) -> list[dict[str, float]]:
-    """Return the records of W&B's offline file, which has the format of LevelDB's log after a header of 7 bytes."""
+    """Return the records of a W&B offline file. After a header of 7 bytes, its format is that of LevelDB's log."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, part, found = file.read_bytes(), 7, b"", []

@@ -1,4 +1,4 @@
-"""Tests that docs/security.md lists all environment variables that change behaviour, and tests for its promises."""
+"""Tests that docs/security.md lists every environment variable that the project reads or sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "security.md"
 NAME = re.compile(r"[A-Z][A-Z0-9_]{3,}")
-# Other values of mappings that are called `environ` in the code.
+# Names that `read_variables` finds, but that are values and not variables.
 NOT_VARIABLES = {"TRUE"}
 
 
@@ -22,7 +22,7 @@ def names_in(node: ast.AST) -> Iterator[str]:
 
 
 def read_variables(path: Path) -> set[str]:
-    """Return the variables that a file reads from or writes to `os.environ` or an argument `environ`."""
+    """Return the environment variables that a file reads or sets in `os.environ` or in an argument `environ`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     constants = {
         target.id: node.value.value
@@ -56,6 +56,6 @@ def test_every_environment_variable_is_listed() -> None:
         for path in sorted((ROOT / folder).rglob("*.py"))
         for name in read_variables(path)
     }
-    assert len(read) > 30, "the search finds too little"
+    assert len(read) > 30, "the search found too few variables"
     missing = {n: str(p) for n, p in read.items() if not any(fnmatch.fnmatch(n, pattern) for pattern in listed)}
     assert not missing, f"{missing}: add them to docs/security.md"

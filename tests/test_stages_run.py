@@ -1,4 +1,4 @@
-"""Tests of a run in stages, which resumes bit-identically within a stage and between stages."""
+"""Tests of a run with training stages, which resumes bit-identically within a stage and between stages."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def test_stages_train_what_they_name_and_resume_bit_identically(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     run = runs / "staged"
     connector = {"audio.adapter", "audio.projector", "audio.router", "audio.ctc_head"}
-    assert moved(run, 1, 2) - {"audio.experts"} == connector, "of the experts, only the projection of their features"
+    assert moved(run, 1, 2) - {"audio.experts"} == connector, "of the experts, only feature projections are trained"
     assert moved(run, 2, 5) - {"audio.experts"} == connector | {"lora"}
     assert moved(run, 5, 7) == connector | {"audio.primary", "audio.experts"}
     moments = tensors(run, 2, EXP_AVG)
     assert moments["audio.projector.weight"].any() and not moments["llm.model.layers.0.mlp.up_proj.lora_B"].any()
     steps = {name: entry.step for name, entry in read_manifest(checkpoint(run, 3)).tensors.items()}
-    assert steps["audio.projector.weight"] == 1, "the moments begin anew in a stage"
+    assert steps["audio.projector.weight"] == 1, "the optimizer's moments must restart in each stage"
     assert [read_extra(checkpoint(run, step))["stage"] for step in (1, 2, 3, 5, 6)] == [
         "connector",
         "connector",
@@ -82,7 +82,7 @@ def test_stages_train_what_they_name_and_resume_bit_identically(tmp_path: Path) 
     assert read_status(run, 0.0).stage == "encoders (3 of 3)"
 
     whole, whole_losses = tensors(run, 7), losses(run)
-    for resumed_at in (2, 3):  # between two stages, and in one
+    for resumed_at in (2, 3):  # between two stages, and within a stage
         again = tmp_path / f"again-{resumed_at}"
         shutil.copytree(runs, again)
         for step in range(resumed_at + 1, 8):

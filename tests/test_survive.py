@@ -82,7 +82,7 @@ def test_misspelt_metric_ends_a_run_after_saving_its_state(spikes: dict[str, Any
 def test_run_that_does_not_recover_stops(spikes: dict[str, Any]) -> None:
     run = spikes["three in a row"]
     assert [e["step"] for e in named(run, "skip")] == [2, 3, 4]
-    # Step 2 would have been saved, but an update was skipped there. Nothing is saved at the end.
+    # Step 2 is due to be saved, but its update was skipped. Nothing is saved at the end either.
     assert named(run, "saved") == [] and named(run, "diverged")[0]["onset"] == 2
     assert "3 steps in a row were skipped, the last at step 4" in run["error"] and "2: nan (nan)" in run["error"]
     assert "1. optim.lr = " in run["error"] and "there is no checkpoint from before step 2" in run["error"]
@@ -97,7 +97,7 @@ def test_step_that_fails_twice_in_the_same_way_is_not_retried(
     body += f"leave(failing({str(tmp_path)!r}, {str(corpus)!r}))"
     for attempt, again in ((1, 0), (2, 1)):
         code = start_ranks(2, [sys.executable, "-c", body])
-        assert code in (ExitCode.FAILED, ExitCode.PEER_LOST)  # that of the rank that ends first
+        assert code in (ExitCode.FAILED, ExitCode.PEER_LOST)  # depends on which rank ends first
         (failed,) = [e for e in read_events(run) if e["event"] == "failed" and e["attempt"] == attempt]
         assert (failed["rank"], failed["step"]) == (1, 3) and len(failed["samples"]) == 4
         capsys.readouterr()
@@ -125,7 +125,7 @@ def started(run_dir: Path, corpus: Path, *overrides: str) -> Iterator[subprocess
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 100
     while not condition():
-        assert time.monotonic() < deadline and process.poll() is None, "it did not happen"
+        assert time.monotonic() < deadline and process.poll() is None, "not in time"
         time.sleep(0.02)
 
 
@@ -183,7 +183,7 @@ def test_full_disk_does_not_end_a_run(corpus: Path, tmp_path: Path) -> None:
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
-        pytest.skip(f"no tmpfs here: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
     keys = [f"train.run_dir={disk}", f"train.steps={num_steps}", "checkpoint.every_steps=4", "checkpoint.keep_last=1"]
     try:
         with started(tmp_path, corpus, *keys) as process:

@@ -1,4 +1,4 @@
-"""Tests of faults that must not end the run: a killed data worker, and an old attempt that is still running."""
+"""Tests of faults that end an attempt but not the run: a killed data worker, and a newer attempt of the same run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_killed_data_worker_is_retried(corpus: Path, tmp_path: Path) -> None:
     (failure,) = [e for e in read_events(run) if e["event"] == "failed"]
     assert "decoding process 0 died (exit code -9" in failure["error"] and "user" not in failure
     assert "Traceback" not in errors and again(run, process.returncode)
-    # The state of the step before was saved.
+    # The state after the previous step was saved.
     steps = LocalCheckpoints(run / "checkpoints").steps()
     assert steps[-1] == failure["step"] - 1
 

@@ -1,4 +1,4 @@
-"""Tests of two torchrun agents, as on two nodes: all ranks restart after a rank is killed or a node is replaced."""
+"""Tests with two torchrun agents that stand for two nodes: ranks restart if one is killed or a node is replaced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 def agent(port: int, folder: Path, program: list[str], address: str = "127.0.0.1") -> subprocess.Popen[str]:
-    """Start the ranks of one node, as `tools/containers/kubernetes.yaml` does."""
+    """Start the torchrun agent of one node with the options in `tools/containers/kubernetes.yaml`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=earshot"]
     command += ["--rdzv-conf=keep_alive_interval=1", f"--local-addr={address}", *program]
@@ -40,7 +40,7 @@ def agent(port: int, folder: Path, program: list[str], address: str = "127.0.0.1
 
 
 def kill(one: subprocess.Popen[str]) -> None:
-    """Kill an agent and its ranks, which are in sessions of their own, as if its node were lost."""
+    """Kill an agent and its ranks, as if their node were lost. The ranks are in sessions of their own."""
     if one.poll() is None:
         for process in (psutil.Process(one.pid), *psutil.Process(one.pid).children(recursive=True)):
             process.kill()
@@ -120,7 +120,7 @@ while True:
 @pytest.mark.slow
 @pytest.mark.timeout(290)
 def test_ranks_meet_again_after_a_node_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lost node is that of rank 0, and the other one holds torchrun's own store."""
+    """Check that ranks meet again after the node of rank 0 is lost. The remaining node holds torchrun's own store."""
     manifest = list(yaml.safe_load_all((CONTAINERS / "kubernetes.yaml").read_text(encoding="utf-8")))[1]
     (container,) = manifest["spec"]["template"]["spec"]["containers"]
     settings = {entry["name"]: entry.get("value") for entry in container["env"]}
@@ -135,7 +135,7 @@ def test_ranks_meet_again_after_a_node_is_replaced(tmp_path: Path, monkeypatch: 
     agents = [agent(port, tmp_path, program, "127.0.0.2")]
     try:
         wait_until(lambda: is_listening(port), agents, tmp_path)
-        agents.append(agent(port, tmp_path, program))  # whose lower address makes it the first node
+        agents.append(agent(port, tmp_path, program))  # becomes the first node because of its lower address
         wait_until(lambda: met(1), agents, tmp_path)
         kill(agents.pop())
         agents.append(agent(port, tmp_path, program))

@@ -1,6 +1,6 @@
 """Tests of the commands in docs/tutorial_recordings.md.
 
-test_seam_encoder_family.py and tests/cluster run the commands of the other tutorials.
+tests/test_seam_encoder_family.py and tests/cluster run the commands in the other tutorials.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 TUTORIALS = sorted(DOCS.glob("tutorial_*.md"))
 TWO_SCREENS = 100
-"""The number of lines of two screens, to which the lines of a complete file are not counted."""
+"""The number of lines on two screens. The lines of Python and TOML files in a tutorial are not counted."""
 
 
 def commands(page: str) -> list[list[str]]:
@@ -61,5 +61,5 @@ def test_recordings_are_imported_and_tried(tmp_path: Path) -> None:
     assert len((tmp_path / "my_data" / "manifest.jsonl").read_text().splitlines()) == len(spoken)
     run(try_out, "parallel.num_ranks=1", "train.steps=2", "eval.max_samples=2", "eval.max_new_tokens=2")
     assert "finished" in run(status) and "2/2" in run(status)
-    tested = commands("finetune.md")  # tests/real_weights/test_finetune.py runs them with real weights
+    tested = commands("finetune.md")  # tests/real_weights/test_finetune.py runs these commands
     assert len(others) == 6 and all(words in tested for words in others)

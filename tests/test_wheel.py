@@ -1,4 +1,4 @@
-"""Tests that the wheel works in an empty folder, and in a folder with modules of the same names as the project's."""
+"""Tests that the wheel works without the checkout, even in a folder with modules named like the project's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def earshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the wheel in a new environment with this environment's dependencies, without this checkout."""
+    """Install the wheel in a new environment, which has the current dependencies but not this checkout.
+
+    Returns:
+        The path of the command `earshot`.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
@@ -35,13 +39,13 @@ def earshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], 120)
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
     here = next(p for p in sys.path if p.endswith("site-packages"))
-    (site / "dependencies.pth").write_text(f"{here}\n")  # ignores its own .pth files, and so this checkout
+    (site / "dependencies.pth").write_text(f"{here}\n")  # the .pth file that adds this checkout is not read there
     return folder / "venv" / "bin" / "earshot"
 
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """Create a folder with a `model.py` and a `tools/` of a user."""
+    """Create a folder that contains a user's `model.py` and `tools/`, which fail if they are imported."""
     (tmp_path / "model.py").write_text("raise RuntimeError('the wrong model')\n")
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "__init__.py").write_text("raise RuntimeError('the wrong tools')\n")

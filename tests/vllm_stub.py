@@ -1,8 +1,8 @@
 """The part of vLLM's interface for multimodal models that an exported plug-in uses, in plain PyTorch.
 
 Names and signatures are the same as in vLLM 0.32. Between the plug-in's methods, the stub only does what determines the
-result: slicing fields, replacing placeholders, merging embeddings, and identifying cached clips. The LLM is the model
-of transformers.
+result: it slices fields, replaces placeholders, merges embeddings, and identifies cached clips. The LLM is that of
+transformers.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class SupportsPP:
 
 
 class LanguageModel(nn.Module):
-    """An LLM with the methods of vLLM's, for one sequence without a cache."""
+    """An LLM with the methods of vLLM's models, for one sequence and without a cache."""
 
     def __init__(self, hf_config: Any) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class AutoWeightsLoader:
         self.module = module
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        # The names within the LLM are those of transformers.
+        # Tensors of the LLM have their names in transformers.
         given = dict(weights)
         tensors = {
             name.replace("llm.", "llm.inner.", 1) if name.startswith("llm.") else name: t for name, t in given.items()

@@ -32,5 +32,5 @@ def published() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def kit() -> Path:
     if not KIT.is_dir():
-        pytest.skip(f"no kit of real recordings at {KIT}; set KIT_DIR")
+        pytest.skip(f"there are no real recordings in {KIT}; set KIT_DIR")
     return KIT

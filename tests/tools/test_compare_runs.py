@@ -56,7 +56,7 @@ def test_runs_and_predictions_are_not_mixed(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.slow
 def test_page_is_readable_at_every_width(tmp_path: Path) -> None:
     if CHROMIUM is None:
-        pytest.skip("no chromium here: apt-get install chromium")
+        pytest.skip("chromium is not installed: apt-get install chromium")
     runs = [write(tmp_path / "runs" / name, lr, 0.5, 0.4) for name, lr in (("a" * 60, 0.1), ("b", 20.0))]
     page = tmp_path / "runs.html"
     assert compare.main([*map(str, runs), "--html", str(page)]) == 0

@@ -25,7 +25,7 @@ from trainer.importers.row import Clip, Row
 from trainer.importers.source import Source
 
 KIT = Path(os.environ.get("KIT_DIR", Path(__file__).parents[2] / ".." / "shared" / "kit"))
-needs_kit = pytest.mark.skipif(not KIT.is_dir(), reason=f"no kit of real recordings at {KIT}; set KIT_DIR")
+needs_kit = pytest.mark.skipif(not KIT.is_dir(), reason=f"there are no real recordings in {KIT}; set KIT_DIR")
 COMMAND = [sys.executable, "-m", "tools.import_data"]
 ROOT = Path(__file__).parents[2]
 

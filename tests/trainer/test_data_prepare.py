@@ -157,7 +157,7 @@ def test_cached_shards_are_checked_against_a_lower_limit(corpus: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not KIT.is_dir(), reason=f"no kit of real recordings at {KIT}; set KIT_DIR")
+@pytest.mark.skipif(not KIT.is_dir(), reason=f"there are no real recordings in {KIT}; set KIT_DIR")
 def test_the_kit_trains_and_evaluates(tmp_path: Path) -> None:
     datasets = (
         DatasetConfig(name="asr", manifest="asr.jsonl", subsets=("digits", "wake_words", "ljspeech", "nemo")),
