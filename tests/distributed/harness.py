@@ -1,11 +1,11 @@
-"""A harness that calls a function on several gloo ranks, which are processes without a launcher.
+"""A harness that calls a function on several ranks. The ranks are local processes and communicate with gloo.
 
 `run_ranks(4, "tests.distributed.test_x:body", {"tp": 2})` calls `body(tp=2)` on four ranks and returns their results,
 which must be JSON values. If a rank fails or the deadline passes, the harness ends all ranks and raises an error with
 the last lines of their stderr.
 
-Ranks are forked from a server that has imported the engines (`tests.distributed.preload`). Otherwise, each rank would
-need several seconds for these imports. Tests of the start of ranks use `trainer.run.launch` instead.
+Ranks are forked from a server that has already imported the engines (`tests.distributed.preload`). Otherwise, each rank
+would need several seconds for these imports. Tests of how ranks are started use `trainer.run.launch` instead.
 """
 
 from __future__ import annotations
@@ -37,10 +37,16 @@ def run_ranks(
     kwargs: Mapping[str, Any] | None = None,
     timeout_sec: float = 120.0,
 ) -> list[Any]:
-    """Call `target` ("module:function", or an importable function) with `kwargs` (JSON values) on `world` ranks.
+    """Call a function on `world` ranks, and return their results.
 
     The environment of a rank contains RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. The
     function must create its own process group.
+
+    Args:
+        world: The number of ranks.
+        target: The function, or its name as "module:function". It must be importable.
+        kwargs: Its arguments, which must be JSON values.
+        timeout_sec: The number of seconds after which the harness ends all ranks.
 
     Returns:
         The ranks' return values, by rank.
@@ -100,8 +106,8 @@ def _start(rank: int, world: int, port: int, name: str, kwargs: dict[str, Any], 
 
 
 def _run(name: str, kwargs: dict[str, Any], files: str, variables: dict[str, str]) -> None:
-    """Run a rank, which writes `files`.out, .err and .json."""
-    os.setsid()  # in its own session, a rank's children are killed with it
+    """Run a rank, and write its stdout, stderr and result to `files`.out, .err and .json."""
+    os.setsid()  # a session of its own, so that the rank's children are killed with it
     for stream, suffix in ((sys.stdout, "out"), (sys.stderr, "err")):
         with open(f"{files}.{suffix}", "wb") as file:
             os.dup2(file.fileno(), stream.fileno())
@@ -119,7 +125,7 @@ def _wait(ranks: list[ForkServerProcess], scratch: Path, deadline: float, timeou
         codes = [process.exitcode for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
         if failed:
-            # A lost connection may be a consequence of another rank's failure, which is waited for to show its error.
+            # Another rank's failure may be the cause, so its error must be shown as well.
             time.sleep(0.5)
             codes = [process.exitcode for process in ranks]
             failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
@@ -128,7 +134,9 @@ def _wait(ranks: list[ForkServerProcess], scratch: Path, deadline: float, timeou
             return
         if time.monotonic() > deadline:
             hung = [rank for rank, code in enumerate(codes) if code is None]
-            raise AssertionError(f"ranks {hung} of {len(ranks)} still ran after {timeout_sec} s{_tails(hung, scratch)}")
+            raise AssertionError(
+                f"ranks {hung} of {len(ranks)} were still running after {timeout_sec} s{_tails(hung, scratch)}"
+            )
         time.sleep(0.05)
 
 

@@ -1,10 +1,10 @@
-"""The imports that the ranks of all tests need. They are executed once (`tests.distributed.harness`)."""
+"""The imports that ranks need in all tests. The server of `tests.distributed.harness` executes them once."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # torch reads the variable when it is imported
 
 from trainer.engine.imports import lean_imports
 

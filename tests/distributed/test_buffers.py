@@ -1,6 +1,6 @@
-"""Tests that buffers of the audio modules are on the rank's device, although `zero.Init` only moves parameters.
+"""Tests that all buffers of the audio modules are moved to the rank's device. `zero.Init` only moves parameters.
 
-Buffers that are computed from the config stay in fp32 in half precision.
+In a bf16 run, buffers that are computed from the config stay in fp32.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from trainer.parallel.topology import Topology
 
 
 def kinds_of_buffers() -> dict[str, str]:
-    """Return name → device and dtype, with an engine in bf16 on another device than that of the tower."""
+    """Return the device and dtype of every buffer by its name, for a bf16 engine whose device is not the tower's."""
     rank, world, _ = connect(timeout_sec=60)
     assert dist.group.WORLD is not None
     groups = Groups(Topology(world, 1, 1), rank, torch.device("meta"), dist.group.WORLD, dist.group.WORLD)
     tower = parity.AudioTower(parity_cases.tiny_model(), 32, parity_cases.VOCAB_SIZE)
-    for name in tower.expert_names:  # these families have no buffers
+    for name in tower.expert_names:  # these encoders have no buffers of their own
         tower.encoder(name).register_buffer("added", torch.zeros(2), persistent=False)
     engine = AudioEngine(tower, parity_cases.OPTIM, DS_CONFIG | {"bf16": {"enabled": True}}, groups, batch_sec=1.0)
     found = {name: f"{buffer.device.type} {buffer.dtype}" for name, buffer in engine.tower.named_buffers()}

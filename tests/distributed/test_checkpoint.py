@@ -1,4 +1,4 @@
-"""Tests that resumed runs have bit-identical losses on the same topology, and similar losses on others."""
+"""Tests that resumed runs have bit-identical losses on the same topology, and nearly the same losses on others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(TIMEOUT_SEC + 20)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
-    """Return a folder with checkpoints, and the losses of the runs without interruption."""
+    """Return a folder with checkpoints, and the losses of the same runs without an interruption."""
     folder = tmp_path_factory.mktemp("reshard")
     return folder, reshard.save(folder)
 
@@ -47,13 +47,16 @@ def test_encoders_are_added_without_a_jump_and_removed(tmp_path: Path) -> None:
     found = results[0]
     assert abs(found["grown"][0] - found["before"]) <= 1e-4, "the new encoder changed the first step's loss"
     assert found["grown"][0] == pytest.approx(found["before"], rel=1e-6)
-    assert len(set(found["grown"])) == 3, "the grown model learns"
-    assert found["entering"] == [0, 997, 0], "three steps of a thousand"
+    assert len(set(found["grown"])) == 3, "the larger model must learn"
+    assert found["entering"] == [0, 997, 0], "3 of 1000 warmup steps must be done"
     assert found["shrunk"] > 0 and found["shrunk"] != pytest.approx(found["before"], rel=1e-6)
 
 
 def grow_cases(folder: str) -> dict[str, Any]:
-    """Train with two encoder experts, and start new runs with three (expert-parallel) and with one of them."""
+    """Train a run with two encoder experts, and start runs with three experts and with one expert from it.
+
+    The new runs use expert parallelism. Their losses are compared with those of the first run.
+    """
     from model.hub.configuration import describe
 
     step, manager = start(folder, "small", without=["wavlm"])

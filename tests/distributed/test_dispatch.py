@@ -23,7 +23,7 @@ DIM = 3
 
 
 class ToyEncoder(nn.Module):
-    """An encoder [ΣT] → [ΣF, 3] that multiplies the first sample of every frame by a weight of its own."""
+    """An encoder [ΣT] → [ΣF, DIM] that multiplies the first sample of every frame by its weight [DIM]."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -35,7 +35,11 @@ class ToyEncoder(nn.Module):
 
 
 def body(num_routings: int) -> int:
-    """Check random routings, which are the same on all ranks: Hypothesis is seeded and sees equal outcomes."""
+    """Check random routings, and return their number.
+
+    All ranks draw the same routings, because Hypothesis is derandomized and every check has the same outcome on all of
+    them.
+    """
     rank, world, device = connect(timeout_sec=60)
     assert dist.group.WORLD is not None
     tried = 0
@@ -113,7 +117,7 @@ def test_random_routings() -> None:
 
 
 def gather_many(num_values: list[int]) -> list[list[int]]:
-    """Gather arrays, of which that of rank r contains `num_values[r]` numbers from r on."""
+    """Gather one array per rank. The array of rank r contains `num_values[r]` consecutive numbers from r on."""
     rank, _, _ = connect(timeout_sec=30)
     found, sizes = gather_ragged(np.arange(rank, rank + num_values[rank]), dist.group.WORLD)
     dist.destroy_process_group()
@@ -128,7 +132,7 @@ def test_arrays_of_any_length_are_gathered(num_values: list[int]) -> None:
 
 
 def planners_disagree() -> str:
-    """Dispatch with other costs on rank 2 than on the others."""
+    """Dispatch with a different cost function on rank 2, and return the message of the error."""
     rank, world, device = connect(timeout_sec=30)
     assert dist.group.WORLD is not None
     groups = Groups(Topology(world, 1, 1), rank, device, dist.group.WORLD, dist.group.WORLD)

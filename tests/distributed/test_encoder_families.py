@@ -1,4 +1,4 @@
-"""Tests that every encoder family trains with ZeRO-3 as in one process, with both ways of gathering weights."""
+"""Tests that every encoder family trains with ZeRO-3 as in one process, for both ways of gathering weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def train(ep: int, gathering: str) -> list[list[float | str]]:
     """Compare training with the single-process model on this rank.
 
     Returns:
-        The differences of the loss and of the gradients, and the worst parameter, of a batch; and those of two steps.
+        For a batch: the differences of the loss and of the gradients, and the name of the worst parameter. For two
+        steps: the differences of the losses and of the gradient norms, and an empty string.
     """
     from tools.parity import DS_CONFIG
     from trainer import parity, parity_cases
@@ -28,7 +29,7 @@ def train(ep: int, gathering: str) -> list[list[float | str]]:
     oracle = parity.build_oracle(model)
     for part in (step.audio.tower, oracle):
         for name, buffer in part.named_buffers():
-            if name.endswith(("running_mean", "running_var")):  # of batch norms
+            if name.endswith(("running_mean", "running_var")):  # statistics of batch norms
                 buffer += torch.linspace(0.0, 0.4, buffer.numel())
     found = parity.compare(step, oracle, parity_cases.make_samples("mixed", world, model.adapter.rate))
     loss, norm = parity.loss_curves(step, oracle, 2)

@@ -1,4 +1,4 @@
-"""Tests that evaluation during training has the same predictions on any topology as the exported weights."""
+"""Tests that evaluation during training gives the same predictions on any topology as the exported model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_SAMPLES = 11
 
 
 def body(root: str, tp: int, pp: int, ep: int, out: str) -> int:
-    """Evaluate with the run's weights, and return the number of samples of this rank."""
+    """Evaluate the run's weights, and return the number of samples that this rank evaluated."""
     folder = Path(root)
     rank, world, device = connect()
     recipe = Source(folder / "run").recipe
@@ -58,14 +58,17 @@ def body(root: str, tp: int, pp: int, ep: int, out: str) -> int:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[str, bool]]]:
-    """Return (folder with `run` and `dev.jsonl`, predictions of the export in one process)."""
+    """Return a folder with `run` and `dev.jsonl`, and the predictions of the export in one process.
+
+    A prediction is the answer's text and whether it is finished, by the key of its sample.
+    """
     root = tmp_path_factory.mktemp("evaluate")
     write_run(root / "run")
     manifest = write_manifest(root, NUM_SAMPLES)
     assert export.main([str(root / "run"), str(root / "out"), "--dtype", "fp32"]) == 0
     assert evaluate.main([str(root / "out"), "--data", str(manifest), "--out", str(root / "alone")]) == 0
     said = {p.key: (p.hypothesis, p.finished) for p in read_predictions(root / "alone" / "predictions.jsonl")}
-    assert len(said) == NUM_SAMPLES and len(set(said.values())) > 2, "the same answer to everything shows nothing"
+    assert len(said) == NUM_SAMPLES and len(set(said.values())) > 2, "equal answers would prove nothing"
     return root, said
 
 
@@ -76,6 +79,6 @@ def test_predictions_equal_those_of_the_export(
     root, said = made
     arguments = {"root": str(root), "tp": tp, "pp": pp, "ep": ep, "out": str(tmp_path)}
     counts = run_ranks(world, body, arguments, timeout_sec=240)
-    assert sum(counts) == NUM_SAMPLES and max(counts) - min(counts) <= 1, "all ranks share the work"
+    assert sum(counts) == NUM_SAMPLES and max(counts) - min(counts) <= 1, "all ranks must share the work"
     found = read_predictions(tmp_path / "predictions-dev-step0.jsonl")
     assert {p.key: (p.hypothesis, p.finished) for p in found} == said

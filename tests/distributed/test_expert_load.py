@@ -1,4 +1,4 @@
-"""Tests of the encoders' load on all ranks, compared with a single process, and of the timeline of phases."""
+"""Tests of the reported encoder load, compared with the routing in a single process, and of the trace of phases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LATE_SEC = 0.2
 
 
 def expected(oracle: Any, step: Any, number: int, batch: Batch) -> ExpertLoad:
-    """Return the load of a whole batch in one process."""
+    """Return the load that the whole batch causes in one process."""
     seconds = [n / SAMPLE_RATE for n in batch.clips.lengths]
     owners = [batch.samples[i] for i in batch.clip_owner]
     groups = [group_of(s.task, s.meta, sec) for s, sec in zip(owners, seconds, strict=True)]
@@ -52,7 +52,7 @@ def body(folder: str) -> list[dict[str, Any]]:
             time.sleep(LATE_SEC * rank)
         step.forward_backward(
             number, Batch(tuple(samples[rank]))
-        )  # without an update, so that the expected values remain the same
+        )  # no update follows, so that the expected values remain the same
         step.audio.discard()
         costs = step.audio.take_costs()
         step.meter.add_step({name: (c.compute_sec, 0.0, 0.0, 0.0) for name, c in costs.items()}, 0.0)
@@ -79,7 +79,7 @@ def test_two_ranks_report_what_one_process_routes(tmp_path: Path) -> None:
                 assert getattr(found[group], name) == pytest.approx(getattr(load, name), abs=1e-5), name
         compute = row["costs"]["compute_sec"]
         assert row["costs"]["encoders"] == ["whisper", "hubert", "wavlm", "whisper_tiny"]
-        # A rank without clips for an encoder does not call it.
+        # A rank without clips for an encoder does not call it, so its time may be 0.
         assert [len(ranks) for ranks in compute] == [2, 2, 2, 2] and min(map(min, compute)) >= 0
         assert all(max(ranks) > 0 for ranks in compute) or row["kind"] != "mixed"
     check_trace(tmp_path)
@@ -100,7 +100,7 @@ def check_trace(folder: Path) -> None:
                 end = first["ts"] + first["dur"]
                 apart, inside = second["ts"] >= end - 0.01, second["ts"] + second["dur"] <= end + 0.01
                 assert apart or inside, (first, second)
-    # Rank 1 loads late, and rank 0 waits for it at the same time of the common clock.
+    # Rank 1 loads late. The wait of rank 0 ends when this load ends, on the clock that all ranks share.
     for step in (2, 3):
         late = next(e for e in spans[1] if e["name"] == "load" and e["args"]["step"] == step)
         waits = [e for e in spans[0] if e["name"] == WAIT and e["args"]["step"] == step]

@@ -1,9 +1,9 @@
-"""Tests that LLMs with experts on several ranks equal the single-process model.
+"""Tests that LLMs with FFN experts on several ranks equal the single-process model.
 
-The cases cover experts that are distributed over replicas, over tensor-parallel ranks or over both, experts that are
-divided among tensor-parallel ranks or not divided, recomputation (PP > 1), layers without experts, adapters on experts,
-frozen experts, shared experts, null experts, jitter, and biases that balance experts. `earshot parity --family mixtral`
-covers more cases.
+In the cases, experts are spread over replicas, over tensor-parallel ranks or over both, and a single expert may be
+divided among tensor-parallel ranks. The cases also cover recomputation (PP > 1), layers without experts, low-rank
+adapters on experts, frozen experts, shared experts, null experts, jitter, and balancing biases. `earshot parity
+--family mixtral` covers more cases.
 """
 
 from __future__ import annotations

@@ -37,15 +37,15 @@ def body(
         tp: The tensor-parallel size.
         pp: The number of pipeline stages.
         family: The family of the LLM.
-        ffn_ep: The expert-parallel size of the LLM.
-        num_samples: The number of prompts to keep of all ranks' prompts; None for all.
+        ffn_ep: The number of ranks over which FFN experts are spread.
+        num_samples: The number of prompts, all of which are on rank 0; None for prompts on every rank.
         vp: The number of virtual stages.
         cp: The context-parallel size.
 
     Returns:
-        The answers to this rank's prompts, those of the oracle, the largest difference between the logits from which
-        this replica chose tokens and the oracle's, relative to the largest logit, and the number of these tokens. The
-        last two are 0 except on the last pipeline stage.
+        Four values: the answers to this rank's prompts; the oracle's answers to them; the largest difference between
+        this replica's logits and the oracle's, relative to the largest logit; and the number of tokens chosen from
+        these logits. The last two values are 0 except on the last pipeline stage.
     """
     rank, world, device = connect()
     topology = Topology(world, tp, pp, 1, ffn_ep, 1 if ffn_ep > 1 else tp, vp, cp)
@@ -61,7 +61,7 @@ def body(
         samples = [samples[0][:num_samples], *([] for _ in samples[1:])]
     config: Any = SimpleNamespace(max_new_tokens=MAX_NEW_TOKENS)
     eos = EOS
-    if family != "llama":  # the first answer ends after one token
+    if family != "llama":  # makes the first answer end after one token
         eos = greedy(oracle, samples[0][0], -1, parity_cases.VOCAB_SIZE, 2)[1]
     tokenizer: Any = SimpleNamespace(end_ids=(eos,), vocab_size=parity_cases.VOCAB_SIZE)
     batch = Batch(tuple(samples[rank]))
@@ -75,7 +75,11 @@ def body(
 
 
 def record_logits(llm: Any) -> dict[int, list[Tensor]]:
-    """Collect the logits [V] from which each pass of the LLM chooses a token, by the index of the sequence."""
+    """Record the logits [V] from which each pass of the LLM chooses a token.
+
+    Returns:
+        The recorded logits of all later passes, by the index of the sequence.
+    """
     run, seen = llm.forward_only, defaultdict[int, list[Tensor]](list)
 
     def forward_only(packs: Any, embed: Any, read: Any) -> Any:
@@ -94,7 +98,10 @@ def record_logits(llm: Any) -> dict[int, list[Tensor]]:
 
 
 def gap(oracle: SpeechLLM, prompt: Sample, logits: Tensor) -> float:
-    """Return the largest difference of logits [n, V], each followed by its most probable token, from the oracle's."""
+    """Return the largest difference between the logits [n, V] of n decoded tokens and the oracle's logits.
+
+    The difference is relative to the oracle's largest logit. The oracle reads the most probable token of each row.
+    """
     new = logits.argmax(-1)[:-1]
     ids = torch.cat([prompt.token_ids, new])
     mask = torch.cat([prompt.audio_mask, torch.zeros(len(new), dtype=torch.bool)])
@@ -116,17 +123,17 @@ def check(ranks: list[list[Any]]) -> None:
     """Check the results of `body`."""
     for answers, expected, difference, _ in ranks:
         assert answers == expected
-        assert len({tuple(a) for a in answers}) > 1, "the same answer to everything shows nothing"
+        assert len({tuple(a) for a in answers}) > 1, "equal answers would prove nothing"
         assert difference <= 1e-5
     num_compared = max(num for *_, num in ranks)
-    assert num_compared > sum(len(answers) for answers, *_ in ranks), "logits of later passes are compared"
+    assert num_compared > sum(len(answers) for answers, *_ in ranks), "logits of later passes must be compared, too"
 
 
 @pytest.mark.parametrize(
     ("family", "tp", "pp"), [("gpt_oss", 2, 1), ("gpt_oss", 2, 2), ("qwen3_5_text", 2, 1), ("qwen3_5_text", 2, 2)]
 )
 def test_sinks_windows_and_states_with_a_cache_equal_the_oracle(family: str, tp: int, pp: int) -> None:
-    """The sinks or the states of the heads are divided among ranks, and prompts are longer than the windows."""
+    """Check families whose attention sinks or states are divided among ranks. Prompts are longer than the windows."""
     check(run_ranks(tp * pp, body, {"tp": tp, "pp": pp, "family": family}))
 
 
@@ -137,16 +144,16 @@ def test_sinks_windows_and_states_with_a_cache_equal_the_oracle(family: str, tp:
         (2, 1, 1, 1, "mixtral"),
         (4, 2, 1, None, "mixtral"),
         pytest.param(4, 1, 2, None, "mixtral", marks=pytest.mark.slow),
-        (2, 1, 1, None, "mixture_balanced"),  # with jitter in training only
+        (2, 1, 1, None, "mixture_balanced"),  # its jitter must not be applied here
     ],
 )
 def test_replicas_that_share_experts_decode_in_lockstep(
     world: int, tp: int, pp: int, num_samples: int | None, family: str
 ) -> None:
-    """The prompts of the replicas end after different numbers of tokens, or a replica has no prompt."""
+    """Check replicas whose answers end after different numbers of tokens, and a replica without a prompt."""
     task = {"tp": tp, "pp": pp, "family": family, "ffn_ep": world // pp, "num_samples": num_samples}
     answers = run_ranks(world, body, task)
     assert all(found == expected and difference <= 1e-5 for found, expected, difference, _ in answers)
     assert sum(len(found) for found, *_ in answers) == (num_samples or sum(len(e) for _, e, *_ in answers))
     if num_samples is None:
-        assert len({len(a) for found, *_ in answers for a in found}) > 1, "all answers end after the same token"
+        assert len({len(a) for found, *_ in answers for a in found}) > 1, "all answers have the same number of tokens"

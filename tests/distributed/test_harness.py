@@ -37,5 +37,5 @@ def test_a_failing_rank_ends_all_and_shows_why() -> None:
 
 
 def test_the_deadline_ends_all() -> None:
-    with pytest.raises(AssertionError, match=r"ranks \[0, 1\] of 2 still ran after 1 s"):
+    with pytest.raises(AssertionError, match=r"ranks \[0, 1\] of 2 were still running after 1 s"):
         run_ranks(2, f"{HERE}:hang", timeout_sec=1)

@@ -10,10 +10,11 @@ import pytest
 from tests.distributed.harness import run_ranks
 from trainer.parity_llms import FEATURED, features
 
-VOCAB = 97  # not divisible by any tensor-parallel size here
+VOCAB = 97  # is not divisible by any tensor-parallel size of the tests
 TOLERANCE = 1e-5
-# All packs have the same length, a multiple of 4, the largest tensor-parallel size. The last segment is padding.
 NUM_LAYERS = 4
+# All packs have the same length, which is a multiple of the largest tensor-parallel size, 4. The last segment of a pack
+# is padding.
 PACKS = ((5, 9, 1, 6, 7), (12, 16), (2, 2, 17, 5, 2), (8, 20))
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -32,7 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
-# world → cases; qwen2, olmo2 and phi3 at tp 4 have fewer key-value heads than ranks
+# The cases by the number of ranks. With tp 4, qwen2, olmo2 and phi3 have fewer key-value heads than ranks.
 CASES: dict[int, list[dict[str, Any]]] = {
     2: [
         {"family": "qwen3", "tp": 2},
@@ -99,7 +100,7 @@ def _hf_model(family: str) -> tuple[Any, Any]:
     }
     reference = build_reference(LLMConfig(config=config), seed=5)
     generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():  # including norms and biases, which are initially 1 and 0
+    with torch.no_grad():  # also changes norms and biases, which are initially 1 and 0
         for parameter in reference.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return reference, reference.config
@@ -119,7 +120,7 @@ def _packs(token_seed: int = 7) -> list[dict[str, Any]]:
                 "lengths": lengths,
                 "ids": torch.randint(0, VOCAB, (rows,), generator=generator),
                 "labels": torch.randint(0, VOCAB, (rows,), generator=generator),
-                "audio": torch.randn(rows, 32, generator=generator),  # added to every row in place of spliced audio
+                "audio": torch.randn(rows, 32, generator=generator),  # added to every row instead of being spliced in
                 "mask": mask.float(),
             }
         )
@@ -142,7 +143,7 @@ def _reference_gradients(reference: Any) -> tuple[float, dict[str, Any], list[An
 
 
 def compare_cases() -> list[dict[str, float]]:
-    """Return the largest relative differences of loss, input and parameters on this rank for every case."""
+    """Return this rank's relative differences of the loss, decoded logits and gradients, by name, for every case."""
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
@@ -201,7 +202,7 @@ def _compare(
     for name, parameter in global_parameters(chunks):
         if frozen:
             continue
-        # Otherwise Megatron's gradient norm would count a split parameter on one rank only.
+        # Without this attribute, Megatron's gradient norm would count a divided parameter on one rank only.
         assert getattr(parameter, "tensor_model_parallel", False) == (tp_dim(name) is not None), name
         worst[name] = _difference(parameter.main_grad, hf_to_local(name, reader.read, hf_config, tp_rank, tp))
     return worst
@@ -212,7 +213,11 @@ def _difference(found: Any, want: Any) -> float:
 
 
 def _forward_backward(gpt: Any, first: bool, dp: int) -> tuple[list[float], dict[int, Any]]:
-    """Run one step over this replica's packs, in which token losses are summed, not averaged."""
+    """Run forward and backward over this replica's packs. Token losses are summed, not averaged.
+
+    Returns:
+        The losses of the packs, and the gradients of their audio input by the index of the pack.
+    """
     from unittest.mock import patch
 
     import torch
@@ -224,7 +229,7 @@ def _forward_backward(gpt: Any, first: bool, dp: int) -> tuple[list[float], dict
     from model.llm.megatron import embed_tokens
     from model.llm.packing import PackedSequences
 
-    # Gradients are not divided by token counts, since sums are compared.
+    # Gradients must not be divided by token counts, because sums are compared.
     gpt.config.finalize_model_grads_func = lambda chunks, _num_tokens, **kw: finalize_model_grads(chunks, None, **kw)
     ddp = DistributedDataParallel(gpt.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), gpt)
     replica, tp = parallel_state.get_data_parallel_rank(), gpt.config.tensor_model_parallel_size
@@ -269,7 +274,11 @@ def _forward_backward(gpt: Any, first: bool, dp: int) -> tuple[list[float], dict
 
 
 def _decode_difference(gpt: Any, reference: Any, tp: int) -> float:
-    """Decode three sequences and then two more tokens of each, with padding to a multiple of `tp`."""
+    """Return the largest difference between logits with a cache and the reference's logits.
+
+    The first pass reads three sequences except for their last two tokens. Two more passes read these, one token each.
+    Passes are padded to a multiple of `tp`.
+    """
     import torch
 
     from model.llm.megatron import embed_tokens

@@ -1,4 +1,4 @@
-"""Tests that runs with low-rank adapters can resume on any topology, and need the planned memory."""
+"""Tests that runs with low-rank adapters can resume on any topology, and that they use the planned memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_adapters_resume_on_any_topology_and_take_the_planned_memory(tmp_path: P
     results = run_ranks(2, resume_cases, {"folder": str(tmp_path)}, timeout_sec=TIMEOUT_SEC)
     for found in results:
         whole = found["whole"]
-        assert len(set(whole)) == AFTER, "every step changes the loss"
-        assert found["same"] == whole, "bit-identical"
+        assert len(set(whole)) == AFTER, "every step must change the loss"
+        assert found["same"] == whole, "must be bit-identical"
         for losses in found["others"]:
             assert losses == pytest.approx(whole, rel=TOLERANCE)
     assert [found["held"] for found in results] == planned()
@@ -35,7 +35,11 @@ def test_adapters_resume_on_any_topology_and_take_the_planned_memory(tmp_path: P
 
 
 def resume_cases(folder: str) -> dict[str, Any]:
-    """On every rank: train with adapters, save, train on; load on the same and on other topologies and train on."""
+    """Train with adapters, save and continue; then load the checkpoint on the same and on other topologies.
+
+    Returns:
+        This rank's losses after the checkpoint for each case, its measured memory, and which tensors were trained.
+    """
     from trainer.checkpoint.reader import read_manifest
     from trainer.plan.measure import held_states
 
@@ -62,7 +66,7 @@ def resume_cases(folder: str) -> dict[str, Any]:
 
 
 def planned() -> list[list[int]]:
-    """[weights, gradients, optimizer state] in bytes of every rank, as the plan says."""
+    """Return the planned bytes [weights, gradients, optimizer state] of every rank."""
     from model.llm.reference import resolve_hf_config
     from trainer.parity_cases import ADAPTERS, VOCAB_SIZE, tiny_model
     from trainer.plan.ranks import rank_states

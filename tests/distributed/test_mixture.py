@@ -1,4 +1,7 @@
-"""Tests of a dense LLM with experts from several runs. If all tokens are sent to one expert, the LLM equals its run."""
+"""Tests of a dense LLM that gets FFN experts from several donors.
+
+If all tokens are sent to one expert, the LLM must compute the same as the run that is the expert's donor.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from trainer.parity_cases import VOCAB_SIZE, tiny_model
 
 LENGTHS = (7, 5, 4)
 DONORS = {"speech": 3.0, "sound": 40.0}
-"""The runs, and the `alpha` of their adapters, which makes their feed-forward networks differ."""
+"""The donors, and the `alpha` of their low-rank adapters. Because of it, their feed-forward networks differ."""
 
 
 def tokens() -> Tensor:
@@ -31,7 +34,7 @@ def tokens() -> Tensor:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the LLM `base`, two runs with adapters on it, and the logits of all three."""
+    """Write an LLM `base`, two runs that train low-rank adapters for it, and the logits of all three models."""
     folder: Path = tmp_path_factory.mktemp("donors")
     logits = {}
     for name, alpha in DONORS.items():
@@ -65,7 +68,11 @@ def llm_config(folder: str | Path, forced: str | None) -> LLMConfig:
 
 
 def forced_logits(folder: str, tp: int, pp: int, ffn_ep: int) -> dict[str, float]:
-    """Return the largest difference of a logit from the run of each expert that every token is sent to."""
+    """Send all tokens to one expert, and return the largest difference from the logits of its donor.
+
+    Returns:
+        The differences on this rank, by the name of the expert.
+    """
     from dataclasses import replace
 
     from megatron.core import parallel_state
@@ -116,7 +123,7 @@ def test_the_origin_of_every_expert_is_known(runs: Path) -> None:
     assert found["speech"]["run"] == "speech" and found["speech"]["step"] == 40
     assert found["text"]["run"] == "" and found["text"]["origin"] == "base"
     digests = [one["tensors"] for one in found.values()]
-    assert digests[2] == digests[3] and len(set(digests)) == 3, "text and spare begin as the same weights"
+    assert digests[2] == digests[3] and len(set(digests)) == 3, "text and spare must start with the same weights"
     assert len({found[name]["recipe"] for name in DONORS}) == len({found[name]["checkpoint"] for name in DONORS}) == 2
 
 

@@ -1,4 +1,4 @@
-"""Tests that the padding rows of packs do not change any bit of the loss or the gradients."""
+"""Tests that the content of a pack's padding does not change any bit of the loss or the gradients."""
 
 from __future__ import annotations
 

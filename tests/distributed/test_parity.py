@@ -22,14 +22,15 @@ CASES = [
     (Topology(2, 1, 1, 2), 20, "llama", KINDS),
     (Topology(4, 1, 1, 4), 2, "llama", ("mixed", "text_only", "one_expert")),
 ]
-# Topology, adapters, DeepSpeed JSON, recomputed encoder calls, stages. Blocks of `shard` ranks hold copies.
+# Each case has a topology whose blocks of `shard` ranks hold copies, whether low-rank adapters are trained, the
+# DeepSpeed JSON, whether encoder calls are recomputed, and whether training has stages.
 SHARD_CASES: list[tuple[Topology, bool, str | None, bool, bool]] = [
     (Topology(2, 1, 1, shard=1), False, None, False, False),
     (Topology(4, 2, 1, 2, shard=2), True, None, True, False),
     (Topology(4, 1, 2, shard=2), False, "ds_configs/zero3_offload.json", False, True),
     (Topology(4, 1, 1, 1, shard=2, cp=2), True, None, False, False),
 ]
-# Topology, LLM family, adapters, kinds of batches, modes.
+# Each case has a topology, an LLM family, whether low-rank adapters are trained, the kinds of batches, and the modes.
 CONTEXT_CASES: list[tuple[Topology, str, bool, tuple[str, ...], list[dict[str, Any]]]] = [
     (Topology(2, 1, 1, cp=2), "gemma3_text", False, ("mixed", "text_only", "fewer_samples_than_ranks"), [{}]),
     (Topology(2, 1, 1, cp=2), "llama", True, ("mixed",), [{"recompute": "full"}]),
@@ -45,7 +46,8 @@ LORA_CASES = [
     (Topology(4, 2, 1, 2), 0, "llama", ("mixed", "rank_without_audio")),
     (Topology(2, 2, 1), 3, "qwen3_5_text", ("mixed",)),
 ]
-# Topology, LLM family, adapters, modes (layers, recomputation, overlap). Together they contain every pair of settings.
+# Each case has a topology, an LLM family, whether low-rank adapters are trained, and modes, which are the number of
+# layers, the recomputation and the overlap. The cases together contain every pair of settings.
 MODE_CASES: list[tuple[Topology, str, bool, list[tuple[int, str, str]]]] = [
     (Topology(2, 1, 1), "llama", False, [(4, "selective", "both"), (4, "none", "gradients"), (4, "full", "both")]),
     (Topology(2, 1, 2, vp=2), "qwen2", False, [(4, "none", "none"), (7, "selective", "none"), (7, "full", "none")]),
@@ -56,8 +58,7 @@ MODE_CASES: list[tuple[Topology, str, bool, list[tuple[int, str, str]]]] = [
     (Topology(4, 1, 2, 2, vp=2), "qwen2", True, [(7, "full", "gradients")]),
 ]
 
-
-# Topology, adapters, LLM families, which share the processes.
+# Each case has a topology, whether low-rank adapters are trained, and LLM families, which run in the same processes.
 FAMILY_CASES = [
     (Topology(2, 2, 1), True, ("phi3", "granite")),
     (Topology(4, 2, 2), False, ("gemma3_text", "olmo3")),
@@ -140,7 +141,7 @@ def test_copies_of_the_audio_side_equal_the_oracle(
     kinds, steps = ("mixed", "one_expert"), 8 if stages else 3
     rows = check(topology, steps, "llama", kinds, deepspeed, lora=lora, recompute_calls=recompute_calls, stages=stages)
     assert len(rows) == 3 and all(row.passed for row in rows), rows
-    assert rows[-1].gradient < (1e-3 if stages else 1e-4), "the norms of the curve"
+    assert rows[-1].gradient < (1e-3 if stages else 1e-4), "the gradient norms of the curve differ"
 
 
 @pytest.mark.timeout(240)
@@ -201,7 +202,7 @@ def test_context_parallelism_equals_the_oracle(
 ) -> None:
     rows = check(topology, 3, family, kinds, lora=lora, modes=modes)
     assert len(rows) == len(kinds) + 1 and all(row.passed for row in rows), rows
-    assert rows[-1].gradient < 1e-4, "the norms of the curve"
+    assert rows[-1].gradient < 1e-4, "the gradient norms of the curve differ"
 
 
 @pytest.mark.timeout(240)

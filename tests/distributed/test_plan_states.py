@@ -1,4 +1,4 @@
-"""Tests of the planned bytes of weights, gradients and optimizer states, compared with ranks of seven topologies."""
+"""Tests that the planned bytes of weights, gradients and optimizer states equal those of ranks on seven topologies."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from trainer.parallel.topology import Topology
 
 DS_CONFIG = Path(__file__).parent.parent.parent / "ds_configs" / "zero3.json"
 
-# world → (tp, pp, ep, vp, cp), LLM family, number of layers, precision of weights and of gradients, frozen parts, and
-# the number of ranks that share the audio side
+# The cases by the number of ranks. Each has (tp, pp, ep, vp, cp), the LLM family, its number of layers, the precisions
+# of weights and of gradients, the pattern of frozen parts, and the number of ranks that share the audio side.
 CASES: dict[int, list[tuple[tuple[int, int, int, int, int], str, int, str, str, str, int | None]]] = {
     2: [((2, 1, 1, 1, 1), "llama", 4, "bf16", "bf16", "", 1), ((1, 2, 2, 2, 1), "qwen2", 7, "fp32", "fp32", "", None)],
     4: [
@@ -35,17 +35,17 @@ def test_model_states_are_exact(world: int) -> None:
         expected = planned(world, *case)
         found = [ranks[i] for ranks in measured]
         assert [f[:3] for f in found] == [e[:3] for e in expected], case
-        # Several ranks hold some weights, one of which saves them, and parts are rounded up.
+        # The plan of a snapshot is approximate: one of the ranks that hold a weight saves it, and sizes are rounded up.
         assert all(0.6 * e[3] <= f[3] <= e[3] + 4096 for f, e in zip(found, expected, strict=True)), (
             case,
             found,
             expected,
         )
-        assert len({tuple(e) for e in expected}) > 1 or case[0][1] == 1  # stages differ
+        assert len({tuple(e) for e in expected}) > 1 or case[0][1] == 1  # pipeline stages differ
 
 
 def reduction(gradients: str) -> Any:
-    """Return an exchange that overlaps, in buckets so small that the first stage has several."""
+    """Return a gradient reduction that overlaps, with buckets so small that the first stage has several."""
     import torch
 
     from trainer.engine.llm_optimizer import Reduction
@@ -64,7 +64,7 @@ def planned(
     frozen: str,
     shard: int | None,
 ) -> list[list[int]]:
-    """Return the planned [weights, gradients, optimizer, snapshot] of every rank."""
+    """Return the planned bytes [weights, gradients, optimizer, snapshot] of every rank."""
     from model.llm.reference import resolve_hf_config
     from trainer.parity_cases import tiny_model
     from trainer.plan.ranks import rank_states
@@ -86,7 +86,7 @@ def optim(frozen: str) -> Any:
 
 
 def held() -> list[list[int]]:
-    """Return the same values as measured on this rank after one step."""
+    """Return this rank's measured bytes [weights, gradients, optimizer, snapshot] after one step of each case."""
     import torch
     import torch.distributed as dist
     from deepspeed.utils import groups as deepspeed_groups

@@ -1,4 +1,4 @@
-"""Tests that a replica of the LLM whose weights differ in one bit is detected, and that its rank is reported."""
+"""Tests that a difference of one bit between the weights of LLM replicas is detected, and that ranks are reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def body(tp: int, pp: int, faulty: int) -> dict[str, Any]:
     rank, world, device = connect()
     groups = build_groups(Topology(world, tp, pp), rank, device, parity_cases.SEED)
     step = parity.build_step(parity_cases.tiny_model(), groups, DS_CONFIG, 1)
-    check_replicas(3, step.llm, groups, lambda *event: pytest.fail(f"healthy replicas differ: {event}"))
+    check_replicas(3, step.llm, groups, lambda *event: pytest.fail(f"equal replicas are reported: {event}"))
     if rank == faulty:
         weights = max((p for _, p in step.llm.parameters()), key=torch.Tensor.numel)
         weights.data.view(-1)[-1:].view(torch.int32).bitwise_xor_(1)  # the lowest bit of the last element
@@ -38,7 +38,8 @@ def body(tp: int, pp: int, faulty: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("world", "tp", "faulty", "named"),
-    # Two of three replicas agree. Of two replicas, either may be right. With TP 2, ranks 1 and 3 hold the same weights.
+    # If two of three replicas agree, the third is at fault. Of two replicas, either may be, so both are named. With
+    # TP 2, ranks 1 and 3 hold the same weights.
     [(3, 1, 1, [1]), (2, 1, 1, [0, 1]), (4, 2, 3, [1, 3])],
 )
 def test_one_changed_bit_ends_the_run_on_all_ranks(world: int, tp: int, faulty: int, named: list[int]) -> None:
@@ -50,14 +51,14 @@ def test_one_changed_bit_ends_the_run_on_all_ranks(world: int, tp: int, faulty: 
 
 
 def overlapped() -> dict[str, bool]:
-    """Update the weights of two replicas, and compare them before the next forward pass has gathered them."""
+    """Update two replicas, and compare their weights before the next forward pass would gather the updated ones."""
     rank, world, device = connect()
     groups = build_groups(Topology(world, 1, 1), rank, device, parity_cases.SEED)
     step = parity.build_step(parity_cases.tiny_model(), groups, DS_CONFIG, 1, mode=parity.Mode(overlap="both"))
     samples = parity_cases.make_samples("mixed", world, step.model.adapter.rate)[rank]
     step(0, Batch(tuple(samples)))
     before = int(weight_digest((p for _, p in step.llm.parameters()), CPU))
-    check_replicas(1, step.llm, groups, lambda *event: pytest.fail(f"healthy replicas differ: {event}"))
+    check_replicas(1, step.llm, groups, lambda *event: pytest.fail(f"equal replicas are reported: {event}"))
     return {"gathered": before != int(weight_digest((p for _, p in step.llm.parameters()), CPU))}
 
 

@@ -1,4 +1,4 @@
-"""Tests of collectives with a logarithmic number of rounds, including numbers of ranks that are no powers of two."""
+"""Tests of collectives with a logarithmic number of rounds, also for numbers of ranks that are not powers of two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def body() -> dict[str, Any]:
     distinct = gather_distinct(["odd" if rank % 2 else "even", "name"], dist.group.WORLD)
     half = dist.new_group(list(range(1, world, 2))) if world > 1 else None
     inside = all_gather_numbers(np.array([rank]), half).ravel().tolist() if rank % 2 else None
-    dist.barrier()  # Rank 0 serves the store, which the odd ranks need until their groups are connected.
+    dist.barrier()  # rank 0 serves the store, which the odd ranks need until their group is connected
     dist.destroy_process_group()
     return {
         "numbers": numbers.tolist(),

@@ -1,4 +1,4 @@
-"""Tests of the transfers and the memory of the audio modules in a step, with any number of encoder calls."""
+"""Tests that the audio side's transfers and saved memory per step do not grow with the number of encoder calls."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ MOVES_SAMPLES = ("send", "recv", "alltoall")
 
 
 class Counter(TorchDispatchMode):
-    """A mode that counts the collectives on floating-point tensors, except those that move samples.
+    """A mode that counts collectives on weights and gradients.
 
-    Plans are made from integers. The bytes of a collective are those of its largest tensor.
+    These are the collectives on floating-point tensors, except for those that move samples. Plans exchange integers.
+    The bytes of a collective are those of its largest tensor.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class Counter(TorchDispatchMode):
 
 
 def measure(tp: int, ep: int, lora: bool, gathering: str) -> dict[str, Any]:
-    """Count the collectives of the audio side in the second of two steps, and the bytes that they should have."""
+    """Return the audio side's collectives and encoder calls in the second of two steps, and its numbers of elements."""
     rank, world, device = connect(timeout_sec=250)
     groups = build_groups(Topology(world, tp, 1, ep), rank, device, parity_cases.SEED)
     learned = parity_cases.ADAPTERS if lora else parity_cases.ALL_WEIGHTS
@@ -83,7 +84,8 @@ def test_weights_are_gathered_and_gradients_reduced_once_per_update(world: int, 
     ranks = run_ranks(world, measure, {"tp": tp, "ep": ep, "lora": lora, "gathering": "per_update"}, timeout_sec=280)
     assert max(r["calls"] for r in ranks) > 3, ranks
     for rank in ranks:
-        # Frozen weights, such as Whisper's positions, stay whole after the first step.
+        # Trained weights are gathered and their gradients reduced once, in fp32. Frozen weights, such as Whisper's
+        # positions, stay whole after the first step.
         once = 4 * rank["trained"] * 2
         assert rank["trained"] < rank["all"]
         assert len(rank["names"]) <= MOST_COLLECTIVES and once <= rank["bytes"] <= MOST_BYTES * once, rank
@@ -91,14 +93,14 @@ def test_weights_are_gathered_and_gradients_reduced_once_per_update(world: int, 
 
 @pytest.mark.timeout(300)
 def test_weights_that_are_gathered_per_module_take_many_collectives() -> None:
-    # With expert parallelism, DeepSpeed gathers nothing ahead.
+    # With expert parallelism, DeepSpeed gathers no weights ahead of time.
     ranks = run_ranks(2, measure, {"tp": 1, "ep": 2, "lora": False, "gathering": "per_module"}, timeout_sec=280)
     for rank in ranks:
         assert len(rank["names"]) > MOST_COLLECTIVES and rank["bytes"] > MOST_BYTES * 4 * rank["trained"] * 2, rank
 
 
 def saved_bytes(recompute_calls: bool) -> dict[str, int]:
-    """Return what encoder calls keep for the backward pass, and the bytes of their clips."""
+    """Return the bytes that encoder calls save for the backward pass, the bytes of their clips, and their number."""
     rank, world, device = connect(timeout_sec=250)
     groups = build_groups(Topology(world, 1, 1), rank, device, parity_cases.SEED)
     model = parity_cases.tiny_model()
@@ -129,12 +131,16 @@ def saved_bytes(recompute_calls: bool) -> dict[str, int]:
 def test_calls_that_run_again_keep_their_clips_only() -> None:
     ((again,), (once,)) = (run_ranks(1, saved_bytes, {"recompute_calls": r}, timeout_sec=280) for r in (True, False))
     assert again["calls"] > 3 and again["clips"] == once["clips"]
-    assert again["saved"] == again["clips"] + 4 * again["calls"]  # one number per call leads the gradient to it
+    assert again["saved"] == again["clips"] + 4 * again["calls"]  # one more number per call carries the gradient
     assert once["saved"] > 5 * again["saved"]
 
 
 def sums_of_small_gradients(copies: bool) -> dict[str, list[float]]:
-    """Give bf16 weights [5] and [1, 2] two gradients on each rank, and return this rank's slices of their sums."""
+    """Give bf16 weights [5] and [1, 2] two gradients on each rank, and return this rank's slices of the sums.
+
+    Args:
+        copies: Whether every rank holds copies of the weights, instead of slices.
+    """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     from trainer.engine.whole_weights import Bucket

@@ -1,4 +1,4 @@
-"""Tests of `Ragged`: selecting and splitting, without copies if the memory is already in the required order."""
+"""Tests of `Ragged`: rows are selected without a copy if they are already in the required order in memory."""
 
 from __future__ import annotations
 

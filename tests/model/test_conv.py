@@ -55,8 +55,8 @@ def test_layers_of_other_libraries_are_replaced() -> None:
     assert not before.transpose(1, 2).is_contiguous()
     use_matrix_products(module)
     torch.testing.assert_close(module(x), before)
-    assert plain(x).transpose(1, 2).is_contiguous(), "not by matrix products"
-    assert normed(x).transpose(1, 2).is_contiguous(), "not by matrix products"
+    assert plain(x).transpose(1, 2).is_contiguous(), "not computed by matrix products"
+    assert normed(x).transpose(1, 2).is_contiguous(), "not computed by matrix products"
     module(x).sum().backward()
     assert all(p.grad is not None for p in module.parameters())
 

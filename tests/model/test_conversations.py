@@ -1,4 +1,4 @@
-"""Tests of the model with conversations: clips are routed by their turns, and all answers are learned."""
+"""Tests of the model with conversations: each clip is routed by its turn, and the answers of all turns are learned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NUM_STEPS, BATCH_SAMPLES = 150, 16
 
 
 def conversation(rng: np.random.Generator) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
-    """Return a conversation about two tones: is the first one high or low, and is the second one the same?"""
+    """Return a conversation about two tones. It asks if the first is high or low, and if the second is the same."""
     names = rng.choice(list(PITCHES), 2).tolist()
     time = np.arange(4000) / 16000
     phases = rng.uniform(0, 6, 2)

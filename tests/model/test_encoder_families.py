@@ -1,4 +1,4 @@
-"""Tests of every encoder family, compared with transformers on single clips and with itself in other batches."""
+"""Tests that every encoder family computes the same as transformers, and the same alone as in any batch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_family_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_loaded_weights_compute_what_transformers_computes(name: str, tmp_path: Path) -> None:
-    """Extraction of features, network and loading: a folder saved by transformers is read as it is."""
+    """Check features, network and weights of an encoder that was loaded from a folder saved by transformers."""
     case = CASES[name]
     published, extractor = case.published(dict(case.config)), case.extractor()
     perturb(published)
@@ -82,14 +82,14 @@ def test_loaded_weights_compute_what_transformers_computes(name: str, tmp_path: 
         count = min(len(found), len(expected))
         assert count >= len(found) - 2, (len(found), len(expected))
         close(found[:count], expected[:count])
-        assert found[count:].eq(found[count - 1]).all(), "the last frame fills up"
+        assert found[count:].eq(found[count - 1]).all(), "padding repeats the last frame"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_batch_changes_neither_features_nor_gradients(name: str) -> None:
-    """The encoder is in training mode. LENGTHS contain a full window and clips whose last convolution meets padding.
+    """Check an encoder in training mode, with a full window and with clips whose last convolution reads padding.
 
-    Gradients are compared in fp64: in fp32, rounding moves some inputs of Parakeet's ReLUs to the other side of zero.
+    Gradients are compared in fp64: in fp32, rounding changes the sign of some inputs of Parakeet's ReLUs.
     """
     encoder, audio = make(name), clips()
     with torch.no_grad():
@@ -106,12 +106,12 @@ def test_batch_changes_neither_features_nor_gradients(name: str) -> None:
         alone = encoder(Ragged.of([wave])).values
         close(features, alone)
         (alone * weight).sum().backward()
-    assert set(gradients) == {n for n, p in encoder.named_parameters() if p.requires_grad}, "every parameter takes part"
+    assert set(gradients) == {n for n, p in encoder.named_parameters() if p.requires_grad}, "a gradient is missing"
     for parameter_name, parameter in encoder.named_parameters():
         if parameter.grad is not None and not parameter_name.endswith(("k_proj.bias", "linear_k.bias")):
-            scale = parameter.grad.abs().max()  # softmax cancels the bias of keys
+            scale = parameter.grad.abs().max()  # softmax cancels the biases of keys
             close(gradients[parameter_name] / scale, parameter.grad / scale)
-    assert all(b.equal(state[n]) for n, b in encoder.named_buffers()), "statistics are those of the checkpoint"
+    assert all(b.equal(state[n]) for n, b in encoder.named_buffers()), "running statistics must not change"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -131,7 +131,10 @@ def test_clips_of_all_lengths_give_all_their_frames(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_calls_are_deterministic_and_call_each_module_once(name: str) -> None:
-    """ZeRO-3 gathers weights per call, so ranks would hang if the number of calls depended on the clips."""
+    """Check that every module is called once per encoder call.
+
+    ZeRO-3 gathers weights per call, so ranks would hang if the number of calls depended on the clips.
+    """
     encoder, calls = make(name), dict[str, int]()
     for module_name, module in encoder.named_modules():
         if list(module.parameters(recurse=False)):
@@ -139,11 +142,11 @@ def test_calls_are_deterministic_and_call_each_module_once(name: str) -> None:
     with torch.no_grad():
         expected = encoder(clips()).values
         close(encoder(clips()).values, expected, 0.0)
-        if not name.startswith("auto"):  # whose weights are never gathered per module
+        if not name.startswith("auto"):  # its weights are never gathered per module
             assert set(calls.values()) == {2}, calls
         features = encoder.bfloat16()(clips()).values
     assert features.dtype is torch.bfloat16
-    real = expected.abs().amax(1) > 0  # the last frames of SEW are zero
+    real = expected.abs().amax(1) > 0  # excludes the last frames of SEW, which are zero
     assert F.cosine_similarity(features.float(), expected)[real].mean() > 0.99
 
 
@@ -214,7 +217,7 @@ def test_mean_and_deviation_are_those_of_the_checkpoint_or_the_recipe(tmp_path: 
 
 
 def test_the_self_test_finds_what_padding_changes() -> None:
-    """wav2vec 2.0 base and SEW of transformers have norms over padded time; UniSpeech large and LASR do not."""
+    """Check the probes of SEW, whose norms in transformers include padding, and of UniSpeech large and LASR."""
     found = {name: build_encoder(CASES[name].encoder()) for name in CASES if name.startswith("auto")}
     probes = {name: encoder.probe for name, encoder in found.items()}  # type: ignore[attr-defined]
     assert [name for name, one in probes.items() if one.leak] == ["auto_sew"]
@@ -225,7 +228,7 @@ def test_the_self_test_finds_what_padding_changes() -> None:
         lambda _, args, kwargs: sizes.append(len(kwargs["input_values"])), with_kwargs=True
     )
     sew(clips((20_000, 16_000, 20_000)))
-    assert sorted(sizes) == [1, 2], "only clips of equal length are encoded together"
+    assert sorted(sizes) == [1, 2], "only clips of equal length may be encoded together"
     model = replace(tiny_model(), primary=CASES["auto_sew"].encoder())
     (warning,) = warnings_of(model)
     assert warning.startswith("model.primary: only clips of equal length are encoded together, because padding changes")
@@ -233,7 +236,7 @@ def test_the_self_test_finds_what_padding_changes() -> None:
 
 @torch.no_grad()
 def test_half_precision_keeps_rotary_frequencies(tmp_path: Path) -> None:
-    """This holds in training, and in an exported model with an encoder of transformers, whose probe stays in fp32."""
+    """Check training, and an exported model with an encoder of transformers. Its probe stays in fp32."""
     model = model_of(["auto_lasr"])
     hf_config = resolve_hf_config(model.llm)
     whole = EarshotForCausalLM(EarshotConfig(**describe(model, hf_config, hf_config.vocab_size)))
@@ -252,7 +255,7 @@ def test_half_precision_keeps_rotary_frequencies(tmp_path: Path) -> None:
 
 
 def test_flops_of_auto_are_the_same_on_every_rank() -> None:
-    """Ranks plan with them, so they may not depend on how a library rounds."""
+    """Check that FLOPs are exact fractions. Ranks plan with them, so they must not depend on a library's rounding."""
     config = CASES["auto_lasr"].encoder()
     encoder: Any = build_encoder(config)
     assert all(type(part) is Fraction for part in encoder.probe.flops)
@@ -276,7 +279,7 @@ def test_what_auto_cannot_encode_is_refused() -> None:
 
 
 def test_other_features_than_those_of_the_checkpoint_are_refused(tmp_path: Path) -> None:
-    """For a folder without preprocessor_config.json, transformers would take another extractor without a word."""
+    """Check a folder without preprocessor_config.json, for which transformers would silently use another extractor."""
     case = CASES["wav2vec2_bert"]
     case.published(dict(case.config)).save_pretrained(tmp_path)
     config = case.encoder(weights=str(tmp_path), config={})

@@ -1,4 +1,4 @@
-"""Tests of encoders, compared with transformers on single unpadded clips and with themselves in other batches."""
+"""Tests that encoders compute the same as transformers on single unpadded clips, and the same in any batch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def make(name: str) -> AudioEncoder:
 
 
 def clip(samples: int, seed: int = 0) -> Tensor:
-    """Return noise with an offset, which would change the result if group norm included padding."""
+    """Return noise with an offset, so that a test notices if a group norm includes padding."""
     return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed)) + 0.05
 
 
@@ -110,7 +110,10 @@ def test_log_mel_equals_transformers() -> None:
 
 
 def test_log_mel_floor_depends_on_the_clip_alone() -> None:
-    """A click on the last sample is loudest in a frame centred after the end, which exists only in a batch."""
+    """Check a click on the last sample, which is loudest in a frame that is centered after the clip's end.
+
+    That frame exists only if the clip is padded in a batch.
+    """
     wave = torch.zeros(8_000)
     wave[-1] = 1.0
     close(log_mel(Ragged.of([wave, clip(16_000)])).split()[0], log_mel(Ragged.of([wave])).values)
@@ -141,7 +144,7 @@ def test_whisper_full_equals_transformers(name: str) -> None:
 
 
 def test_whisper_trim_equals_transformers_without_padding() -> None:
-    """Compare with transformers, whose config is set so that the clip's length is the full one."""
+    """Compare with models of transformers whose full length is set to the clip's length."""
     encoder: Any = make("whisper_trim")
     config = encoder.encoder.config
     for length in (32_000, 12_321, 12_345, 6_400):
@@ -152,7 +155,7 @@ def test_whisper_trim_equals_transformers_without_padding() -> None:
         reference.load_state_dict(state)
         mel = log_mel(Ragged.of([clip(length)])).values.T
         mel = mel[None, :, : 2 * frames]
-        if mel.shape[2] < 2 * frames:  # an odd number, which the reference's shape check refuses
+        if mel.shape[2] < 2 * frames:  # the reference's shape check refuses an odd number of mel frames
             hidden = F.gelu(reference.conv2(F.gelu(reference.conv1(mel)))).transpose(1, 2)
             hidden = hidden + reference.embed_positions.weight
             for layer in reference.layers:
@@ -178,12 +181,12 @@ def test_conv_stacks_equal_transformers(name: str) -> None:
         features = encoder(Ragged.of([clip(length)])).values
         close(features[: expected.shape[0]], expected)
         assert features.shape[0] == num_frames(length) > expected.shape[0]
-        assert features[expected.shape[0] :].eq(features[expected.shape[0] - 1]).all(), "the last frame fills up"
+        assert features[expected.shape[0] :].eq(features[expected.shape[0] - 1]).all(), "padding repeats the last frame"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_batch_changes_neither_features_nor_gradients(name: str) -> None:
-    """LENGTHS contain a full window, an odd number of mel frames, and clips whose last convolution meets padding."""
+    """Check a full window, an odd number of mel frames, and clips whose last convolution reads padding."""
     encoder, audio = make(name), clips()
     together = encoder(audio)
     weights = [torch.randn(f.shape, generator=torch.Generator().manual_seed(9)) for f in together.split()]
@@ -195,9 +198,9 @@ def test_batch_changes_neither_features_nor_gradients(name: str) -> None:
         close(features, alone)
         (alone * weight).sum().backward()
     trained = {n for n, p in encoder.named_parameters() if p.requires_grad}
-    assert set(gradients) == trained, "every trainable parameter takes part"
+    assert set(gradients) == trained, "a gradient is missing"
     for parameter_name, parameter in encoder.named_parameters():
-        if parameter.grad is not None and not parameter_name.endswith("k_proj.bias"):  # softmax cancels it
+        if parameter.grad is not None and not parameter_name.endswith("k_proj.bias"):  # softmax cancels these biases
             scale = parameter.grad.abs().max()
             close(gradients[parameter_name] / scale, parameter.grad / scale)
 
@@ -221,7 +224,7 @@ def test_shortest_clips_give_all_their_frames(name: str) -> None:
 @pytest.mark.parametrize("frozen", ["", "conv"])
 @pytest.mark.parametrize("name", ["whisper_trim", "hubert_base", "wavlm_base"])
 def test_recomputation_changes_no_gradient(name: str, frozen: str) -> None:
-    """Check recomputation, including that above a frozen part, whose output has no gradient."""
+    """Check recomputation, also of layers that follow a frozen part, whose output needs no gradient."""
     encoder, audio = make(name), clips()
     for parameter_name, parameter in encoder.named_parameters():
         if frozen and (frozen in parameter_name or "feature_" in parameter_name):
@@ -242,13 +245,17 @@ def test_runs_in_bfloat16(name: str) -> None:
     expected = encoder(clips()).values
     features = encoder.bfloat16()(clips()).values
     assert features.dtype is torch.bfloat16
-    # Normalized features of random weights are nearly constant, which amplifies rounding; CPUs with AMX round most.
+    # With random weights, normalized features are nearly constant, which amplifies rounding errors. They are largest on
+    # CPUs with AMX.
     assert F.cosine_similarity(features.float(), expected).mean() > 0.9
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_is_deterministic_in_training_and_calls_each_module_once(name: str) -> None:
-    """ZeRO-3 gathers weights per call, so ranks would hang if the number of calls depended on the clips."""
+    """Check that every module is called once per encoder call.
+
+    ZeRO-3 gathers weights per call, so ranks would hang if the number of calls depended on the clips.
+    """
     encoder = make(name).train()
     calls: dict[str, int] = {}
     for module_name, module in encoder.named_modules():

@@ -1,4 +1,4 @@
-"""Tests of the loading of encoder weights, and of errors for bad encoder configs and checkpoints."""
+"""Tests that encoder weights are loaded, and that bad encoder configs and checkpoints cause errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def save(model: Any, path: Path, do_normalize: bool | None = True) -> Path:
 
 
 def edit(path: Path, **changes: torch.Tensor | None) -> None:
-    """Rewrite the safetensors file with replaced tensors, and without those that are None."""
+    """Replace tensors in a folder's safetensors file, or remove them if `changes` has None for them."""
     tensors = load_file(path / "model.safetensors")
     for name, tensor in changes.items():
         assert name in tensors, sorted(tensors)
@@ -81,7 +81,7 @@ def edit(path: Path, **changes: torch.Tensor | None) -> None:
 
 
 def same(encoder: Any, source: torch.nn.Module) -> None:
-    """Check that every parameter equals the source's of the same name."""
+    """Check that every parameter equals the parameter of the same name in `source`."""
     expected = dict(source.named_parameters())
     for name, parameter in encoder.encoder.named_parameters():
         assert parameter.dtype is torch.float32 and torch.equal(parameter, expected[name]), name
@@ -251,14 +251,14 @@ def test_encoder_reports_what_its_call_computes(family: Any, mode: dict[str, Any
     encoder = build_encoder(config)
     assert encoder.windowing == encoder_windowing(config)
     seen: list[int] = []
-    samples_per_column = 160 if family == "whisper" else 1  # a mel spectrogram or the waveform
+    samples_per_column = 160 if family == "whisper" else 1  # the input is a mel spectrogram or the waveform
     encoder.encoder.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].shape[0] * args[0].shape[-1] * samples_per_column)
     )
     with torch.no_grad():
         encoder(Ragged(torch.randn(sum(clips)), clips))
     (computed,) = seen
-    # Whisper's spectrograms end on whole 10 ms.
+    # The length of Whisper's spectrograms is rounded up to a multiple of 10 ms.
     assert encoder.windowing.computed_samples(clips) <= computed < encoder.windowing.computed_samples(clips) + 160 * 6
 
 

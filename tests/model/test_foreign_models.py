@@ -1,4 +1,4 @@
-"""Tests of model files from other sources: only safetensors and JSON are read, and odd files cause one-line errors."""
+"""Tests of model files from other sources: only safetensors and JSON are read, and bad files cause one-line errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUESTION = [{"role": "user", "content": "a"}]
 
 
 class Template:
-    """A stand-in for a transformers tokenizer, whose template is compiled and run as transformers does."""
+    """A dummy tokenizer that compiles and runs its chat template as transformers does."""
 
     name_or_path = "mine"
 
@@ -45,7 +45,7 @@ def test_a_template_that_loops_for_years_is_one_line() -> None:
     with pytest.raises(UserError, match="was not rendered within 0.3 s") as caught:
         render_chat(Template(LOOP), QUESTION, limit_sec=0.3)
     assert time.monotonic() - start < 5 and "\n" not in str(caught.value)
-    # It also works in another thread, as where samples are decoded, and that thread continues.
+    # The time limit also works in another thread, such as one that decodes samples, and this thread continues.
     found: list[str] = []
 
     def work() -> None:
@@ -62,7 +62,7 @@ def test_a_template_that_loops_for_years_is_one_line() -> None:
 
 
 def test_a_template_in_time_is_never_interrupted_later() -> None:
-    for _ in range(30):  # They end at about the time limit.
+    for _ in range(30):  # each of these calls ends at about the time limit
         try:
             assert render_chat(Template("{% for i in range(9000) %}{% endfor %}ok"), QUESTION, limit_sec=0.0005) == "ok"
         except UserError:

@@ -1,4 +1,4 @@
-"""Tests of attention over packs: the arguments for TransformerEngine are equivalent to the computation with SDPA."""
+"""Tests of attention over packs: the call of TransformerEngine is equivalent to the computation with SDPA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from model.llm.rotary import rotary_embeddings
 
 
 class ByContract:
-    """`transformer_engine.pytorch.DotProductAttention` as documented for `thd`, which returns `[t, H · D]`."""
+    """A copy of TransformerEngine's `DotProductAttention` that follows its documentation for the layout `thd`.
+
+    It returns the output as `[t, H · D]`.
+    """
 
     def __call__(
         self,
@@ -54,7 +57,7 @@ def test_the_fused_path_computes_the_same() -> None:
     attention = PackedAttention(
         transformer_config(hf_config), 1, rotary=rotary, layer=AttentionLayer(), scales=Scales()
     )
-    assert attention.fused is None, "fp32 is computed by SDPA"
+    assert attention.fused is None, "fp32 must be computed by SDPA"
     packed = PackedSequences(lengths=(5, 1, 9))
     query, key, value = torch.randn(15, 4, 8), torch.randn(15, 2, 8), torch.randn(15, 2, 8)
     expected = attention(query, key, value, packed_seq_params=packed)
@@ -63,7 +66,7 @@ def test_the_fused_path_computes_the_same() -> None:
 
 
 def test_the_fused_path_gets_the_window_and_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TransformerEngine's window counts the tokens before a token, ours also the token itself."""
+    """Check the arguments. TransformerEngine's window counts the tokens before a token; ours also counts the token."""
     asked: dict[str, Any] = {}
 
     def stub(*_args: Any, **options: Any) -> nn.Module:
@@ -82,7 +85,7 @@ def test_the_fused_path_gets_the_window_and_the_scale(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_a_mask_is_not_combined_with_groups(monkeypatch: pytest.MonkeyPatch, is_cached: bool) -> None:
-    """With a mask and `enable_gqa`, PyTorch's only kernel on GPUs stores all scores."""
+    """Check that `enable_gqa` is not used with a mask, because PyTorch's only GPU kernel for both stores all scores."""
     calls: list[dict[str, Any]] = []
 
     def recorded(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tests of context parallelism: the pieces of packs, and attention over ranks compared with that of a whole pack."""
+"""Tests of context parallelism: how packs are divided, and that attention over ranks equals that of a whole pack."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_pieces_cover_the_rows_of_every_rank_with_equal_work(sizes: list[int], s
         assert own.gathers_keys or not own.continued
         assert own.gathers_keys == crosses_chunks(lengths, part)
     assert sorted(rows) == list(range(sum(lengths)))
-    assert len(set(pairs)) == 1, "one segment over the whole pack has as many scores on every rank"
+    assert len(set(pairs)) == 1, "every rank must compute as many scores if the pack is one segment"
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -61,7 +61,7 @@ def test_attention_over_ranks_equals_that_of_the_whole_pack(world: int) -> None:
 
 
 def attend_cases() -> list[list[float]]:
-    """Return for each case the largest differences of the output and of the gradients of query, key and value."""
+    """Return, for each case, the largest differences of the output and of the gradients of query, key and value."""
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
 

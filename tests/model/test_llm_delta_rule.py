@@ -1,4 +1,4 @@
-"""Tests of the gated delta rule, compared with its definition token by token."""
+"""Tests that the gated delta rule in chunks equals its definition, which is applied token by token."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_decays_without_bound_give_finite_values_and_gradients() -> None:
 
 
 def test_kernels_are_called_by_their_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are those of flash-linear-attention, whose function takes the tensors in the same layout."""
+    """Check the call of flash-linear-attention's kernel, which takes the tensors in the same layout."""
 
     def chunk_gated_delta_rule(
         q: Tensor,
@@ -103,7 +103,7 @@ def test_kernels_are_called_by_their_contract(monkeypatch: pytest.MonkeyPatch) -
         assert initial_state is not None and initial_state.dtype == torch.float32
         return by_definition(q, k, v, g, beta, initial_state)
 
-    assert kernels() is None, "the package is not installed here"
+    assert kernels() is None, "the test expects that the package is not installed"
     package: Any = ModuleType("fla.ops.gated_delta_rule")
     package.chunk_gated_delta_rule = chunk_gated_delta_rule
     for name in ("fla", "fla.ops"):

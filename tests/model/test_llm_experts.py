@@ -44,7 +44,7 @@ CONFIG = ModelConfig.__new__(ModelConfig)  # the losses read no option
 
 
 def stock_folder(path: Path, family: str) -> Any:
-    """Save transformers' own model with random weights, and return it."""
+    """Save a model of transformers with random weights, and return it."""
     values = {**SHAPE, **FAMILIES[family]}
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=torch.float32)
@@ -71,7 +71,7 @@ def test_a_stock_folder_is_read_and_computes_the_same(tmp_path: Path, family: st
 def test_a_quantized_folder_is_refused_and_read_after_the_documented_conversion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The published GPT-OSS: 32 values of 4 bits share a scale of 8 bits."""
+    """Check the format of the published GPT-OSS, in which 32 values of 4 bits share a scale of 8 bits."""
     stock_folder(tmp_path / "plain", "gpt_oss")
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     (tmp_path / "mxfp4").mkdir()
@@ -133,7 +133,7 @@ def test_the_smallest_gap_is_between_the_last_chosen_and_the_first_other_expert(
 
 
 def tokens_of(logits: torch.Tensor, lengths: list[int], top_k: int) -> RoutedTokens:
-    """Return the tokens of some samples."""
+    """Return the routed tokens of samples with these lengths, from the router's logits [ΣT, 4]."""
     mixture = Mixture(tuple("abcd"), top_k, 1, (0,), normalize=True)
     samples = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return RoutedTokens(choose(logits, mixture), samples, torch.tensor(lengths), lambda tensor: tensor)

@@ -1,4 +1,4 @@
-"""Tests of reading LLMs that transformers has saved, and LLMs within multimodal models as docs/llms.md describes."""
+"""Tests of reading LLMs saved by transformers, including LLMs in multimodal models as docs/llms.md describes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VISION |= {"image_size": 28, "patch_size": 14}
 def test_a_folder_of_transformers_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     saved = AutoModelForCausalLM.from_config(resolve_hf_config(tiny_model(family).llm)).eval()
-    for parameter in saved.parameters():  # norms are otherwise all 0 or 1
+    for parameter in saved.parameters():  # without this, norms would be all 0 or 1
         parameter.add_(0.1 * torch.randn_like(parameter))
     saved.save_pretrained(tmp_path)
     read = build_reference(LLMConfig(weights=str(tmp_path))).eval()

@@ -82,7 +82,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pair(family: str, **options: Any) -> tuple[Any, Any]:
-    """Return the reference with random parameters, and the Megatron model with the same weights."""
+    """Return the reference model with random weights, and the Megatron model with the same weights."""
     reference = build_reference(LLMConfig(config={**SHAPE, **FAMILIES[family]}), seed=5)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -136,12 +136,12 @@ def test_logits_and_gradients_equal_transformers(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite"])
 def test_only_wanted_rows_have_logits(family: str) -> None:
-    """The families scale or cap their logits in hooks of the output layer."""
+    """Check families that scale or cap their logits in hooks of the output layer."""
     _, gpt = pair(family)
     ids, rows = tokens(), torch.tensor([0, 4, 13, 20])
     whole = run(gpt, ids, PackedSequences(lengths=LENGTHS))
     torch.testing.assert_close(run(gpt, ids, PackedSequences(lengths=LENGTHS, output_rows=rows)), whole[rows])
-    assert torch.equal(run(gpt, ids, PackedSequences(lengths=LENGTHS)), whole), "rows hold for one pack only"
+    assert torch.equal(run(gpt, ids, PackedSequences(lengths=LENGTHS)), whole), "rows must apply to one pack only"
 
 
 def test_segments_do_not_see_each_other() -> None:
@@ -173,8 +173,8 @@ def test_recomputation_changes_nothing(family: str, frozen_embedding: bool) -> N
         assert all(gradient is not None for gradient in gradients[-1])
     for plain, selective, full in zip(*gradients, strict=True):
         assert torch.equal(plain, full)
-        # Without a gradient, torch computes RMSNorm by another kernel, which rounds differently. The gradient of a
-        # decay in Qwen3.5 is a small difference of large terms.
+        # The first pass of a recomputed part has no gradient. For RMSNorm, torch then uses another kernel, which rounds
+        # differently. In Qwen3.5, the gradient of a decay is a small difference of large terms.
         tolerance = 1e-5 if family == "qwen3_5_text" else 1e-6
         torch.testing.assert_close(selective, plain, rtol=0, atol=tolerance * float(plain.abs().max()))
 
@@ -189,7 +189,7 @@ def test_bf16_stays_close(family: str) -> None:
 
 
 def test_olmo_rounds_to_bf16_where_transformers_does() -> None:
-    """Queries are rotated in fp32, and their norm is rounded after the product with the weight."""
+    """Check that queries are rotated in fp32, and that their norm is rounded after the product with the weight."""
     reference, gpt = pair("olmo3", dtype=torch.bfloat16)
     theirs, ours = reference.model, gpt.decoder.layers[0].self_attention
     query = torch.randn(sum(LENGTHS), 1, 4, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
@@ -210,7 +210,7 @@ def test_olmo_rounds_to_bf16_where_transformers_does() -> None:
     "family", ["llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "mistral-window", *FEATURED]
 )
 def test_decoding_with_a_cache_equals_the_whole_forward(family: str) -> None:
-    """Decode sequences of different lengths, of which one ends early, in chunks of several tokens with padding."""
+    """Decode sequences of different lengths in padded chunks of several tokens. One of the sequences ends early."""
     reference, gpt = pair(family)
     sequences = [tokens(n, seed=n) for n in (7, 4, 12)]
     cache, done = KVCache(num_sequences=3, max_tokens=12), [0, 0, 0]
@@ -229,7 +229,7 @@ def test_decoding_with_a_cache_equals_the_whole_forward(family: str) -> None:
 
 def test_cuda_is_replaced_only_inside_the_context() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU: nothing is replaced")
+        pytest.skip("nothing is replaced on a machine with a GPU")
     outside = (torch.cuda.current_device, torch.cuda.manual_seed, torch.zeros(1).type())
     with pytest.raises(KeyError), megatron_calls():
         with megatron_calls():

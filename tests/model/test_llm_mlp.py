@@ -1,4 +1,4 @@
-"""Tests of the gate in a Megatron layer's feed-forward network."""
+"""Tests of the gated activation in a Megatron layer's feed-forward network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_swiglu_and_its_gradient_equal_those_of_autograd(fused: bool) -> None:
     expected = functional.silu(gate) * up
     grad = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
     (expected_grad,) = torch.autograd.grad(expected, both, grad)
-    with torch.compiler.set_stance("force_eager"):  # what CUDA runs, without a compiler
+    with torch.compiler.set_stance("force_eager"):  # runs the code for CUDA without a compiler
         found = SwiGLUFunction.apply(both, False, False) if fused else gated(both, "silu")
         (found_grad,) = torch.autograd.grad(found, both, grad)
     torch.testing.assert_close(found, expected)

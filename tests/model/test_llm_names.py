@@ -1,4 +1,4 @@
-"""Tests of the names, shapes and slices of LLM tensors, with constructed tensors."""
+"""Tests of the names, shapes and slices of LLM tensors, with tensors whose elements are all different."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config(model_type: str = "llama", **fields: object) -> PretrainedConfig:
 
 
 def labelled(hf_config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """Return tensors in which every element of the model is different."""
+    """Return all tensors of the model by name. Each element of the model has another value."""
     tensors, first = {}, 0
     for name, shape in hf_shapes(hf_config).items():
         count = torch.Size(shape).numel()
@@ -37,7 +37,7 @@ def labelled(hf_config: PretrainedConfig) -> dict[str, torch.Tensor]:
 
 
 def row_owners(name: str, hf_config: PretrainedConfig, rank: int, size: int) -> list[str]:
-    """Return the projection and row, for example q0, of every row of the shard."""
+    """Return the origin of every row of a shard: the first letter of its projection and the row there, such as q0."""
     owners = []
     for piece in local_pieces(name, hf_config, rank, size):
         rows = range(piece.index[0].start, piece.index[0].stop)
@@ -49,7 +49,7 @@ def row_owners(name: str, hf_config: PretrainedConfig, rank: int, size: int) -> 
 def test_qkv_is_interleaved_by_query_group() -> None:
     assert row_owners(QKV, config(), 0, 1) == ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]
     assert row_owners(QKV, config(), 1, 2) == ["q2", "q3", "k1", "v1"]
-    # With more ranks than key-value heads, a rank holds a part of a group, which Megatron gathers before use.
+    # With more ranks than key-value heads, a rank holds only a part of a group. Megatron gathers the group before use.
     assert row_owners(QKV, config(), 1, 4) == ["k0", "v0"]
 
 

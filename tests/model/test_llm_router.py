@@ -1,4 +1,4 @@
-"""Tests of the settings for experts that a recipe adds: shared and null experts, biases that balance, and jitter."""
+"""Tests of the options for FFN experts in a recipe: shared experts, null experts, balancing biases, and jitter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NAMES = {
     **{f"{kind}_{role}": f"{{e}}.{role}" for kind in ("expert", "shared") for role in ("gate", "up", "down")},
 }
 PROBABILITIES = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.05, 0.45, 0.4], [0.5, 0.3, 0.1, 0.1]])
-"""The probabilities of two experts and two null experts. The tokens choose one, none and both of the two experts."""
+"""The probabilities [3, 4] of two experts and two null experts. The tokens choose one, none and both experts."""
 
 
 def llm(router: ExpertRouterConfig, top_k: int = 2) -> LLMConfig:
@@ -107,7 +107,7 @@ def test_a_layer_adds_only_the_experts_that_compute() -> None:
                 wanted = wanted + weight * down(torch.nn.functional.silu(gate(row)) * up(row))
         torch.testing.assert_close(found, wanted)
     counts = chosen[0].counts()
-    assert counts[:2].all() and counts[2:].all(), "all kinds of choices are tested"
+    assert counts[:2].all() and counts[2:].all(), "the tokens must choose all experts and null experts"
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -145,12 +145,12 @@ def test_shared_experts_start_as_their_donors() -> None:
     adapters = Adapters((LoraConfig("llm.*.experts.common.*", rank=2),))
     add_adapters(nn.ModuleDict({"llm": model}), "", adapters)
     trained = {name for name, parameter in model.named_parameters() if "common" in name and parameter.requires_grad}
-    assert len(trained) == 2 * (3 * 2 + 1), "two factors of each projection in each of two layers, and the gate"
+    assert len(trained) == 2 * (3 * 2 + 1), "each of two layers trains two factors of three projections, and a gate"
     assert model(ids, use_cache=False).logits.isfinite().all()
 
 
 def noise(count: int) -> TokenNoise:
-    """Return the identities of tokens of samples with 10 tokens each."""
+    """Return the noise of `count` tokens, in samples of 10 tokens each."""
     return TokenNoise(torch.arange(count) // 10 + (5 << 40), torch.arange(count) % 10)
 
 
@@ -179,7 +179,7 @@ def test_jitter_of_a_token_depends_only_on_its_identity() -> None:
 
 
 def test_only_the_router_reads_jittered_values() -> None:
-    """If the choice is forced, jitter changes nothing. Otherwise, it changes the weights, until the block ends."""
+    """Check that jitter changes the weights within its context, and changes nothing if the choice is forced."""
     ids = torch.randint(0, 61, (2, 7), generator=torch.Generator().manual_seed(2))
     outputs = {}
     for forced in (None, "text"):
@@ -187,7 +187,7 @@ def test_only_the_router_reads_jittered_values() -> None:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if ".experts.speech.down" in name:
-                    parameter.mul_(-1)  # The experts start as copies, so their weights would not matter.
+                    parameter.mul_(-1)  # the experts start as copies, so their weights would not matter
             plain = model(ids, use_cache=False).logits
             with jittered(model, torch.tensor([3, 4]), 7):
                 outputs[forced] = model(ids, use_cache=False).logits - plain
@@ -203,7 +203,7 @@ def test_tensors_of_the_router() -> None:
     pieces = local_pieces("decoder.layers.1.mlp.router.score_bias", config, 1, 2)
     assert [str(p.hf_name).split(".")[5] for p in pieces] == ["speech", "text", "null"]
     values = RandomSource(config, 1).read(f"{prefix}.null.router.score_bias", (slice(None),))
-    assert values.tolist() == [0, 0], "biases start at 0"
+    assert values.tolist() == [0, 0], "biases must start at 0"
     model = build_reference(llm(ROUTER), seed=1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert set(shapes) - trained == {f"{prefix}.{e}.router.score_bias" for e in ("speech", "text", "null")}
@@ -225,7 +225,7 @@ def test_the_settings_are_stored_in_the_config_and_read_again() -> None:
         4,
     )
     plain = resolve_hf_config(llm(ExpertRouterConfig())).ffn_experts
-    assert set(plain) == {"experts", "layers", "top_k", "normalize"}, "earlier versions read it, too"
+    assert set(plain) == {"experts", "layers", "top_k", "normalize"}, "earlier versions must be able to read it"
     for wrong in ({**stored, "null_experts": True}, {**stored, "bias_rate": "0.01"}, {**stored, "jitters": 0.1}):
         with pytest.raises(UserError, match="ffn_experts = .*: needs experts, layers, top_k, normalize of the right"):
             read_experts(wrong, 2)

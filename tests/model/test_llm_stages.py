@@ -1,4 +1,4 @@
-"""Tests of the division of layers into the chunks of pipeline stages."""
+"""Tests of how the layers are divided into the chunks of pipeline stages."""
 
 from __future__ import annotations
 

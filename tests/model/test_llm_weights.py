@@ -1,4 +1,4 @@
-"""Tests of the sources of LLM weights, of their configs, and of the errors for bad files."""
+"""Tests of the sources of LLM weights and of LLM configs, and of the errors for bad files."""
 
 from __future__ import annotations
 
@@ -156,9 +156,9 @@ def test_configs_that_are_accepted(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "granite", "olmo2"])
 def test_fields_that_transformers_ignores_change_nothing(family: str) -> None:
-    """A checkpoint's config.json may have fields of other families, which transformers' models do not read."""
+    """Check a config.json with fields of other families, which transformers' models do not read."""
     foreign = {"sliding_window": 4, "no_rope_layers": [0, 1], "layer_types": ["sliding_attention"] * 2}
     cls: Any = type(resolve_hf_config(llm(model_type=family)))
     found = cls(**{**SHAPE, "model_type": family, **foreign, "max_position_embeddings": 64})
-    assert found.sliding_window == 4, "stored, but not read"
+    assert found.sliding_window == 4, "the field must be stored"
     assert attention_layers(found) == (AttentionLayer(), AttentionLayer())

@@ -1,4 +1,4 @@
-"""Tests of low-rank adapters in one process: in plain PyTorch, in Megatron's layers, and compared with peft."""
+"""Tests of low-rank adapters in one process: in plain PyTorch, in Megatron's layers, and in comparison with peft."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PARTS = (
 
 
 class Holder(nn.Module):
-    """The LLM under the name that it has in the whole model."""
+    """A module that contains the LLM under the same name as the whole model does."""
 
     def __init__(self, llm: nn.Module) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Holder(nn.Module):
 
 
 def merged(model: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
-    """The weights W + s·B·A of the layers that have an adapter."""
+    """Return the merged weights W + (alpha / rank)·B·A of all layers that have an adapter, by name."""
     found, tensors = {}, dict(model.named_parameters())
     for name, _ in adaptable_layers(model, ""):
         part = adapters.of_layer(name)
@@ -84,7 +84,7 @@ def test_the_whole_model_computes_with_merged_weights() -> None:
     assert sum(n.startswith("audio.primary") for n in names) == 8 and any("wavlm" in n for n in names)
     loss = model(batch).total
     wanted = functional_call(plain, merged(model, ADAPTERS.adapters), (batch,)).total
-    assert abs(float(loss) - float(plain(batch).total)) > 1e-3, "the adapters change the loss"
+    assert abs(float(loss) - float(plain(batch).total)) > 1e-3, "the adapters must change the loss"
     parameters = [dict(model.named_parameters())[n] for n in names]
     assert close(loss, wanted, 1e-6)
     for name, found, expected in zip(
@@ -218,11 +218,11 @@ def test_megatron_computes_the_same(one_rank: None, family: str) -> None:
 
 
 def test_a_frozen_weight_is_multiplied_once_and_not_once_per_row(one_rank: None) -> None:
-    """The gradient of the output has the strides of a transposed tensor, as it may have behind attention."""
+    """Check an output gradient with the strides of a transposed tensor, which attention may cause."""
     layer = frozen.LinearWithFrozenWeight
     with megatron_calls():
         use_one_product()
-        assert layers.LinearWithFrozenWeight is layer, "Megatron's layers use it"
+        assert layers.LinearWithFrozenWeight is layer, "Megatron's layers must use the same class"
         weight, x = torch.randn(6, 4), torch.randn(5, 1, 4, requires_grad=True)
         output = layers.linear_with_frozen_weight(x, weight, None, False, False, False, None)
         grad = torch.randn(1, 6, 5).permute(2, 0, 1)

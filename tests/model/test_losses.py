@@ -1,4 +1,4 @@
-"""Tests of the table of losses, and of distillation and the samples that its teacher reads."""
+"""Tests of the table of losses, of distillation and of the samples that its teacher reads, and of the CTC loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATE = TokenRate((2, 2, 2))
 
 
 def sample(task: str, **texts: list[int]) -> Sample:
-    """The prompt 1 2 with three audio tokens in between, and the answer 7 8."""
+    """Return a sample with the prompt 1 2, three audio tokens between these two, and the answer 7 8."""
     return Sample(
         key="k",
         task=task,
@@ -81,7 +81,7 @@ def test_divergence_by_hand() -> None:
     config = replace(tiny_model(), losses={"distillation": {"weight": 1.0, "temperature": 2.0}})
     torch.manual_seed(0)
     student, teacher = torch.randn(4, 9), torch.randn(4, 9)
-    minus_infinity = torch.full((4, 1), -torch.inf)  # a column that only fills the vocabulary up
+    minus_infinity = torch.full((4, 1), -torch.inf)  # a column that pads the vocabulary
     padded = [torch.cat([logits, minus_infinity], dim=1).requires_grad_() for logits in (student, teacher)]
     labels = torch.zeros(4, dtype=torch.int64)
     found = Distillation().token_losses(padded[0], labels, padded[1], Vocabulary(), config)

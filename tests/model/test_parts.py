@@ -176,7 +176,10 @@ def test_frames_of_an_incomplete_group_are_dropped(config: AdapterConfig) -> Non
 
 
 def test_groups_begin_anew_in_every_block() -> None:
-    """Groups of 4 in blocks of 10 frames: 4, 4 and 2 frames. A clip's last frame needs 10 ms of audio."""
+    """Check groups of 4 frames in blocks of 10 frames. The groups of a whole block have 4, 4 and 2 frames.
+
+    With `block_frames`, a clip's last frame needs at least 10 ms of audio.
+    """
     adapter = build_adapter(AdapterConfig("pooling", 1, strides=(4,), block_frames=10), 1)
     adapter.norm = nn.Identity()
     values = torch.arange(23.0)[:, None]
@@ -318,7 +321,7 @@ def test_ctc_feedback_reads_the_symbols_of_every_output_and_no_blank_at_first() 
     torch.testing.assert_close(second, feedback.linear.weight[:, 257 + 7])
     logits = sure.clone().requires_grad_()
     feedback(0.01 * logits).sum().backward()
-    assert logits.grad is not None and logits.grad.abs().sum() > 0, "the LLM's loss also trains the CTC head"
+    assert logits.grad is not None and logits.grad.abs().sum() > 0, "the LLM's loss must also train the CTC head"
 
 
 def test_ctc_feasibility_counts_repeats() -> None:

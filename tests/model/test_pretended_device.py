@@ -1,4 +1,4 @@
-"""Tests of all parts of the model on a pretended device: no tensor remains on the CPU, and the host does not wait."""
+"""Tests of the parts of the model on a pretended device: no tensor stays on the CPU, and the host hardly ever waits."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CLIPS = (16_000, 9_000, 40_000)
 
 
 def host(tensor: Any) -> Tensor:
-    """Return the values of a tensor on either device."""
+    """Return the values of a tensor on the CPU or on the pretended device."""
     return tensor.host.detach() if hasattr(tensor, "host") else tensor.detach()
 
 
@@ -66,7 +66,7 @@ def move(value: Any) -> Any:
 def compare(module: nn.Module, *args: Any, waits: dict[str, int] | None = None) -> None:
     """Check that results and gradients equal those on the CPU, and that the host waits only at `waits`.
 
-    The function is called twice, since constants are moved in the first call.
+    The module is called twice, because constants are moved to the device in the first call.
     """
     expected = module(*args)
     expected.values.square().sum().backward()
@@ -126,7 +126,7 @@ def test_tower_waits_once_even_if_it_recomputes_what_follows_the_encoders(recomp
 
 @pytest.mark.parametrize("source", ["primary", "log_mel", "prompt"])
 def test_router_and_mixture_wait_once(source: Any) -> None:
-    """Check that the host waits once, for the choice of the router."""
+    """Check that the host waits only once, namely for the router's choice."""
     torch.manual_seed(0)
     router = Router(RouterConfig(input=source, top_k=2), 3, primary_dim=5, vocab_size=8, prompt_dim=4)
     clips = Ragged(0.1 * torch.randn(4000), (1000, 3000))

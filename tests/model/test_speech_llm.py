@@ -1,4 +1,4 @@
-"""Tests of the single-process model: properties of samples, losses and experts."""
+"""Tests of the single-process model: independence of samples, definitions of losses, and the use of experts."""
 
 from __future__ import annotations
 
