@@ -296,8 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--family",
         default="llama",
         choices=(*LLM_FAMILIES, *MIXTURES, ALL_DENSE),
-        help=f"family of the LLM (default: llama); {' and '.join(MIXTURES)} are a Llama to which the recipe adds "
-        f"experts, and {ALL_DENSE} stands for all families without experts",
+        help=f"family of the LLM (default: llama); in {', '.join(MIXTURES)}, the recipe adds experts to a dense LLM; "
+        f"{ALL_DENSE} stands for all families without experts",
     )
     parser.add_argument(
         "--deepspeed",

@@ -4,64 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-EXPERTS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 40,
-        "mlp_only_layers": [2],
-    },
-    "qwen3_moe": {
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24,
-        "norm_topk_prob": False,
-        "mlp_only_layers": [1],
-    },
-    "gpt_oss": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "head_dim": 8,
-        "sliding_window": 4,
-        "swiglu_limit": 0.05,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 1e4,
-            "factor": 8.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 32,
-        },
-    },
-    "mixture": {
-        "model_type": "llama",
-        "ffn_experts": {"experts": ["d", "b", "c", "a"], "layers": [1, 3], "top_k": 2, "normalize": True},
-    },
-    "mixture_balanced": {
-        "model_type": "llama",
-        "ffn_experts": {
-            "experts": ["d", "b", "c", "a"],
-            "layers": [1, 3],
-            "top_k": 3,
-            "normalize": True,
-            "null_experts": 2,
-            "bias_rate": 0.02,
-            "jitter": 0.2,
-            "shared": ["s", "r"],
-        },
-    },
-}
-"""The config fields of families with FFN experts. One layer of the Qwen2-MoE and of the Qwen3-MoE has no experts. The
-gates of GPT-OSS are bounded so tightly that some values are clamped. `mixture` is a Llama in which the recipe adds
-experts to every second layer. `mixture_balanced` also has shared experts, null experts, jitter, and biases that change
-so much per step that they decide choices."""
-MIXTURES = tuple(name for name, fields in EXPERTS.items() if "ffn_experts" in fields)
-"""The entries of `EXPERTS` in which the recipe adds experts to a dense LLM."""
-
-
 _FEATURES: dict[str, dict[str, Any]] = {
     "granite": {
         "embedding_multiplier": 1.7,
@@ -129,6 +71,69 @@ _FEATURES: dict[str, dict[str, Any]] = {
     },
 }
 """The config fields of families with operations that Llama lacks. Sliding windows are shorter than most samples."""
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [2],
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+    },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "swiglu_limit": 0.05,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mixture": {
+        "model_type": "llama",
+        "ffn_experts": {"experts": ["d", "b", "c", "a"], "layers": [1, 3], "top_k": 2, "normalize": True},
+    },
+    "mixture_balanced": {
+        "model_type": "llama",
+        "ffn_experts": {
+            "experts": ["d", "b", "c", "a"],
+            "layers": [1, 3],
+            "top_k": 3,
+            "normalize": True,
+            "null_experts": 2,
+            "bias_rate": 0.02,
+            "jitter": 0.2,
+            "shared": ["s", "r"],
+        },
+    },
+    "mixture_qwen3_5": {
+        "model_type": "qwen3_5_text",
+        **_FEATURES["qwen3_5_text"],
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "ffn_experts": {"experts": ["d", "b", "c", "a"], "layers": [0, 1], "top_k": 2, "normalize": True},
+    },
+}
+"""The config fields of families with FFN experts. One layer of the Qwen2-MoE and of the Qwen3-MoE has no experts. The
+gates of GPT-OSS are bounded so tightly that some values are clamped. `mixture` is a Llama in which the recipe adds
+experts to every second layer. `mixture_balanced` also has shared experts, null experts, jitter, and biases that change
+so much per step that they decide choices. In `mixture_qwen3_5`, one layer with experts has linear attention."""
+MIXTURES = tuple(name for name, fields in EXPERTS.items() if "ffn_experts" in fields)
+"""The entries of `EXPERTS` in which the recipe adds experts to a dense LLM."""
 
 FEATURED = tuple(_FEATURES)
 """The families without FFN experts that have operations that Llama lacks."""

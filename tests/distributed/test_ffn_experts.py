@@ -26,6 +26,7 @@ CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(2, 2, 1, 1, 2, 1), "mixture_balanced", {"num_steps": 3}),
     (Topology(2, 2, 1, 1, 1, 2), "qwen2_moe", {}),
     (Topology(4, 1, 2, 1, 2, 1), "mixture_balanced", {"num_steps": 2}),
+    (Topology(2, 2, 1, 1, 2, 1), "mixture_qwen3_5", {"num_steps": 2}),
 ]
 MORE_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(4, 1, 1, 2, 4, 1), "mixtral", {"kinds": ["mixed", "rank_without_audio"]}),
@@ -44,6 +45,7 @@ MORE_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(4, 2, 1, 1, 2, 2), "mixture_balanced", {"lora": True, "num_steps": 2}),
     (Topology(4, 2, 2, 1, 2, 1), "mixture_balanced", {"kinds": ["mixed", "fewer_samples_than_ranks"]}),
     (Topology(4, 2, 2, 1, 2, 1), "qwen3_moe", {"lora": True, "num_steps": 2}),
+    (Topology(4, 2, 2, 1, 2, 1), "mixture_qwen3_5", {}),
 ]
 CHANGED_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
     (Topology(2, 1, 1, 1, 2, 1), "mixtral", {"freeze": ["llm.*.experts.*"], "num_steps": 2}),

@@ -67,6 +67,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"model_type": "gpt_oss", **EXPERTS["gpt_oss"]},
     **{family: {"model_type": family, **features(family, 2)} for family in FEATURED},
 }
+ADDED = {"experts": ["b", "c", "a"], "layers": [1], "top_k": 2, "normalize": True}
+"""The experts that a recipe adds to the second of two layers."""
+FAMILIES |= {
+    f"{family}-experts": {"model_type": family, **features(family, 2), "ffn_experts": ADDED}
+    for family in ("qwen2", "qwen3", *FEATURED)
+    if family != "phi3"  # refused, since its gate and up projections are one tensor
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
