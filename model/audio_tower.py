@@ -192,9 +192,14 @@ class AudioTower(nn.Module):
         frames: tuple[int, ...],
         kept: tuple[int, ...],
     ) -> AudioOutput:
-        """Compute the output from the features of all encoders. For the arguments, see `mix`.
+        """Compute the output from the features of all encoders.
 
-        The adapter reads only the first `kept` frames of each clip.
+        Args:
+            primary: See `mix`.
+            experts: See `mix`.
+            routing: See `mix`.
+            frames: The number of frames of each clip.
+            kept: The number of frames of each clip that the adapter reads, from the first frame on.
         """
         joined = mix(primary, experts, routing, frames)
         if self.stream_projection is not None:

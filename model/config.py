@@ -13,7 +13,8 @@ from model.llm.mixture import ExpertConfig, ExpertRouterConfig
 from model.table import OneOf
 
 FORMER_GATES = {"independent": "data_independent", "dependent": "data_dependent"}
-"""Former names of gates in recipes, exports and load histories of earlier versions, and their current names."""
+"""The former names of gates, mapped to the current names. Recipes, exports and records of expert usage that earlier
+versions wrote contain the former names."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class EncoderConfig:
     padded to 30 s and whose padding is hidden from attention, as in the training of Qwen2-Audio. The other families
     always compute the real length and accept only `full`."""
     trailing_silence_sec: float = 0.0
-    """The silence, in seconds, that is appended to every clip before it is encoded. It is allowed only with
+    """The length in seconds of the silence that is appended to every clip before it is encoded. It is allowed only with
     `length_mode: trim`, and makes the features of published Whisper weights more similar to the features with `full`.
-    It costs as much time as audio of this length (see `docs/finetune.md`). The number of audio tokens does not
-    change."""
+    Encoding it takes as long as encoding audio of this length (see `docs/finetune.md`). The number of audio tokens does
+    not change."""
     window_sec: float = 30.0
     """The length of a window, in seconds. Longer clips are cut into windows of this length, which are encoded
     separately, and the features are joined. With Whisper's `length_mode: full` and `masked`, the length must be the
@@ -53,8 +54,9 @@ class RouterConfig:
     """The choice of encoder experts for each clip (MoWE-Audio, arXiv 2409.06635; PaM, arXiv 2502.15178)."""
 
     mode: Literal["primary_plus_experts", "all_routed"] = "primary_plus_experts"
-    """The encoders that are routed. With `primary_plus_experts`, `model.primary` encodes every clip, and the encoder
-    experts are routed. With `all_routed`, there is no primary encoder, and every encoder is routed."""
+    """The encoders among which the router chooses. With `primary_plus_experts`, `model.primary` encodes every clip, and
+    the router chooses among the encoder experts. With `all_routed`, there is no primary encoder, and the router chooses
+    among all encoders."""
     gates: tuple[Literal["data_independent", "data_dependent"], ...] = ("data_independent", "data_dependent")
     """The gates, each of which produces one mixture of the experts' features. `data_independent` is a learned vector
     that is the same for all clips. `data_dependent` is computed for each clip from `input`."""
@@ -74,8 +76,9 @@ class RouterConfig:
     initially 0, and adds the result. With `add`, encoder experts can be added to a model without changing its initial
     loss (`docs/published.md`)."""
     added_encoder_warmup_steps: int = 1000
-    """The number of steps after which an encoder that was added to a trained model (`checkpoint.start_from`) has its
-    full gate logits. They are lowered at first, so that the encoder initially has almost no weight."""
+    """The number of steps during which the gate logits of an encoder that was added to a trained model
+    (`checkpoint.start_from`) are lowered. At first, the encoder has almost no weight. The reduction then shrinks
+    linearly to 0."""
 
     def __post_init__(self) -> None:
         if not self.gates or len(set(self.gates)) != len(self.gates):
@@ -123,8 +126,9 @@ class AdapterConfig:
     kernel_size: int = 3
     """The kernel size of every convolution of `convolutions`, in frames. It must be at least the largest stride."""
     strides: tuple[int, ...] = (2, 2, 2)
-    """The down-sampling factors, one per convolution. Their product is the number of frames that are stacked or that
-    form a window. It is 8 by default, so that an audio token of the LLM covers 160 ms."""
+    """The down-sampling factors, one per convolution. The other kinds use only their product, which is the number of
+    frames that are stacked, averaged or attended to together. It is 8 by default, so an audio token of the LLM covers
+    160 ms."""
     num_queries: int = 1
     """The number of queries per window in the kind `queries`, which is also the number of audio tokens per window."""
     num_layers: int = 2
@@ -139,12 +143,12 @@ class AdapterConfig:
     audio token. `drop` drops them, except in a clip that would otherwise have no audio token. `convolutions` and
     `queries` accept only `pad`."""
     block_frames: int = 0
-    """The number of frames of 20 ms after which the grouping of frames restarts, as in Qwen3-ASR, whose encoder makes
-    12 frames of 80 ms and one of 40 ms from a second of audio. 0 forms groups over the whole clip. With blocks, a frame
-    at the end of a clip counts only if it contains at least 10 ms of audio. `convolutions` and `last_group: drop`
-    accept only 0."""
+    """The number of 20 ms frames after which the grouping of frames restarts; 0 to group the frames of the whole clip.
+    Qwen3-ASR restarts after 50 frames, so its encoder turns a second of audio into 12 frames of 80 ms and one of 40 ms.
+    With blocks, a frame at the end of a clip counts only if it contains at least 10 ms of audio. `convolutions` and
+    `last_group: drop` accept only 0."""
     normalize: bool = False
-    """Whether to normalize the features of every frame, and to scale the audio embeddings to the size of the LLM's
+    """Whether to normalize the features of every frame, and to scale the audio embeddings to the magnitude of the LLM's
     token embeddings. Use it with a pre-trained LLM."""
 
     def __post_init__(self) -> None:
@@ -189,7 +193,7 @@ class LLMConfig:
     def __post_init__(self) -> None:
         if not self.experts and (self.moe_layers, self.top_k, self.router) != ("all", 2, ExpertRouterConfig()):
             raise UserError(
-                "model.llm: moe_layers, top_k and router set how model.llm.experts are used, which is empty; name the "
+                "model.llm: moe_layers, top_k and router have no effect, because model.llm.experts is empty; name the "
                 "experts, or remove these keys"
             )
 
@@ -250,11 +254,12 @@ class ModelConfig:
     """The weight of an auxiliary CTC loss on the adapter's output, for the answers in transcription tasks such as asr.
     With 0, there is no CTC head."""
     ctc_vocabulary: Literal["tokens", "bytes"] = "tokens"
-    """The symbols of the CTC loss. `tokens` are the LLM's tokens, so that the head is as wide as the vocabulary.
-    `bytes` are the UTF-8 bytes of the answer in lower case, so that the head is small with any LLM."""
+    """The symbols of the CTC loss. `tokens` are the LLM's tokens, so the head is as wide as the vocabulary. `bytes` are
+    the UTF-8 bytes of the answer in lower case, so the head is small for any LLM."""
     ctc_outputs: int = 1
     """The number of CTC outputs per audio token. A clip has a CTC loss only if it has enough outputs for its answer.
-    Speech has up to 20 bytes per second, so `bytes` with 6.25 audio tokens per second need 4 outputs per token."""
+    Transcripts have up to 20 bytes per second of speech. At 6.25 audio tokens per second, `bytes` therefore needs 4
+    outputs per token."""
     ctc_feedback: bool = False
     """If true, the probabilities of the CTC outputs are mapped linearly to the width of the LLM and added to the audio
     embeddings, so that the LLM also reads what the CTC head has recognized, as in self-conditioned CTC (arXiv
@@ -280,7 +285,7 @@ class ModelConfig:
         if self.router.mode == "all_routed" and self.primary is not None:
             raise UserError("model.primary is set: mode all_routed has none; list the encoder in model.experts")
         if self.router.mode == "all_routed" and not self.experts:
-            raise UserError("model.experts is empty: mode all_routed needs at least one")
+            raise UserError("model.experts is empty: mode all_routed needs at least one encoder")
         if self.experts and not 1 <= self.router.top_k <= len(self.experts):
             raise UserError(f"model.router.top_k = {self.router.top_k}: must be within 1..{len(self.experts)}")
 

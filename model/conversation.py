@@ -17,7 +17,8 @@ AUDIO_TAG = "<audio>"
 """The text that stands for a clip in a message whose content is a string."""
 ROLES = ("system", "user", "assistant")
 MAX_MESSAGES = 512
-"""The largest number of messages of a conversation. The chat template is rendered once for each answer."""
+"""The largest number of messages in a conversation. It limits the cost of rendering the chat template, which happens
+once for each answer."""
 _KEYS = {"role", "content", "loss"}
 _ANSWER = "Yes, 7 is what was said."
 """An answer with which chat templates are tested. It must not occur in a chat template."""
@@ -26,7 +27,8 @@ _BLOCK_KEYS = {"text": {"type", "text"}, "audio": {"type", "audio"}}
 Message = dict[str, str]
 """A message with the keys `role` and `content`, as chat templates read it."""
 Chat = Callable[[Sequence[Message], bool], str]
-"""A function that renders messages in a chat template. If the flag is true, the beginning of an answer follows them."""
+"""A function that renders messages with a chat template. If the flag is true, the beginning of an answer follows them.
+"""
 
 
 class ConversationError(ValueError):
@@ -108,7 +110,7 @@ def plain_messages(turns: Sequence[Turn]) -> list[Message]:
 
 
 def audio_blocks(messages: Any) -> list[Any]:
-    """Return the value of `audio` for each clip of messages, in order; None for a clip without this field.
+    """Return the value of `audio` for each clip in `messages`, in order; None for a clip without this field.
 
     The messages need not be valid. Everything except blocks and tags is ignored.
     """
@@ -157,7 +159,7 @@ def _texts(where: str, content: Any) -> tuple[str, ...]:
         allowed = _BLOCK_KEYS.get(kind) if isinstance(kind, str) else None
         if allowed is None or not set(block) <= allowed or (kind == "text" and not isinstance(block.get("text"), str)):
             raise ConversationError(
-                f'{where}: block {_short(block)}, but must be {{"type": "text", "text": …}} or {{"type": "audio", '
+                f'{where}: block = {_short(block)}, but must be {{"type": "text", "text": …}} or {{"type": "audio", '
                 '"audio": …}'
             )
         if kind == "audio":
@@ -268,7 +270,7 @@ class PromptFormat:
         return ["\n".join(texts[:2]), *texts[2:]] if turns[0].role == "system" else texts
 
     def _rendered(self, chat: Chat, turns: Sequence[Turn]) -> list[str]:
-        """Return the text of each segment in the chat template."""
+        """Return the text of each segment, rendered with the chat template."""
         messages = self.messages(turns)
         places = [place for place, turn in enumerate(turns) if turn.role == "user"]
         prompts = [chat(messages[: place + 1], True) for place in places]

@@ -1,4 +1,4 @@
-"""Parsing of JSON that other programs may have written. All defects raise the same kind of error."""
+"""Parsing of JSON that other programs may have written. Every defect raises a ValueError."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class BrokenTextError(ValueError):
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON document.
 
-    Python's parser also accepts NaN, infinities and halves of surrogate pairs, which cannot be written as JSON or UTF-8
-    again. On deeply nested values, it fails with RecursionError. This function raises ValueError in all of these cases.
+    Python's parser also accepts NaN, infinities and unpaired surrogates, although JSON or UTF-8 cannot represent them.
+    For deeply nested values, it raises RecursionError. This function raises ValueError in all of these cases.
 
     Args:
         text: The document. Bytes must be UTF-8; a byte order mark is skipped.
 
     Raises:
         ValueError: If the document is not valid. The message is a one-line reason. The error is a BrokenTextError if
-            only text in the document is invalid.
+            the syntax is valid, but a text is not.
     """
     if isinstance(text, bytes):
         try:

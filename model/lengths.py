@@ -48,7 +48,7 @@ class TokenRate:
     no blocks. With blocks, a frame at the end of a clip counts only if it contains at least 10 ms of audio."""
 
     def frames_of_samples(self, samples: int) -> int:
-        """Return the number of encoder frames of a clip of `samples` audio samples that count."""
+        """Return the number of encoder frames that count in a clip of `samples` audio samples."""
         if not self.block_frames:
             return num_frames(samples)
         return max(1, -(-(samples // (FRAME_SAMPLES // 2)) // 2))
@@ -69,10 +69,10 @@ class TokenRate:
 
 @dataclass(frozen=True)
 class Windowing:
-    """The rule by which an encoder cuts clips into windows and pads them, which determines the cost of a call.
+    """The rule by which an encoder cuts clips into windows and pads them.
 
-    All windows of a call are padded to the length of the longest one, so the cost is the number of windows times this
-    length.
+    All windows of an encoder call are padded to the length of the longest window. The cost of the call is therefore the
+    number of windows times this length.
     """
 
     window_samples: int

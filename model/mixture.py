@@ -1,4 +1,4 @@
-"""The combination of the features of the primary encoder and of the chosen encoder experts.
+"""The combination of the primary encoder's features with those of the chosen encoder experts.
 
 All encoders return 50 frames per second (`model/lengths.py`), so frames with the same index cover the same 20 ms.
 Shapes: B clips, F frames, G gates, K experts, Dp primary width, De expert width.
@@ -76,9 +76,8 @@ def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | No
         weights = per_frame(routing.weights.flatten(1), lengths)
         weights_of = [weights.index_select(0, rows).unflatten(1, (num_gates, num_experts)) for rows in rows_of]
         for gate in range(num_gates):
-            stream = like.new_zeros(
-                sum(lengths), like.shape[1], dtype=weights.dtype
-            )  # fp32, in which several experts are summed
+            # `weights` are in fp32, so the experts' features are summed in fp32.
+            stream = like.new_zeros(sum(lengths), like.shape[1], dtype=weights.dtype)
             for k, (rows, features) in enumerate(zip(rows_of, experts, strict=True)):
                 stream.index_add_(0, rows, weights_of[k][:, gate, k, None] * features.values)
             streams.append(stream.to(like.dtype))

@@ -55,7 +55,7 @@ class Routing:
         return self.on_host[1].any(dim=1)
 
     def with_probs(self, probs: Tensor) -> Routing:
-        """Return the same decisions with another tensor of equal values as `probs`, without another transfer."""
+        """Return these decisions with `probs` as another tensor of equal values. The copies on the host are reused."""
         found = replace(self, probs=probs)
         found.__dict__["on_host"] = self.on_host
         return found

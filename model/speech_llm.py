@@ -51,7 +51,7 @@ class Losses:
 class SpeechLLM(nn.Module):
     """The audio tower and the LLM.
 
-    Parameters are named `audio.…` and `llm.…`, where the rest of `llm.…` is the Hugging Face name.
+    Parameters are named `audio.…` and `llm.…`. The Hugging Face name of a parameter of the LLM follows `llm.`.
 
     Args:
         config: The config of the model.
@@ -92,8 +92,8 @@ class SpeechLLM(nn.Module):
         Args:
             batch: The batch.
             noise: Standard normal noise [B, G, K] for the router of encoders; None outside training.
-            jitter: The identities [number of samples] int64 of the samples in the step, from which the jitter of the
-                LLM's routers follows; None for no jitter, as outside training.
+            jitter: A number that identifies each sample within the step, [number of samples] int64, from which the
+                jitter of the LLM's routers is computed; None for no jitter, as outside training.
         """
         audio = self.embed_audio(batch, noise)
         lengths = torch.tensor(batch.tokens.lengths)

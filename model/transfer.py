@@ -20,5 +20,5 @@ def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.devic
     if host.device == device or device.type == "cpu":
         return host.to(device)
     if device.type == "cuda":
-        host = host.pin_memory()  # a copy from other memory is not asynchronous
+        host = host.pin_memory()  # A copy from pageable memory is not asynchronous.
     return host.to(device, non_blocking=True)

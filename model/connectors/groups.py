@@ -29,7 +29,7 @@ def count_groups(frames: Sequence[int], rate: TokenRate) -> tuple[int, ...]:
 
 
 def _places(num_frames: int, rate: TokenRate) -> Tensor:
-    """Return the places [F] of the frames of a clip among the G · k places of its groups, with blocks."""
+    """Return the place [F] of each frame of a clip among the G · k places of its groups. `rate` must have blocks."""
     size, block = group_size(rate), rate.block_frames
     frames = torch.arange(num_frames)
     return frames // block * (-(-block // size) * size) + frames % block

@@ -14,5 +14,6 @@ ADAPTERS: dict[str, object] = {
     "swiglu": "model.connectors.swiglu:SwiGLU",
     "swiglu_post_norm": "model.connectors.swiglu:SwiGLUPostNorm",
 }
-"""Value of `model.adapter.kind` → a subclass of `model.connectors.base.Adapter`, or a string `module:NAME`, which is
-imported when it is first used. A new kind needs one new file and one line in this table. Plug-ins can add entries."""
+"""The adapter for each value of `model.adapter.kind`. An entry is a subclass of `model.connectors.base.Adapter`, or a
+string `module:NAME`, which is imported when it is used. A new kind needs one new file and one line in this table.
+Plug-ins can add entries."""

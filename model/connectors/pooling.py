@@ -1,6 +1,6 @@
 """Average pooling over frames, followed by LayerNorm.
 
-This is done in Qwen2-Audio (arXiv 2407.10759) and Audio Flamingo 3 (arXiv 2507.08128). Both models apply the norm of
+Qwen2-Audio (arXiv 2407.10759) and Audio Flamingo 3 (arXiv 2507.08128) use such adapters. Both models apply the norm of
 Whisper's encoder after the average instead of before it, so use the encoder family `whisper_no_norm` with these
 adapters.
 

@@ -1,7 +1,7 @@
 """Learned queries that attend to windows of frames, as in a window-level Q-Former.
 
-SALMONN (arXiv 2310.13289) has one query per window of 0.33 s (17 frames), and Uni-MoE (arXiv 2405.11273) 50 queries
-per 30 s. The first corresponds to `strides: [17]` with `num_queries: 1`, and the second to `strides: [1500]` with
+SALMONN (arXiv 2310.13289) has one query per window of 0.33 s (17 frames), which corresponds to `strides: [17]` with
+`num_queries: 1`. Uni-MoE (arXiv 2405.11273) has 50 queries per 30 s, which correspond to `strides: [1500]` with
 `num_queries: 50`. With `strides: [30]` and one query, 30 s also become 50 audio tokens, but a short clip becomes only a
 few. Unlike in BLIP-2's Q-Former, layers normalize their input instead of their output, and the frames of a window have
 position vectors.

@@ -21,9 +21,9 @@ _EPSILON = 1e-6
 class SwiGLU(Adapter):
     """RMSNorm, a linear layer, SwiGLU and a second RMSNorm, applied in this order to groups of concatenated frames.
 
-    A group has k frames, where k is the product of the strides. The linear layer has C = `hidden_size` outputs. The
-    first half is multiplied by SiLU of the second half, so the width of the output is C / 2. Ultravox has these norms
-    from version 0.5 on, and no biases (`bias: false`).
+    A group has k frames, where k is the product of the strides. The linear layer has C = `hidden_size` outputs. Their
+    first half is multiplied by the SiLU of their second half, so the width of the output is C / 2. Ultravox has these
+    norms from version 0.5 on, and no biases (`bias: false`).
     """
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:

@@ -35,7 +35,7 @@ class AudioEncoder(nn.Module):
         dim: The width of a feature vector.
         windowing: The rule by which clips are cut and padded. The window must be a multiple of both 320 samples and
             `frame_samples`.
-        frame_samples: The audio samples between two frames that `encode` returns.
+        frame_samples: The number of audio samples between two frames that `encode` returns.
     """
 
     dim: int
@@ -88,7 +88,7 @@ class AudioEncoder(nn.Module):
         return -(-samples // self.frame_samples)
 
     def set_recompute(self, enabled: bool) -> None:
-        """Choose whether only the input of each layer is saved, from which the backward pass recomputes the layer."""
+        """Choose whether to save only the input of each layer, and to recompute the layer in the backward pass."""
         self.recompute = enabled
 
     @property
@@ -133,7 +133,7 @@ def at_mixture_rate(frames: Ragged, frame_samples: int, lengths: tuple[int, ...]
 
 
 class DrawnAsTransformers:
-    """A mixin with which this project's transformers models draw random weights as transformers' own classes do.
+    """A mixin for subclasses of transformers' models, which makes them draw random weights as the original classes do.
 
     Without this mixin, transformers (5.23) skips every module that has no direct parameters. Whisper's encoder, whose
     positions are never trained, would then keep random positions in place of its sinusoids.

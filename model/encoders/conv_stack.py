@@ -146,7 +146,7 @@ class RaggedGroupNormConvLayer(nn.Module):
         self.layer_norm = RaggedGroupNorm(num_groups=channels, num_channels=channels)
 
     def forward(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Convolve `hidden` [B, 1, T] to [B, C, T'] and normalize; `lengths` are the valid steps of the output."""
+        """Convolve `hidden` [B, 1, T] to [B, C, T'], of which the first `lengths` steps are valid, and normalize it."""
         return self.activation(self.layer_norm(self.conv(hidden), lengths))
 
 
@@ -171,7 +171,7 @@ def check_conv_stack(config: EncoderConfig, hf_config: Any, frame_samples: int =
     hop = math.prod(hf_config.conv_stride)
     if hop != frame_samples:
         rate = f"must be {frame_samples} ({frame_samples / 16:g} ms frames)"
-        raise encoder_error(config, f"config.conv_stride multiplies to {hop}", rate)
+        raise encoder_error(config, f"config.conv_stride: the strides multiply to {hop}", rate)
     if feature_norm(hf_config) not in ("group", "layer"):
         raise encoder_error(config, f"config.feat_extract_norm = {feature_norm(hf_config)}", "give group or layer")
     for key in ("add_adapter", "conv_pos_batch_norm"):
@@ -186,11 +186,9 @@ def feature_norm(hf_config: Any) -> str:
 
 
 def normalizes_as_published(hf_config: Any) -> bool:
-    """Return `do_normalize` as in published models.
+    """Return the value of `do_normalize` for published models, which fairseq and torchaudio also use.
 
-    It is true for networks with layer norm (large), and false for others.
-
-    fairseq and torchaudio's pipelines use the same values.
+    It is true for networks with layer norm, such as the large ones, and false for others.
     """
     return feature_norm(hf_config) == "layer"
 

@@ -24,5 +24,5 @@ ENCODER_FAMILIES: dict[str, object] = {
     "ast": "model.encoders.spectrogram_transformer:AUDIO_SPECTROGRAM_TRANSFORMER",
     "auto": "model.encoders.auto:AUTO",
 }
-"""Value of `family` in recipes → the encoder family. An entry is an `EncoderFamily`, or a string `module:NAME`, which
-is imported when it is first used. Plug-ins can add entries."""
+"""The encoder family for each value of `family` in recipes. An entry is an `EncoderFamily`, or a string `module:NAME`,
+which is imported when it is used. Plug-ins can add entries."""

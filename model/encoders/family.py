@@ -27,7 +27,7 @@ class ResolvedEncoder:
     do_normalize: bool
     """True if each window is normalized to zero mean and unit variance before it is encoded."""
     frame_samples: int
-    """The audio samples between two frames of the encoder."""
+    """The number of audio samples between two frames of the encoder."""
     extractor: Mapping[str, Any] = field(default_factory=dict)
     """The values of the family's `extractor_fields`."""
 
@@ -72,13 +72,15 @@ class EncoderFamily:
     wrapper: Callable[[Any, ResolvedEncoder], AudioEncoder]
     """A function that wraps a network in an `AudioEncoder`."""
     windowing: Callable[[EncoderConfig, Any, int], Windowing]
-    """A function of the recipe's fields, the transformers config and the window in samples, which returns the rule by
-    which the encoder cuts and pads clips. It raises `encoder_error` if the window is impossible."""
+    """A function of the recipe's fields, the transformers config and the length of a window in samples, which returns
+    the rule by which the encoder cuts and pads clips. It raises `encoder_error` if the window is impossible."""
     flops: Callable[[Any, int], float] | None
-    """A function of the transformers config and the padded window in samples, which estimates the forward FLOPs of one
-    window. A multiply-add counts as two. Work is divided among ranks by this estimate. None if `flops_of` is set."""
+    """A function of the transformers config and the padded length of a window in samples, which estimates the window's
+    forward FLOPs. A multiply-add counts as two. Work is divided among ranks by this estimate. None if `flops_of` is
+    set."""
     frame_samples: int = FRAME_SAMPLES
-    """The audio samples between two frames: 320 for 50 Hz, 640 for 25 Hz. `AudioEncoder` brings frames to 50 Hz."""
+    """The number of audio samples between two frames: 320 for 50 Hz, 640 for 25 Hz. `AudioEncoder` brings frames to 50
+    Hz."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Config fields that get these values unless the recipe sets them, even if a checkpoint has other values. They
     should include dropout and masking, since a checkpoint's config describes its pre-training."""
@@ -103,8 +105,8 @@ class EncoderFamily:
     """A function that raises `encoder_error` if a value of `extractor_fields`, from a checkpoint or the recipe, is
     invalid."""
     containers: Mapping[str, str] = field(default_factory=dict)
-    """`model_type` of a larger model whose checkpoints contain the encoder → the field of its config.json that
-    describes the encoder."""
+    """Larger models whose checkpoints contain the encoder. For each `model_type`, the value is the field of the larger
+    model's config.json that describes the encoder."""
     flops_of: Callable[[ResolvedEncoder], Callable[[int], float]] | None = None
     """A function that returns an estimator of the FLOPs of a padded window, which is based on measurements. None if
     `flops` is used."""
@@ -114,8 +116,8 @@ class EncoderFamily:
     """False if one call may call modules several times or read parameters of child modules. Such an encoder cannot be
     trained with `train.gather_audio_weights: per_module`."""
     key_mapping: Mapping[str, str] = field(default_factory=dict)
-    """Regular expression for the names of a checkpoint's tensors → its replacement, for checkpoints that contain more
-    than the network."""
+    """Regular expressions for the names of a checkpoint's tensors, and their replacements. They are needed if the
+    checkpoint contains more than the network, or uses other names."""
 
 
 def family_of(config: EncoderConfig) -> EncoderFamily:

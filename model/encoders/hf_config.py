@@ -112,7 +112,7 @@ def _stored_config(config: EncoderConfig, family: EncoderFamily, weights: str) -
     if not stored or not isinstance(stored, dict):
         raise encoder_error(
             config,
-            f"weights = {config.weights}: no config.json there",
+            f"weights = {config.weights}: there is no config.json",
             "give a directory saved by save_pretrained, or a hub id that this machine can reach",
         )
     found = stored.get("model_type")
@@ -139,7 +139,8 @@ def _do_normalize(config: EncoderConfig, family: EncoderFamily, hf_config: PreTr
 
 
 def _extractor(config: EncoderConfig, family: EncoderFamily, hf_config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the values of the family's `extractor_fields`, after a check of the fields whose value is prescribed.
+    """Return the values of the family's `extractor_fields`, after checking the fields that `EncoderFamily.features`
+    prescribes.
 
     Raises:
         UserError: If the checkpoint's preprocessor_config.json is missing or describes other features.

@@ -43,7 +43,7 @@ class Probe:
     width: int
     """The width D of a frame."""
     hop: int
-    """The audio samples between two frames."""
+    """The number of audio samples between two frames."""
     time_axis: int
     """The time axis of the extractor's output."""
     leak: str
@@ -95,7 +95,7 @@ def extract(extractor: Any, wave: Tensor) -> tuple[Tensor, Tensor | None]:
     made = extractor([wave.float().cpu().numpy()], sampling_rate=SAMPLE_RATE, return_tensors="pt")
     features = next((made[key] for key in INPUTS if key in made), None)
     if features is None:
-        raise Unsupported(f"{type(extractor).__name__} makes {', '.join(made)}, but none of {', '.join(INPUTS)}")
+        raise Unsupported(f"{type(extractor).__name__} returns {', '.join(made)}, but none of {', '.join(INPUTS)}")
     return features, next((made[key] for key in MASKS if key in made), None)
 
 
@@ -121,9 +121,8 @@ def run(network: PreTrainedModel, features: Tensor, mask: Tensor | None) -> tupl
     legal = inspect.signature(network.forward).parameters
     name = next((key for key in MASKS if key in legal), None)
     fields = {network.main_input_name: features}
-    if (
-        mask is not None and name is not None and not features.is_meta
-    ):  # transformers reads the values of the mask, which meta tensors do not have.
+    # transformers reads the values of the mask, which meta tensors do not have.
+    if mask is not None and name is not None and not features.is_meta:
         fields[name] = mask.to(features.device)
     if "output_attention_mask" in legal:
         fields["output_attention_mask"] = True  # type: ignore[assignment]
@@ -171,7 +170,7 @@ def _probe(config_json: str, extractor_json: str) -> Probe:
         items = [extract(extractor, wave) for wave in waves]
         axes = [i for i, (a, b) in enumerate(zip(items[0][0].shape, items[1][0].shape, strict=True)) if a != b]
         if len(axes) != 1:
-            raise Unsupported(f"{type(extractor).__name__} makes features of one length of all clips")
+            raise Unsupported(f"{type(extractor).__name__} makes features of the same length for all clips")
         with torch.no_grad():
             frames = [run(large, *item)[0] for item in items]
         sizes, width = [f.shape[1] for f in frames], frames[0].shape[2]
@@ -188,7 +187,7 @@ def _probe(config_json: str, extractor_json: str) -> Probe:
 
 
 def _hop(samples: int, frames: int) -> int:
-    """Return the number of samples per frame, given that `samples` samples have `frames` frames, to within one frame.
+    """Return the number of samples per frame, if `samples` samples give `frames` frames, plus or minus one.
 
     Multiples of large units in `HOP_UNITS` are preferred.
     """

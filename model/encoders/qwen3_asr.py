@@ -48,8 +48,8 @@ class RaggedQwen3ASREncoder(DrawnAsTransformers, Qwen3ASREncoder):
         """Encode mel spectrograms.
 
         Args:
-            mel: [B, N, M], zero after the M of each window. M is a multiple of the chunk.
-            lengths: The M of each window.
+            mel: [B, N, padded M], zero after each window's M. The padded M is a multiple of the length of a chunk.
+            lengths: The number M of mel frames of each window.
             recompute: True to recompute every layer in the backward pass.
 
         Returns:
@@ -113,8 +113,8 @@ class Qwen3ASR(AudioEncoder):
 
         Args:
             hidden: The encoder's frames [ΣE, D].
-            samples: The T of each window.
-            mel_lengths: The M of each window.
+            samples: The number T of audio samples of each window.
+            mel_lengths: The number M of mel frames of each window.
         """
         before, weights, first = [], [], 0
         for length, mel_frames in zip(samples, mel_lengths, strict=True):
@@ -133,10 +133,10 @@ class Qwen3ASR(AudioEncoder):
 
 
 def frame_centres(mel_frames: int, chunk: int) -> np.ndarray:
-    """Return the centres of the frames of a window, [E], in units of 20 ms, where 0 is the centre of the first 20 ms.
+    """Return the centers of the frames of a window, [E], in units of 20 ms, where 0 is the center of the first 20 ms.
 
     Args:
-        mel_frames: The M of the window.
+        mel_frames: The number M of mel frames of the window.
         chunk: The number of mel frames of a chunk.
     """
     centres = []
@@ -184,7 +184,7 @@ def _windowing(_config: EncoderConfig, _hf_config: Any, window_samples: int) -> 
 
 
 def _check(config: EncoderConfig, hf_config: Any) -> None:
-    """Check that spans of attention consist of whole chunks, and that the network supports the sizes of chunks.
+    """Check that a span of attention consists of whole chunks, and that the network supports the length of a chunk.
 
     Raises:
         UserError: If a value of the config is not supported.
@@ -198,7 +198,7 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
         )
     if hf_config.max_position_embeddings < convolved(chunk):
         what = f"config.max_position_embeddings = {hf_config.max_position_embeddings}"
-        raise encoder_error(config, what, f"a chunk has {convolved(chunk)} frames")
+        raise encoder_error(config, what, f"must be at least {convolved(chunk)}, the number of frames of a chunk")
     if hf_config.scale_embedding:
         raise encoder_error(config, "config.scale_embedding = true", "only false is supported")
 

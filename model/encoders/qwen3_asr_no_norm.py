@@ -1,7 +1,7 @@
-"""Qwen3-ASR's encoder without its last LayerNorm, with repeated frames, from which an adapter takes the frames back.
+"""Qwen3-ASR's encoder without its last LayerNorm, whose frames are repeated so that an adapter can recover them.
 
-Each frame is repeated for every 20 ms that it covers. The kind `pooling_perceptron` with `strides: [4]` and
-`block_frames: 50` averages equal frames, so that every audio token is one frame, and then applies the norm.
+Each frame is repeated for every 20 ms that it covers. The adapter `pooling_perceptron` with `strides: [4]` and
+`block_frames: 50` averages equal frames, so every audio token is one frame, and then applies the norm.
 """
 
 from __future__ import annotations

@@ -91,7 +91,9 @@ def _pretrained(config: EncoderConfig, resolved: ResolvedEncoder) -> PreTrainedM
     _refuse(config, "lack", sorted(info["missing_keys"]))
     misfits = sorted(info["mismatched_keys"])
     _refuse(
-        config, "do not fit", [f"{name}: {tuple(have)} there, {tuple(want)} by config" for name, have, want in misfits]
+        config,
+        "do not match the config in",
+        [f"{name}, whose shape is {tuple(have)} instead of {tuple(want)}" for name, have, want in misfits],
     )
     return cast(PreTrainedModel, network)
 

@@ -23,7 +23,7 @@ from model.encoders.fbank import FFT_SAMPLES, FRAME_LENGTH, HOP_SAMPLES, num_fba
 from model.lengths import SAMPLE_RATE, Windowing
 
 TIME_STRIDE = 10
-"""The mel frames between two patches."""
+"""The number of mel frames between two patches."""
 FRAME_SAMPLES = TIME_STRIDE * HOP_SAMPLES
 NUM_CLASS_TOKENS = 2
 

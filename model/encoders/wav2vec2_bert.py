@@ -137,7 +137,7 @@ def stacked_fbank(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]
     """Return pairs of mel frames. Each mel bin has zero mean and unit variance over the clip.
 
     The result equals that of `SeamlessM4TFeatureExtractor(num_mel_bins=num_mels)` on each clip. If the number of mel
-    frames is odd, the last one counts for the mean and the variance, but is not part of a pair.
+    frames is odd, the last one counts towards the mean and the variance, but is not part of a pair.
 
     Args:
         audio: The waveforms [ΣT].
@@ -167,7 +167,7 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
     """Check that the network supports all settings of a transformers config.
 
     Raises:
-        UserError: If the config has an adapter, or features of another kind.
+        UserError: If the config has an adapter, or its input features are not pairs of mel frames.
     """
     if hf_config.add_adapter:
         raise encoder_error(
@@ -175,7 +175,8 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
         )
     width = hf_config.feature_projection_input_dim
     if width % STACKED:
-        raise encoder_error(config, f"config.feature_projection_input_dim = {width}", "give twice the number of bins")
+        what = f"config.feature_projection_input_dim = {width}"
+        raise encoder_error(config, what, "give twice the number of mel bins")
 
 
 def _features(hf_config: Any) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
 def _flops(hf: Any, samples: int) -> float:
     """Return the forward FLOPs of one window, for the network of `conv_stack_flops` and the gated position bias."""
     frames = padded_conv_lengths(hf, samples)[-1]
-    # The projection of the gates, the gated bias, and its addition to the attention scores.
+    # These are the projection of the gates, the gated bias, and its addition to the attention scores.
     bias = 16.0 * frames * hf.hidden_size + 3.0 * hf.num_attention_heads * frames**2
     return conv_stack_flops(hf, samples) + hf.num_hidden_layers * bias
 

@@ -30,8 +30,8 @@ from model.encoders.log_mel import FFT_SAMPLES, MIN_SAMPLES, num_mel_frames, pad
 from model.lengths import FRAME_SAMPLES, SAMPLE_RATE, Windowing, num_samples
 
 MASKED_SILENCE_SAMPLES = 1600
-"""The silence after a clip in the length mode `masked`. The convolutions and the FFT windows of the clip's last frame
-reach 520 samples past its end."""
+"""The number of samples of silence that is appended to a clip in the length mode `masked`. The convolutions and the FFT
+windows of the clip's last frame reach 520 samples past its end."""
 
 
 class MelTransformer(DrawnAsTransformers):
@@ -74,7 +74,7 @@ class MelTransformer(DrawnAsTransformers):
 
         Args:
             hidden: The output of the convolutions.
-            lengths: The number of frames of each window to which frames attend.
+            lengths: The number of frames of each window that take part in attention.
             recompute: True to recompute every layer in the backward pass.
         """
         hidden = hidden + self.embed_positions(torch.arange(hidden.shape[1], device=hidden.device))
@@ -155,7 +155,7 @@ def check_capacity(config: EncoderConfig, hf_config: Any, window_samples: int, e
         exactly: Whether the window must need all positions of the checkpoint.
 
     Raises:
-        UserError: If the window has a different length.
+        UserError: If the window is too long or, with `exactly`, too short.
     """
     capacity = hf_config.max_source_positions * FRAME_SAMPLES
     longest = f"{capacity / SAMPLE_RATE:g} s ({hf_config.max_source_positions} positions)"

@@ -37,7 +37,7 @@ from model.lengths import FRAME_SAMPLES, SAMPLE_RATE, Windowing
 POOL = 2
 POOLED_SAMPLES = POOL * FRAME_SAMPLES
 AFTER = 3
-"""The number of mel frames of silence after a window on which its last frames depend, because of FFT windows and
+"""The number of mel frames of silence after a window that affect its last frames, because of FFT windows and
 convolutions."""
 
 
@@ -57,7 +57,7 @@ class PooledTransformer(MelTransformer):
 
         Args:
             mel: [B, N, M].
-            lengths: The number F of frames of each window to which frames attend, at most M / 2.
+            lengths: The number F of frames of each window that take part in attention, at most M / 2.
             recompute: True to recompute every layer in the backward pass.
 
         Returns:
@@ -94,7 +94,7 @@ class PooledWhisper(AudioEncoder):
     def encode(self, windows: Ragged) -> Tensor:
         """Implement `AudioEncoder.encode`.
 
-        Of the silence up to 30 s, only the part that affects the frames of the windows is appended.
+        The windows are not padded to 30 s. Only as much silence is appended as affects their frames.
         """
         lengths = [_frames(t) for t in windows.lengths]
         mel_frames = POOL * max(lengths)

@@ -41,8 +41,8 @@ class EarshotConfig(PretrainedConfig):
 def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) -> dict[str, Any]:
     """Return the arguments of `EarshotConfig` that describe a model.
 
-    The result contains the whole configs of pre-trained encoders. Settings that only training needs (the weights of the
-    loss terms, and the CTC head unless the LLM reads its probabilities) are omitted.
+    The result contains the complete configs of pre-trained encoders. Settings that only training needs (the weights of
+    the loss terms, and the CTC head unless the LLM reads its probabilities) are omitted.
 
     Args:
         config: The recipe's model.
@@ -98,7 +98,7 @@ def rename_former_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def self_contained(config: EncoderConfig) -> dict[str, Any]:
-    """Return the fields of an encoder without `weights`, and with its whole transformers config."""
+    """Return the fields of an encoder without `weights`, and with its complete transformers config."""
     found = resolve(config)
     own = {f.name for f in dataclasses.fields(type(found.hf_config))}
     own -= {f.name for f in dataclasses.fields(PretrainedConfig)}

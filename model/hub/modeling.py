@@ -2,7 +2,7 @@
 
 It consists of the audio tower and the LLM, and its parameters have the same names as in training.
 
-Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz), H width of the LLM.
+Shapes: B samples, L tokens of the longest sample, C clips, T audio samples (16 kHz), H width of the LLM.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EarshotConfig) -> None:
         super().__init__(config)
-        # `from_pretrained(dtype=…)` sets the default dtype. Otherwise, the LLM would use the dtype in its config.
+        # `from_pretrained(dtype=…)` sets the default dtype. Without this argument, the LLM would use its config's
+        # dtype.
         self.llm = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         mixture = described(config.text_config)
         if mixture is not None:
@@ -85,7 +86,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
             instruction_lengths: [C], the lengths of the instructions in tokens.
 
         Returns:
-            The embeddings, and the routing; None without clips or without experts.
+            The embeddings, and the routing, which is None if there are no clips or no experts.
         """
         text = self.get_input_embeddings()(input_ids)
         if audio_values is None or audio_lengths is None or len(audio_lengths) == 0:

@@ -1,6 +1,6 @@
 """The exported processor, which computes the model's inputs from audio and an instruction or messages, as in training.
 
-Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz).
+Shapes: B samples, L tokens of the longest sample, C clips, T audio samples (16 kHz).
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ class EarshotProcessor(ProcessorMixin):
             return_tensors: Only `pt` is accepted.
 
         Raises:
-            ValueError: If the rate or the kind of tensors differs, audio cannot be used, the numbers of samples and
-                instructions differ, or an instruction contains the placeholder or a token that controls the model.
+            ValueError: If `sampling_rate` or `return_tensors` has another value, audio cannot be used, the numbers of
+                samples and instructions differ, or an instruction contains the placeholder or a token that controls the
+                model.
         """
         if sampling_rate != SAMPLE_RATE or return_tensors != "pt":
             raise ValueError(
@@ -99,7 +100,7 @@ class EarshotProcessor(ProcessorMixin):
             texts *= len(samples)
         if len(texts) != len(samples):
             raise ValueError(
-                f"{len(samples)} samples of audio and {len(texts)} instructions: pass one instruction each"
+                f"there are {len(samples)} samples of audio, but {len(texts)} instructions; pass one for each sample"
             )
         return self._inputs([(question(t, len(own)),) for t, own in zip(texts, samples, strict=True)], samples)
 
@@ -158,7 +159,11 @@ class EarshotProcessor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def inputs(self, conversations: Sequence[tuple[Turn, ...]], samples: Sequence[Sequence[Clip]]) -> BatchFeature:
-        """Return the inputs of `generate` and `forward` for conversations and the clips of each.
+        """Return the inputs of `generate` and `forward` for conversations.
+
+        Args:
+            conversations: The turns of each conversation.
+            samples: The clips of each conversation.
 
         Raises:
             ValueError: If audio cannot be used, the number of clips differs from the number of places for them, or text
@@ -320,7 +325,7 @@ def _clips(messages: Any, more: Sequence[Clip] | None) -> Iterator[Clip]:
             raise ValueError("the messages have more places for audio than there are clips")
         yield waiting.pop(0) if clip is None else clip
     if waiting:
-        raise ValueError(f"{len(waiting)} more clips than places for audio in the messages")
+        raise ValueError(f"there are {len(waiting)} more clips than places for audio in the messages")
 
 
 def _is_clip(audio: Any) -> bool:
@@ -343,6 +348,6 @@ def _read(path: str) -> np.ndarray:
         import soxr
     except ImportError as error:
         raise ValueError(
-            f"{path}: has {rate} Hz; pip install soxr to resample it, or convert it to {SAMPLE_RATE} Hz"
+            f"{path}: the sampling rate is {rate} Hz; pip install soxr to resample, or convert to {SAMPLE_RATE} Hz"
         ) from error
     return np.ascontiguousarray(soxr.resample(wave, rate, SAMPLE_RATE, quality="HQ"), dtype=np.float32)

@@ -43,10 +43,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class PackedAttention(nn.Module):
     """Causal attention within each segment of a pack, to all previous tokens or to the tokens in a window.
 
-    The module itself applies the rotary embedding. The positions are taken from the pack, and follow the positions in
-    the KV cache. On GPUs in half precision, TransformerEngine computes attention if it is installed. Otherwise,
-    segments of similar length form a right-padded batch for PyTorch's attention. Under a causal mask, no token attends
-    to padding after it.
+    The module itself applies the rotary embedding, at the positions of the pack's rows in their sequences. On GPUs in
+    half precision, TransformerEngine computes attention if it is installed. Otherwise, segments of similar length form
+    a right-padded batch for PyTorch's attention. Under a causal mask, no token attends to padding after it.
 
     Args:
         config: Megatron's config.
@@ -200,7 +199,7 @@ class PackedAttention(nn.Module):
 class GatedSelfAttention(SelfAttention):  # type: ignore[misc] # Megatron has no types
     """Megatron's attention, whose output is multiplied by the sigmoid of a gate.
 
-    Megatron compiles this product, which takes seconds and a C++ compiler on CPUs.
+    Megatron would compile this product. On CPUs, that takes seconds and needs a C++ compiler.
     """
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
@@ -221,8 +220,8 @@ def _attend_masked(
 ) -> Tensor:
     """Compute attention under a mask with PyTorch.
 
-    Keys and values are repeated for all query heads, because with a mask and `enable_gqa`, PyTorch only has a CUDA
-    kernel that stores the scores of all heads.
+    Keys and values are repeated for all query heads. With a mask and `enable_gqa`, the only CUDA kernel of PyTorch
+    would store the scores of all heads.
 
     Args:
         query: [B, H, L, D], or wider with a sink.

@@ -1,4 +1,4 @@
-"""Context parallelism, with the rule for the rows of a pack that each rank holds, and attention to keys of other ranks.
+"""Context parallelism: which rows of a pack each rank holds, and attention to the keys of other ranks.
 
 A *pack* is a packed sequence (`model.llm.packing`). A pack of T rows is cut into 2·N equal chunks for N ranks. Rank i
 holds the chunks i and 2·N - 1 - i, in this order. Under a causal mask, late rows attend to more keys than early rows.
@@ -176,7 +176,7 @@ def _blocks(
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, cap: float | None) -> Tensor:
     """Return the attention [L, H, D] of queries [L, H, D] to keys and values [K, G, D] under a mask [L, K].
 
-    The query heads that share a key head form a batch, so that keys are not copied for each query head.
+    The query heads that share a key head form a batch, so keys are not copied for each query head.
     """
     copies = query.shape[1] // key.shape[1]
     by_group = query.unflatten(1, (-1, copies)).permute(2, 1, 0, 3)

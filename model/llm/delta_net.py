@@ -1,7 +1,7 @@
 """The gated delta network of a Megatron layer with linear attention, for packed sequences (arXiv 2412.06464).
 
-Shapes: t rows of a pack; C channels of queries, keys and values together; G key heads, H value heads and K, V their
-widths, all of this rank; B segments and L tokens of the longest segment of a bucket; W width of the convolution.
+Shapes: t rows of a pack; C channels of queries, keys and values together, G key heads of width K and H value heads of
+width V, all on this rank; B segments and L tokens of the longest segment of a bucket; W width of the convolution.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Convolution(nn.Module):
     """A causal convolution over tokens with one filter for each channel, followed by SiLU.
 
     Args:
-        weight: The filters [C, 1, W], whose last tap belongs to the present token.
+        weight: The filters [C, 1, W], whose last tap belongs to the current token.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -52,7 +52,7 @@ class Convolution(nn.Module):
         self.weight = weight
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return [B, L, C] for inputs [B, W - 1 + L, C], which begin with those of the W - 1 tokens before."""
+        """Return [B, L, C] for inputs [B, W - 1 + L, C], which begin with those of the W - 1 preceding tokens."""
         taps = self.weight[:, 0].unbind(-1)
         length = inputs.shape[1] - len(taps) + 1
         mixed = taps[0] * inputs[:, :length]
@@ -64,9 +64,9 @@ class Convolution(nn.Module):
 class GatedDeltaNet(nn.Module):
     """Linear attention within each segment of a pack, which replaces Megatron's attention in a layer.
 
-    The input projection has the rows of queries, keys and values, of the output gate, and of the rate and the decay of
-    each head, in this order. Heads are divided among tensor-parallel ranks. The convolution and the state of a head
-    start with zeros in every segment, or continue those of a sequence in the KV cache.
+    The outputs of the input projection are the queries, keys and values, the output gate, and the rates and decays of
+    the heads, in this order. Heads are divided among tensor-parallel ranks. In every segment, the convolution and the
+    state of a head start from zeros, or from the values of the segment's sequence in the KV cache.
 
     Args:
         config: Megatron's config.
@@ -142,7 +142,7 @@ class GatedDeltaNet(nn.Module):
         recent, states = packed.cache.states(self.layer_number, *shapes, like=inputs)
         which = segments.sequences
         attended, padded, state = self._attend(segments.bucket, inputs, rate, decay, recent[which], states[which])
-        # The last inputs of each segment. `padded` begins with those before the segment.
+        # `padded` begins with the inputs before the segment, so these rows are the last inputs of the segment.
         rows = segments.lengths[:, None] + torch.arange(sizes.kernel - 1, device=inputs.device)
         recent[which] = padded.take_along_dim(rows[..., None], 1)
         states[which] = state
@@ -184,7 +184,7 @@ class GatedDeltaNet(nn.Module):
         query, key, value = self.conv1d(padded).split(widths, dim=-1)
         copies = self.value_heads // self.key_heads
         query, key = (x.unflatten(-1, (self.key_heads, -1)).repeat_interleave(copies, 2) for x in (query, key))
-        # Padding has the decay 0 and the rate 0, so that it does not change the state.
+        # Padding has the decay 0 and the rate 0, so it does not change the state.
         rate, decay = (bucket.pad(x[..., None])[..., 0].transpose(1, 2) for x in (rate, decay))
         value = value.unflatten(-1, (self.value_heads, -1))
         output, state = self.rule(query, key, value, decay, rate, state)

@@ -4,8 +4,8 @@ A head has a state S [K, V], which token t changes and then reads: ::
 
     S ← a_t S          S ← S + b_t k_t (v_t - k_tᵀ S)ᵀ          o_t = Sᵀ q_t
 
-In a chunk of C tokens, the changes of all tokens follow from the state before the chunk by the solution of a triangular
-system (Yang et al. 2024, arXiv 2406.06484, section 3), so only chunks are computed one after the other.
+Within a chunk of C tokens, the changes by all tokens are computed at once from the state before the chunk, by solving a
+triangular system (Yang et al. 2024, arXiv 2406.06484, section 3). Only the chunks are computed one after the other.
 
 Shapes: B sequences, H heads, L tokens, K width of queries and keys, V width of values, N chunks.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 CHUNK_TOKENS = 64
-"""The largest number of tokens of a chunk."""
+"""The largest number of tokens in a chunk."""
 _EPS = 1e-6
 
 DeltaRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -39,7 +39,7 @@ def chunked_delta_rule(
         query: q [B, L, H, K].
         key: k [B, L, H, K].
         value: v [B, L, H, V].
-        decay: log a [B, L, H], not above 0.
+        decay: log a [B, L, H], at most 0.
         rate: b [B, L, H].
         state: S before the first token [B, H, K, V].
 
@@ -49,9 +49,9 @@ def chunked_delta_rule(
     length, dtype = query.shape[1], value.dtype
     size = min(CHUNK_TOKENS, 1 << (length - 1).bit_length())
     query, key, value = (_chunks(x, size) for x in (_unit(query) * query.shape[-1] ** -0.5, _unit(key), value))
-    decay, rate = (_chunks(x[..., None], size) for x in (decay, rate))  # [B, H, N, C, 1], like all others
+    decay, rate = (_chunks(x[..., None], size) for x in (decay, rate))  # [B, H, N, C, 1]
     before = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
-    total = decay.mT.masked_fill(~before, 0.0).sum(-1, keepdim=True)  # a cumulative sum that is deterministic on CUDA
+    total = decay.mT.masked_fill(~before, 0.0).sum(-1, keepdim=True)  # Unlike `cumsum`, this is deterministic on CUDA.
     # The decay from the token of a column to the token of a row. Differences above the diagonal could overflow.
     ratio = (total - total.mT).masked_fill(~before, float("-inf")).exp()
     rated = rate * key
@@ -83,7 +83,7 @@ def _chunks(x: Tensor, size: int) -> Tensor:
 
 
 def kernels() -> DeltaRule | None:
-    """Return the gated delta rule of the package flash-linear-attention for GPUs; None if it is not installed."""
+    """Return the gated delta rule of flash-linear-attention, for GPUs; None if the package is not installed."""
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError:

@@ -47,15 +47,14 @@ def expert_shapes(hf_config: PretrainedConfig, layer: int) -> dict[str, tuple[in
 def expert_parts(
     parameter: str, layer: int, hf_config: PretrainedConfig, tp_rank: int, tp_size: int
 ) -> list[tuple[str, Index]] | None:
-    """Return the tensors, and the part of each, of which a Megatron parameter on a rank consists, in order.
+    """Return the tensors of which a Megatron parameter on a rank consists, in order, and the part of each.
 
     Args:
         parameter: The name of the parameter.
         layer: The number of the layer.
         hf_config: The LLM.
-        tp_rank: The tensor-parallel rank. For experts that the router chooses, it is the rank of expert tensor
-            parallelism.
-        tp_size: The number of these ranks.
+        tp_rank: The tensor-parallel rank. For experts that the router chooses, the rank in expert tensor parallelism.
+        tp_size: The tensor-parallel size or, for these experts, the size of expert tensor parallelism.
 
     Returns:
         The names and parts; None if the parameter belongs to neither a router nor an expert.

@@ -1,9 +1,9 @@
-"""FFN experts, with the choice of experts for each token, and the layer in plain PyTorch.
+"""FFN experts in plain PyTorch: the choice of experts for each token, and the layer.
 
 A layer with experts has a router, which scores every expert for every token, and one gated feed-forward network per
 expert. A token is sent to the `top_k` experts with the highest scores, and their outputs are summed with the router's
-weights. The router may also choose null experts, which compute nothing. Biases that are updated from the numbers of
-tokens may take part in the choice. Shared experts compute every token, and their outputs are added.
+weights. The router may also choose null experts, which compute nothing. The choice may also depend on biases, which are
+updated according to how often each expert was chosen. Shared experts compute every token, and their outputs are added.
 `model.llm.megatron_experts` computes the same on several ranks.
 
 Shapes: n tokens, E experts, C = E + N choices with N null experts, k chosen experts per token, H hidden width, F width
@@ -32,7 +32,8 @@ class Choice:
     logits: Tensor
     """The scores [n, C] in fp32."""
     experts: Tensor
-    """The indices [n, k] of the chosen experts, the highest rank first. Indices from E are null experts."""
+    """The indices [n, k] of the chosen experts, in descending order of `ranking`. Indices from E on are null experts.
+    """
     weights: Tensor
     """The weights [n, k] of the chosen experts in fp32, with gradient. The weight of a null expert is 0."""
     ranking: Tensor
@@ -94,7 +95,7 @@ def balance(score_bias: Tensor, counts: Tensor, rate: float) -> None:
         score_bias: The biases [C] in fp32, which are changed in place.
         counts: The number of tokens [C] of the global batch that chose each expert, in fp64, so that the average is
             exact.
-        rate: The amount of a change.
+        rate: The amount by which a bias changes.
     """
     score_bias.add_((counts.mean() - counts).sign().to(score_bias.dtype), alpha=rate)
 
@@ -124,7 +125,7 @@ class MixtureLayer(nn.Module):
         super().__init__()
         self.mixture, self.names, self.number = mixture, dict(modules), number
         self.observe: Callable[[Choice], None] | None = None
-        """A function that is called in every forward pass with the choices for its tokens, row by row."""
+        """A function that is called in every forward pass with the choices for the tokens of that pass, row by row."""
         self.noise: TokenNoise | None = None
         """The identities of the tokens of the next forward pass, row by row; None without jitter."""
         self.routers = [path for path, _ in mixture.router_parts(modules["router"])]

@@ -1,8 +1,7 @@
 """The LLM families, and the properties by which they differ in Megatron-core and in Hugging Face's checkpoints.
 
-All families are decoders of the same kind: RMSNorms before or after attention and a gated feed-forward network, and
-rotary positions. Families differ in additional tensors, in names, and in the features that `model.llm.features`
-describes.
+All families are decoders with RMSNorms, rotary positions and gated feed-forward networks. They differ in additional
+tensors, in names, and in the features that `model.llm.features` describes.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ LLAMA_MODULES: dict[str, str] = {
     "final_norm": "model.norm",
     "output": "lm_head",
 }
-"""Role of a module of an LLM → its name in transformers' Llama. Names within a layer are relative to `layer`, in which
+"""The names of the modules of transformers' Llama, by role. Names within a layer are relative to `layer`, in which
 `{n}` stands for the layer's number. Roles with the same module share one tensor, in this order. Families with norms
 after attention and after the feed-forward network have the roles `attention_output_norm` and `mlp_output_norm`.
-Families with attention sinks have the role `sinks`, the module of the parameter of that name. Families with linear
-attention have the roles of `QWEN3_5_MODULES` that begin with `delta`."""
+Families with attention sinks have the role `sinks`, which is the module that has the parameter of that name. Families
+with linear attention have the roles of `QWEN3_5_MODULES` that begin with `delta`."""
 
 REQUIRED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
-"""Field of the Hugging Face config → the only value that the Megatron model supports."""
+"""The only value of each of these fields of the Hugging Face config that the Megatron model supports."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class LLMFamily:
     sinks: bool = False
     """True if every head has an attention sink: a learned score that takes part in the softmax, without a value."""
     gated_attention: bool = False
-    """True if the projection of queries also has the rows of a gate of attention's output, head by head."""
+    """True if the projection of queries also has rows for a gate by which attention's output is multiplied. The rows of
+    each head's gate follow those of its query."""
     qk_norm: bool = False
     """True if every query and key head is normalized by an RMSNorm with learned weights."""
     all_heads_norm: bool = False
@@ -77,7 +77,8 @@ class LLMFamily:
     scales: Callable[[PretrainedConfig], Scales] = plain
     """A function that returns the factors that a config describes."""
     required: Mapping[str, Any] = field(default_factory=lambda: dict(REQUIRED))
-    """Field of the Hugging Face config → the only value that is supported. Fields that the config lacks are ignored."""
+    """The only supported value of each of these fields of the Hugging Face config. Fields that the config lacks are
+    ignored."""
     modules: Mapping[str, str] = field(default_factory=lambda: dict(LLAMA_MODULES))
     """The names of the modules in the checkpoint, by the roles of `LLAMA_MODULES`."""
     experts: Callable[[PretrainedConfig], Mixture | None] | None = None

@@ -151,7 +151,7 @@ def ministral3(hf_config: PretrainedConfig) -> Scales:
         if rope.get(key) is None:
             raise UserError(
                 f"model.llm.config.rope_parameters.{key} is missing: ministral3 scales queries by it; set it "
-                "(llama_4_scaling_beta = 0 has no effect)"
+                "(llama_4_scaling_beta = 0 disables the scaling)"
             )
     return Scales(long_queries=(float(rope[keys[0]]), int(rope[keys[1]])))
 

@@ -1,8 +1,8 @@
-"""A backward pass of Megatron's linear layers with frozen weights that is one matrix product.
+"""A backward pass for Megatron's linear layers with frozen weights that consists of one matrix product.
 
-Megatron multiplies the gradient [t, 1, outputs] by the weight with `torch.matmul`. If the strides of this gradient are
-not those of a contiguous tensor, which may be the case even for its dimension of size 1, `torch.matmul` computes t
-products of one row each, and in bf16 on CPUs it copies the weight for each of them.
+Megatron multiplies the gradient [t, 1, outputs] by the weight with `torch.matmul`. If the strides of this gradient
+differ from those of a contiguous tensor, even if only in the dimension of size 1, `torch.matmul` computes t products of
+one row each. In bf16 on CPUs, it also copies the weight for each of these products.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _megatron_backward = layers.LinearWithFrozenWeight.backward
 
 
 class LinearWithFrozenWeight(layers.LinearWithFrozenWeight):  # type: ignore[misc] # Megatron has no types
-    """Megatron's function of the same name, with a gradient of two dimensions."""
+    """Megatron's function of the same name, which reads the gradient with two dimensions."""
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -25,7 +25,7 @@ _BITS = 24
 
 @dataclass(frozen=True)
 class TokenNoise:
-    """The identities of n tokens in a training step, from which their jitter follows."""
+    """The identities of n tokens in a training step, from which their jitter is computed."""
 
     samples: Tensor
     """The identity [n] int64 of each token's sample in the step."""

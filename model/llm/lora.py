@@ -8,8 +8,8 @@ inputs. The other factor is the same on all tensor-parallel ranks and is applied
 is marked `sequence_parallel`, so Megatron sums its gradient over the tensor-parallel ranks. The tensors that ranks
 exchange have only `rank` columns.
 
-An expert has its own adapters. Expert tensor parallelism splits them in the same way, but Megatron's dispatcher gathers
-and scatters the tokens of an expert.
+An expert has its own adapters. Expert tensor parallelism splits them in the same way, but it is Megatron's dispatcher
+that gathers and scatters the tokens of an expert.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ def _split(values: Tensor, module: Any, dim: int) -> nn.Parameter:
 def _parameter(values: Tensor, module: Any) -> nn.Parameter:
     weight = module.weight
     parameter = nn.Parameter(values.to(device=weight.device, dtype=weight.dtype, copy=True))
-    parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined] # false: over copies of experts
+    # The value is false for experts. Their gradients are reduced only over the copies of the expert.
+    parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
     return parameter
 
 

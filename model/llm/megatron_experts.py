@@ -54,7 +54,7 @@ def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, exper
     return {
         **shared,
         "num_moe_experts": len(mixture.experts),
-        # Megatron only reads it to check it. With null experts, a token may choose more experts than there are.
+        # Megatron only checks this value. With null experts, `top_k` may exceed the number of experts.
         "moe_router_topk": min(mixture.top_k, len(mixture.experts)),
         "moe_ffn_hidden_size": mixture.width,
         "moe_router_load_balancing_type": "none",
@@ -82,7 +82,8 @@ def expert_spec(mixture: Mixture) -> ModuleSpec:
 class ColumnParallelWithBias(ColumnParallelLinear):
     """Megatron's layer with a bias, whatever Megatron's config says.
 
-    Megatron has one setting for the biases of all layers, and refuses it for experts that tensor-parallel ranks share.
+    Megatron has a single setting for the biases of all layers, and rejects biases for experts that tensor-parallel
+    ranks share.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -110,7 +111,7 @@ class ExpertsWithBiases(SequentialMLP):
         config: Megatron's config.
         submodules: The classes of the projections.
         pg_collection: Megatron's process groups.
-        clamp: The gate; None for SwiGLU.
+        clamp: The clamped gate; None for SwiGLU.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class ExpertsWithBiases(SequentialMLP):
         pg_collection: Any,
         clamp: Clamp | None,
     ) -> None:
-        super().__init__(0, config, submodules, pg_collection)  # It creates experts of Megatron's own class.
+        super().__init__(0, config, submodules, pg_collection)  # Megatron creates none of its own experts.
         self.num_local_experts = num_local_experts
         group = pg_collection.expt_tp
         self.local_experts.extend(_Expert(self.config, submodules, group, clamp) for _ in range(num_local_experts))
@@ -147,7 +148,7 @@ class _Expert(MLP):
 
 
 class _Share(torch.autograd.Function):
-    """The N-th part of a bias, which N ranks add to their partial sums. The gradient is that of the whole bias."""
+    """A bias divided by N, which each of N ranks adds to its partial sum. The gradient is that of the whole bias."""
 
     @staticmethod
     def forward(_ctx: Any, bias: Tensor, num_ranks: int) -> Tensor:
@@ -166,7 +167,7 @@ class SharedExperts(nn.Module):
     Args:
         config: Megatron's config.
         pg_collection: Megatron's process groups, which Megatron passes.
-        gate: A setting of Megatron's shared expert, which Megatron passes and is ignored.
+        gate: A setting of Megatron's shared expert. Megatron passes it, and this class ignores it.
         mixture: The experts.
     """
 

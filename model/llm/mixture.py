@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig  # not at run time, since recipes are read without PyTorch
+    from transformers import PretrainedConfig  # It is not imported at run time, since recipes are read without PyTorch.
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def describe_experts(
     """Return the value of `ffn_experts` for the Hugging Face config of a dense LLM to which experts are added.
 
     Args:
-        experts: The experts, of which only the names are used, and whether they are shared.
+        experts: The experts. Only the names, and whether an expert is shared, are used.
         layers: The value of `model.llm.moe_layers`.
         top_k: The number of experts per token.
         router: The settings of the routers.
@@ -226,7 +226,7 @@ def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
         num_layers: The number of layers of the LLM.
 
     Raises:
-        UserError: If `describe_experts` does not return this value for any experts of an LLM with `num_layers` layers.
+        UserError: If `describe_experts` could not have returned this value for an LLM with `num_layers` layers.
     """
     kinds = {"experts": list, "layers": list, "top_k": int, "normalize": bool}
     optional = {"forced": str, "null_experts": int, "bias_rate": float, "jitter": float, "shared_gate": bool}
@@ -285,10 +285,8 @@ def mixtral(hf_config: PretrainedConfig) -> Mixture | None:
 
 def qwen3_moe(hf_config: PretrainedConfig) -> Mixture | None:
     """Return the experts of a Qwen3-MoE model; None if no layer has experts."""
-    dense, step = (
-        set(hf_config.mlp_only_layers),
-        hf_config.decoder_sparse_step,
-    )  # read once, since each access takes microseconds
+    # Each access to a field of the config takes microseconds, so the fields are read outside the loop.
+    dense, step = set(hf_config.mlp_only_layers), hf_config.decoder_sparse_step
     layers = tuple(n for n in every_layer(hf_config) if n not in dense and (n + 1) % step == 0)
     if not layers or not hf_config.num_experts:
         return None

@@ -72,7 +72,7 @@ class Piece:
 
 
 def is_expert(megatron_name: str) -> bool:
-    """Return whether a parameter belongs to an expert, so that expert tensor parallelism divides it."""
+    """Return whether a parameter belongs to an expert and is therefore divided by expert tensor parallelism."""
     return ".local_experts." in megatron_name
 
 

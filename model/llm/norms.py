@@ -99,7 +99,7 @@ class AllHeadsNorm(nn.Module):
         squares = values.square().sum((-2, -1), keepdim=True)
         if self.tp_size > 1:
             copies = own * self.tp_size // self.num_heads
-            # Summed over ranks both in the forward pass (values) and in the backward pass (gradients).
+            # Values are summed over ranks in the forward pass, and gradients in the backward pass.
             squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares)) / copies
             first = parallel_state.get_tensor_model_parallel_rank() // copies * own
             weight = weight[first : first + own]

@@ -98,11 +98,11 @@ class PackedSequences(PackedSeqParams):
     layer, the router's choices, this pack and the tensor-parallel group. It returns a scalar loss, whose gradient is
     added to the gradient of the router's output."""
     noise: Tensor | None = None
-    """The identity [S] int64 of each segment in a training step, from which the jitter of routers follows; None without
-    jitter. The value of padding is ignored."""
+    """The identity [S] int64 of each segment's sample in a training step, from which the jitter of routers is computed;
+    None without jitter. The value of padding is ignored."""
     output_rows: Tensor | None = None
-    """The rows [n] whose logits are computed, in order; None for all rows. Only without tensor parallelism, which
-    distributes the rows over ranks."""
+    """The rows [n] whose logits are computed, in order; None for all rows. It must be None with tensor parallelism,
+    which distributes the rows over ranks."""
 
     def __post_init__(self) -> None:
         assert self.lengths and all(n > 0 for n in self.lengths), self.lengths
@@ -157,9 +157,8 @@ class PackedSequences(PackedSeqParams):
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """The indices of the segments in each bucket.
 
-        To limit padding, the lengths in a bucket have the same next power of 2.
-
-        The segments in `continued` are first, each in a separate bucket.
+        To limit padding, a bucket contains segments whose lengths round up to the same power of 2. The segments in
+        `continued` are first, each in a separate bucket.
         """
         alone = [self.offsets.index(own.row) for own in self.continued]
         found: dict[int, list[int]] = {}

@@ -155,8 +155,8 @@ def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedMod
     """Build the transformers model in fp32 with the same weights as the Megatron model.
 
     Raises:
-        UserError: If `resolve_hf_config` or `weight_source` raises it, or if the `LLMFamily` describes other tensors
-            than the model has.
+        UserError: If `resolve_hf_config` or `weight_source` raises it, or if the tensors that the `LLMFamily` describes
+            differ from those of the model.
     """
     hf_config = resolve_hf_config(config)
     source = weight_source(config, hf_config, seed)
@@ -175,7 +175,8 @@ def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedMod
 
 
 def _attention_of(hf_config: PretrainedConfig) -> str:
-    """Return transformers' name of the attention that supports an LLM, since SDPA has neither sinks nor bounds."""
+    """Return the name in transformers of an attention function for an LLM. SDPA supports neither sinks nor bounded
+    scores."""
     family = family_of(hf_config)
     return "eager" if family.sinks or family.scales(hf_config).scores_cap is not None else "sdpa"
 
@@ -186,7 +187,7 @@ def _check_shapes(hf_config: PretrainedConfig, found: dict[str, tuple[int, ...]]
     if wrong:
         raise UserError(
             f"model.llm.config.model_type = {hf_config.model_type}: its LLMFamily does not describe the tensors of "
-            f"transformers' model: {wrong[0]} is missing, superfluous or of another shape; correct the family"
+            f"transformers' model: {wrong[0]} is missing, superfluous or has another shape; correct the family"
         )
 
 
@@ -202,8 +203,8 @@ def _load_config(config: LLMConfig) -> PretrainedConfig:
     overrides = {k: v for k, v in config.config.items() if k != "model_type"}
     if config.config.get("model_type", hf_config.model_type) != hf_config.model_type:
         raise UserError(
-            f"model.llm.config.model_type = {config.config['model_type']}: the weights are {hf_config.model_type}; "
-            "remove the key"
+            f"model.llm.config.model_type = {config.config['model_type']}: the type of the weights is "
+            f"{hf_config.model_type}; remove the key"
         )
     if not overrides:
         return hf_config

@@ -44,7 +44,7 @@ def rotary_embeddings(hf_config: PretrainedConfig) -> dict[str, Rotary]:
             found[key] = Rotary(key, inv_freq, 1.0, in_fp32)
         else:
             initial = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
-            with torch.device("cpu"):  # YaRN creates tensors on the default device, which is meta in a plan
+            with torch.device("cpu"):  # YaRN uses the default device, which is meta in `earshot plan`.
                 inv_freq, scaling = initial(hf_config, torch.device("cpu"), layer_type=key or None)
             found[key] = Rotary(key, inv_freq, float(scaling), in_fp32)
     return found

@@ -2,8 +2,8 @@
 
 An *attention sink* is a learned score per head that takes part in the softmax of every query, but has no value
 (GPT-OSS, arXiv 2508.10925). It is computed as an additional key with a value of zero, so that any kernel for attention
-can be used. Queries get an additional channel with the score of their head, keys get zero there, and the key of the
-sink has one there and zeros elsewhere. The gradient of a sink is a part of the query's gradient.
+can be used. In an additional channel, a query has the sink's score of its head, a key has zero, and the key of the sink
+has one. The key of the sink is zero in all other channels. The gradient of a sink is a part of the query's gradient.
 
 A bound c turns a score s into c · tanh(s / c) (Gemma 2, arXiv 2408.00118). No kernel of PyTorch does this, so the
 scores of a block of queries are stored, and computed again in the backward pass.
@@ -28,12 +28,12 @@ BOUNDED_ROWS = 256
 
 
 def widen_queries(query: Tensor, sinks: Tensor, scale: float) -> Tensor:
-    """Return queries [..., H, W] that `attend` gives a sink.
+    """Return queries [..., H, W] for which `attend` adds a sink.
 
     Args:
         query: [..., H, D].
         sinks: The scores of the sinks, [H].
-        scale: The factor on scores, which the scores of the sinks include already.
+        scale: The factor on scores, by which the scores of the sinks have already been multiplied.
     """
     score = (sinks / scale).to(query.dtype)[:, None].expand(*query.shape[:-1], 1)
     return functional.pad(torch.cat((query, score), dim=-1), (0, SINK_CHANNELS - 1))
@@ -48,8 +48,8 @@ def attend(
         query: [..., H, L, D], or [..., H, L, W] of `widen_queries`.
         key: [..., G, K, D], where G divides H; with a mask, G must be H.
         value: [..., G, K, D].
-        mask: True where a query attends to a key, can be broadcast to [..., H, L, K]; None for causal attention of
-            L = K rows.
+        mask: True where a query attends to a key; it can be broadcast to [..., H, L, K]. None for causal attention of L
+            = K rows.
         scale: The factor on scores; None for 1/√D, which is not allowed with sinks.
         cap: The bound of scores; None for no bound. It excludes sinks.
 
@@ -65,7 +65,7 @@ def attend(
         assert scale is not None
         key, value = _add_sink(key, value, width)
         if mask is None:
-            # With a row in front of the queries as well, the sink is a previous token of every query.
+            # The queries also get a row in front, so that the sink is a previous token of every query.
             query = functional.pad(query, (0, 0, 1, 0))
         else:
             mask = functional.pad(mask, (1, 0), value=True)

@@ -1,8 +1,8 @@
 """Tensors in transformers that contain one projection, or its biases, of all experts of a layer.
 
 In checkpoints of runs, each projection of an expert is a separate matrix [outputs, inputs]. GPT-OSS is published with
-the tensors of `GptOssExperts` in transformers: matrices are transposed, and the columns of gate and up alternate. The
-models of the other families have such parameters too, but are published with separate matrices.
+the tensors of `GptOssExperts` in transformers: matrices are transposed, and the columns of gate and up alternate. In
+transformers, the models of the other families also have such parameters, but they are published with separate matrices.
 
 Shapes: E experts, H hidden width, F width of an expert.
 """
@@ -65,7 +65,7 @@ class Stacked:
 
 
 def stacked_tensors(hf_config: PretrainedConfig) -> dict[str, Stacked]:
-    """Return the published tensors that contain tensors of several experts, by name; none for most families."""
+    """Return the published tensors that contain tensors of several experts, by name; empty for most families."""
     mixture = mixture_of(hf_config)
     if mixture is None or not family_of(hf_config).stacks_experts:
         return {}
@@ -92,14 +92,15 @@ def stacked_tensors(hf_config: PretrainedConfig) -> dict[str, Stacked]:
 
 @dataclass(frozen=True)
 class FusedProjection:
-    """A parameter in transformers that contains a projection of all experts of a layer, or their gates and ups."""
+    """A parameter in transformers that contains one projection of all experts of a layer, or their gate and up
+    projections."""
 
     num_experts: int
     num_outputs: int
     """The number of outputs of each expert, including those of gate and up if both are in the parameter."""
     parts: dict[str, tuple[int, slice]]
-    """Name of an expert's layer in checkpoints → the index of the expert, and the layer's outputs among those of the
-    parameter."""
+    """For each expert's projection, by its name in checkpoints, the index of the expert, and the outputs of the
+    projection among those of the parameter."""
 
 
 EXPERTS_MODULE = "mlp.experts"
@@ -109,7 +110,7 @@ EXPERTS_MODULE = "mlp.experts"
 def fused_projections(hf_config: PretrainedConfig) -> dict[str, FusedProjection]:
     """Return the parameters of an LLM in transformers that contain projections of experts, by name.
 
-    They are in the order in which the modules have them. The result is empty for an LLM without experts.
+    They are in the order of the layers. The result is empty for an LLM without experts.
     """
     mixture = mixture_of(hf_config)
     if mixture is None:

@@ -16,9 +16,9 @@ functions and attention, but no matmul of a linear layer. `full` recomputes whol
 def chunk_layers(num_layers: int, pp_size: int, vp_size: int = 1) -> tuple[int, ...]:
     """Return the number of layers of each chunk, in the order of the model.
 
-    The numbers differ by at most one. If some chunks must have one layer fewer, the last chunk is the first of them,
-    because it also contains the output layer and the loss. The next is chunk 0, which contains the embedding, followed
-    by chunks 1, 2 and so on, because early stages hold the activations of more micro-batches.
+    The numbers differ by at most one. If some chunks must have one layer fewer, they are chosen in this order: the last
+    chunk, because it also contains the output layer and the loss; chunk 0, which contains the embedding; and then
+    chunks 1, 2 and so on, because early stages hold the activations of more micro-batches.
 
     Args:
         num_layers: The number of layers of the LLM, at least one per chunk.

@@ -19,8 +19,8 @@ from model.llm.mixture import SCORE_BIAS
 from model.llm.names import Index, hf_shapes, hf_to_local, is_expert, local_pieces
 
 RANDOM_BLOCK_ROWS = 256
-"""The number of rows of a random tensor that one generator draws. A different value changes the weights of all
-seeds."""
+"""The number of rows of a random tensor that one generator draws. A different value would change the random weights of
+every seed."""
 
 
 class WeightSource(Protocol):
@@ -84,7 +84,7 @@ class SafetensorsSource:
             return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
         except SafetensorError as error:
             raise UserError(
-                f"{self.where(name)}: the index names {name}, which is not here ({error}); download it again"
+                f"{self.where(name)}: lacks the tensor {name}, which the index names ({error}); download it again"
             ) from error
 
     def read(self, name: str, index: Index) -> Tensor:
@@ -189,7 +189,7 @@ class RandomSource:
 
 
 def local_directory(weights: str) -> Path:
-    """Return `weights` if it is a directory, or else the snapshot of this hub id with its JSON and safetensors files.
+    """Return `weights` if it is a directory, or else download the JSON and safetensors files of this hub id.
 
     Raises:
         UserError: If `weights` is not a directory and cannot be downloaded.
@@ -232,7 +232,7 @@ def check_tensor(source: WeightSource, name: str, expected: tuple[int, ...]) -> 
         )
     if found != expected:
         raise UserError(
-            f"{source.where(name)}: tensor {name} has shape {found}, the config needs {expected}; "
+            f"{source.where(name)}: tensor {name} has shape {found}, but the config needs {expected}; "
             "make model.llm.config match the weights"
         )
 

@@ -126,7 +126,7 @@ class TokenLoss(Loss):
     def reference(self, sample: Sample) -> Sample | None:
         """Return a sample without audio, whose logits are computed without gradient; None to skip `sample`.
 
-        The labels of the result must be the labels of `sample` in the same order, and must be at the end.
+        The labels of the result must be those of `sample`, in the same order, and must be at its last positions.
         """
         return None
 
@@ -175,7 +175,8 @@ def audio_terms(
             if targets is not None:
                 targets = Ragged(to_device(targets.values, device), targets.lengths)
             total = loss.sum(audio, targets, config, reduce)
-            if loss.name in audio.heads:  # so that the head takes part in the backward pass on every rank
+            if loss.name in audio.heads:
+                # Without clips, the head would not take part in this rank's backward pass.
                 total = total + audio.heads[loss.name].values[:0].sum()
         terms.append(LossTerm(loss.name, loss.weight(config), total, loss.count(batch, config)))
     return tuple(terms)

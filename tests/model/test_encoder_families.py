@@ -269,7 +269,7 @@ def test_what_auto_cannot_encode_is_refused() -> None:
     with pytest.raises(UserError, match=r"per_module: model.primary has the family auto, whose modules cannot"):
         check_recipe(replace(recipe, train=replace(recipe.train, gather_audio_weights="per_module")))
     for fields, message in (
-        ({**whisper, "extractor": extractor}, "makes features of one length of all clips"),
+        ({**whisper, "extractor": extractor}, "makes features of the same length for all clips"),
         ({**whisper}, "there is no feature extractor; give weights"),
         ({"model_type": "bert", "extractor": extractor}, "BertModel reads input_ids, not audio features"),
         ({"model_type": "nothing"}, "model_type = nothing is unknown to transformers"),

@@ -45,7 +45,7 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
             r"model.losses.expert_balance: the LLM \(llama\) has no experts; remove the entry",
         ),
         ([MIXTRAL, EXPERTS], r"model.llm.experts: the LLM \(mixtral\) has experts already"),
-        (["model.llm.top_k=1"], "moe_layers, top_k and router set how model.llm.experts are used, which is empty"),
+        (["model.llm.top_k=1"], "moe_layers, top_k and router have no effect, because model.llm.experts is empty"),
         ([EXPERTS, "model.llm.top_k=3"], r"model.llm.top_k = 3: must be within 1\.\.2"),
         (
             [EXPERTS, "model.llm.top_k=4", "model.llm.router={null_experts: 1}"],
@@ -53,7 +53,7 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         ),
         ([EXPERTS, "model.llm.router={null_experts: -1}"], "router.null_experts = -1: must be at least 0"),
         ([EXPERTS, "model.llm.router={bias_rate: 1.5}"], r"router.bias_rate = 1.5: must be from 0 to below 1"),
-        (["model.llm.router={bias_rate: 0.001}"], "moe_layers, top_k and router set how model.llm.experts are used"),
+        (["model.llm.router={bias_rate: 0.001}"], "moe_layers, top_k and router have no effect"),
         (["model.llm.experts=[{name: 'null'}]"], "name = 'null': null experts have this name; choose another one"),
         ([EXPERTS, "model.llm.moe_layers=[1, 2]"], r"moe_layers = \(1, 2\): give all, .* numbers within 0\.\.1"),
         ([EXPERTS, "model.llm.router={forced: sound}"], "forced = sound: must be one of speech, text, or null"),

@@ -75,10 +75,10 @@ def test_every_way_of_starting_sets_them_before_torch_is_imported() -> None:
 def test_a_low_limit_is_named_with_the_number_that_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = needed_descriptors(1008, cuda=True)
     assert low_limit(needed, 1008, cuda=True) is None
-    assert f"may open 1024 files, but a rank of 1008 may need {needed}" in (low_limit(1024, 1008, cuda=True) or "")
+    assert f"may open only 1024 files, but rank 0 of 1008 may need {needed}" in (low_limit(1024, 1008, cuda=True) or "")
     monkeypatch.setattr("trainer.job.node_check.raise_descriptor_limit", lambda: 1024)
     wanted = Wanted(0, str(tmp_path), (), (), 0, 0, num_ranks=1008)
-    assert [f"a rank of 1008 may need {needed_descriptors(1008, cuda=False)}" in f for f in look(wanted).faults] == [
+    assert [f"rank 0 of 1008 may need {needed_descriptors(1008, cuda=False)}" in f for f in look(wanted).faults] == [
         True
     ]
     assert isinstance(look(Wanted(0, str(tmp_path), (), (), 0, 0)), Report)

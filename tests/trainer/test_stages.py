@@ -43,7 +43,10 @@ def test_the_stages_decide_the_number_of_steps() -> None:
         (("stages=[{name: a, steps: 0}]",), "stages 'a'.steps = 0: must be at least 1"),
         (("stages=[{name: a, steps: 2}, {name: a, steps: 2}]",), "stages: names ['a', 'a'] must be unique"),
         (("stages=[{name: a, steps: x}]",), "stages[0].steps = 'x': expected a whole number"),
-        (("stages=[{name: a, steps: 2, warmup_steps: 3}]",), "= 3: must be within 0..2 (its steps); set stages.0.w"),
+        (
+            ("stages=[{name: a, steps: 2, warmup_steps: 3}]",),
+            "= 3: must be within 0..2, the steps of the stage; set stages.0.w",
+        ),
         (("stages=[{name: a, steps: 2, lr: 0.0}]",), "stages 'a'.lr = 0.0: must be positive"),
         (("stages=[{name: a, steps: 2, min_lr_ratio: 2.0}]",), "optim.min_lr_ratio = 2.0: must be within 0..1"),
         (("stages=[{name: a, steps: 2, weights: {x: 1}}]", DATASETS), "stages 'a'.weights.x: no such dataset"),

@@ -20,5 +20,5 @@ def attend(
 
 
 def use_fp32_attention() -> None:
-    """Make all models of transformers in this process use `attend`."""
+    """Make all transformers models in this process use `attend`."""
     AttentionInterface.register("sdpa", attend)

@@ -1,7 +1,7 @@
 """The configuration of DeepSpeed, which combines a JSON file in DeepSpeed's format with values from the recipe.
 
-Every setting has only one place. The JSON file adapts ZeRO-3 to the hardware (buckets, overlap, offload). The recipe
-contains all settings that affect the trained weights.
+Every setting is made in only one place. The JSON file adapts ZeRO-3 to the hardware (buckets, overlap, offload). The
+recipe contains all settings that affect the trained weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ every call of a module."""
 
 BUCKET_ELEMENTS = 2**29
 """The largest number of elements that one collective gathers or reduces, unless a single parameter is larger. It
-applies to gathering once per update, and limits the memory for the send buffers of weights and gradients."""
+applies only if weights are gathered once per update, and limits the memory for the send buffers of weights and
+gradients."""
 
 _OWNERS = {
     "train_batch_size": "data.global_batch_samples",
@@ -126,7 +127,7 @@ def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[s
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "zero_force_ds_cpu_optimizer": False,  # the engine passes torch.optim.AdamW, offloaded or not
+        "zero_force_ds_cpu_optimizer": False,  # The engine passes torch.optim.AdamW, even with offloading.
     }
     if precision == "bf16":
         owned |= {

@@ -108,7 +108,7 @@ class AudioEngine:
         Collective: every rank of the world must call it.
 
         Returns:
-            Names of the encoders of a dispatch → the dispatch.
+            The dispatches, by the names of their encoders.
         """
         config, device = self.tower.config, self.groups.device
         dtype = next(self.tower.projector.parameters()).dtype

@@ -1,8 +1,8 @@
 """Expert parallelism for encoders: clips are sent to a rank that holds the encoder, and features are sent back.
 
 The method follows that of sparsely gated experts (Shazeer et al. 2017, arXiv 1701.06538; DeepSpeed-MoE, arXiv
-2201.05596). In contrast to them, an expert is a whole encoder, the shapes of experts differ, the inputs are waveforms
-of unequal length, and experts have no capacity limit.
+2201.05596). Here, however, an expert is a whole encoder, the shapes of experts differ, the inputs are waveforms of
+unequal length, and experts have no capacity limit.
 """
 
 from __future__ import annotations

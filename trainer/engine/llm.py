@@ -72,7 +72,7 @@ class LLMEngine:
         self.hf_config, self.groups, self.dtype, self.reduction = hf_config, groups, dtype, reduction
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self.saved_views: dict[str, Any] = {}
-        """The values that `trainer.checkpoint.llm_state` keeps from save to save, by Megatron parameter."""
+        """The values that `trainer.checkpoint.llm_state` keeps between saves, by Megatron parameter."""
         self.shapes = llm_shapes(hf_config, adapters)
         """The shapes of all tensors of the LLM, by name without `llm.`."""
         topology, place = groups.topology, groups.place
@@ -302,7 +302,7 @@ class LLMEngine:
                 parameter.requires_grad_(not setting.in_stage(stage).frozen)
 
     def step(self, clip_coef: float, lr_scale: float, stage: int = 0) -> None:
-        """Update the weights. `grad_norm_sq` must be called before, because it prepares the gradients.
+        """Update the weights. `grad_norm_sq` must have been called before, because it prepares the gradients.
 
         Args:
             clip_coef: The factor by which gradients are multiplied, at most 1.
@@ -354,7 +354,7 @@ class _TrainedPacks:
         """The audio embeddings [t/TP, H] of each pack, each a separate leaf of the graph. With a single leaf, autograd
         would allocate a gradient for all packs in every micro-batch."""
         self.token_losses: list[list[Tensor]] = [[] for _ in losses]
-        """For each loss, the token losses [t] in fp32 of the packs so far; last stage only."""
+        """For each loss, the token losses [t] in fp32 of the packs so far; empty on all stages but the last."""
 
     def sequences(self, m: int) -> PackedSequences:
         """Return the segments of a pack, with the function through which its layers report to the meter of routers."""

@@ -36,8 +36,8 @@ class Reduction:
     """The type in which gradients are accumulated over micro-batches and summed over replicas."""
     bucket_elements: int | None = None
     """The number of weights after which a bucket is closed; None selects Megatron's default. Weights are divided into
-    buckets only with `overlap_gradients`, and only in the first chunk of the first stage. There, only the computation
-    of other buckets can overlap with the exchange."""
+    buckets only with `overlap_gradients`, and only in the first chunk of the first stage, whose exchange can overlap
+    only with the computation of its other buckets."""
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> Reduction:
@@ -132,7 +132,8 @@ def build_optimizer(
 def _fuse(optimizer: Any) -> None:
     """Let torch's AdamW update a parameter in one pass over its memory.
 
-    Megatron uses it if neither TransformerEngine nor Apex is installed, and does not pass this option.
+    Megatron uses torch's AdamW if neither TransformerEngine nor Apex is installed, but does not pass the option
+    `fused`.
     """
     if isinstance(optimizer, torch.optim.AdamW):
         for options in (optimizer.defaults, *optimizer.param_groups):

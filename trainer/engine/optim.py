@@ -24,8 +24,9 @@ class PartConfig:
     of the LLM's parameters are their Hugging Face names after `llm.`. Names of low-rank adapters end in `.lora_A` and
     `.lora_B`."""
     frozen: bool = False
-    """Whether the parameters are not trained. They then have no gradient and no optimizer state. Only a pattern that
-    contains `lora_` freezes low-rank adapters, so `llm.*` freezes the LLM's own weights but not its adapters."""
+    """Whether the parameters are excluded from training. They then have no gradient and no optimizer state. Only a
+    pattern that contains `lora_` freezes low-rank adapters, so `llm.*` freezes the LLM's own weights but not its
+    adapters."""
     lr: float | None = None
     """The peak learning rate; null for `optim.lr`."""
     weight_decay: float | None = None
@@ -88,7 +89,7 @@ class ParamSetting:
 
 def setting_of(config: OptimConfig, name: str, num_dims: int) -> ParamSetting:
     """Return the settings of the parameter `name` (`audio.…` or `llm.…`), which has `num_dims` dimensions."""
-    if hasattr(config, "setting"):  # a `StagedOptim`
+    if hasattr(config, "setting"):  # This is a `StagedOptim`.
         found: ParamSetting = config.setting(name, num_dims)
         return found
     frozen, lr, weight_decay = False, config.lr, config.weight_decay if num_dims > 1 else 0.0
@@ -112,7 +113,7 @@ def check_patterns(config: OptimConfig, names: Iterable[str]) -> None:
         if not fnmatch.filter(names, part.pattern):
             example = names[0] if names else "none"
             raise UserError(
-                f"optim.parts[{i}].pattern = {part.pattern}: matches no parameter (names are like {example})"
+                f"optim.parts[{i}].pattern = {part.pattern}: matches no parameter (an example of a name is {example})"
             )
 
 
@@ -137,8 +138,8 @@ def param_groups(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter, 
 
     Args:
         config: The optimizer section.
-        params: The name, the parameter and its number of dimensions. The number is given separately, because the
-            parameter itself does not have it once ZeRO-3 has partitioned it.
+        params: The name, the parameter and its number of dimensions. The number is given separately, because a
+            parameter that ZeRO-3 has partitioned does not have its own dimensions.
 
     Returns:
         Groups of the trained parameters, for `set_rates`. Their order is the same on all ranks, even if ranks hold

@@ -47,7 +47,7 @@ def partition(tower: AudioTower, ds_config: dict[str, Any], topology: Topology, 
 
 
 def copies_of_partitions(topology: Topology, rank: int) -> dist.ProcessGroup | None:
-    """Return the group of ranks that hold copies of this rank's partitions, or None if there are no others.
+    """Return the group of ranks that hold copies of this rank's partitions, or None if no other rank holds a copy.
 
     Collective: every rank of the world must call it.
     """

@@ -53,7 +53,7 @@ def differing_ranks(digests: np.ndarray, topology: Topology) -> tuple[list[int],
         topology: The grid of ranks, without context parallelism, so that ranks with equal weights are replicas.
 
     Returns:
-        The differing ranks in ascending order, and whether the result is certain. Where it is unknown which replica is
+        The differing ranks in ascending order, and whether the result is certain. If it is unknown which replica is
         right, all ranks that hold this part of the weights are returned, and the second value is false.
     """
     found: list[int] = []

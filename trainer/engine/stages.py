@@ -31,7 +31,7 @@ PARTS = {
     "llm": ("llm.*",),
     "lora": ("*.lora_?",),
 }
-"""Names that `stages.N.train` accepts in place of patterns → the patterns of parameter names that they stand for."""
+"""Names that `stages.N.train` accepts in place of patterns, and the patterns of parameter names that they stand for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class StageConfig:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The patterns of the parameters that may learn; empty for all."""
+        """The patterns of the parameters that the stage may train; empty for all."""
         return tuple(pattern for entry in self.train for pattern in PARTS.get(entry, (entry,)))
 
 
@@ -84,7 +84,7 @@ class Stage:
     optim: OptimConfig
     """The settings of the stage."""
     patterns: tuple[str, ...] = ()
-    """The patterns of the parameters that may learn; empty for all."""
+    """The patterns of the parameters that the stage may train; empty for all."""
 
     def setting(self, name: str, num_dims: int) -> ParamSetting:
         """Return the settings of a parameter in this stage; see `setting_of`."""
@@ -121,8 +121,8 @@ def staged_optim(optim: OptimConfig, stages: Sequence[StageConfig]) -> OptimConf
         settings = replace(optim, **given, parts=(*optim.parts, *stage.parts))
         if settings.warmup_steps > stage.steps:
             raise UserError(
-                f"stages '{stage.name}'.warmup_steps = {settings.warmup_steps}: must be within 0..{stage.steps} "
-                f"(its steps); set stages.{number}.warmup_steps"
+                f"stages '{stage.name}'.warmup_steps = {settings.warmup_steps}: must be within 0..{stage.steps}, "
+                f"the steps of the stage; set stages.{number}.warmup_steps"
             )
         found.append(Stage(stage.name, start, stage.steps, settings, stage.patterns))
         start += stage.steps
@@ -154,7 +154,7 @@ def check_stages(optim: OptimConfig, names: Iterable[str]) -> None:
             if pattern not in known and not fnmatch.filter(names, pattern):
                 raise UserError(
                     f"stages '{stage.name}': pattern {pattern} matches no parameter; give one of {', '.join(PARTS)}, "
-                    f"or a pattern (names are like {names[0]})"
+                    f"or a pattern (an example of a name is {names[0]})"
                 )
         if not any(name.startswith("audio.") and not stage.setting(name, 2).frozen for name in names):
             raise UserError(f"stages '{stage.name}': every audio parameter is frozen; train at least audio.projector.*")

@@ -79,7 +79,7 @@ class Bucket:
         _free(self._summed)
         self._reduced, self._ordered = (self._buffer(rows, torch.float32) for rows in ((), (self.num_ranks,)))
         for parameter in parameters:
-            parameter.grad_dtype = None  # which permits fp32 gradients of parameters in half precision
+            parameter.grad_dtype = None  # This permits fp32 gradients of parameters in half precision.
 
     def _buffer(self, rows: tuple[int, ...], dtype: torch.dtype) -> _Buffer:
         """Return a buffer [*rows, S] without memory, and its views, one per parameter."""
@@ -205,7 +205,7 @@ class WholeWeights:
         """Return the tensors in DeepSpeed's memory to which the reduced gradients are written.
 
         Returns:
-            `id` of each trainable parameter → the tensor [k].
+            The tensor [k] of each trainable parameter, by the parameter's `id`.
         """
         zero = self._zero
         found: dict[int, Tensor] = {}

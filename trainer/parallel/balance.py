@@ -53,10 +53,10 @@ def spread(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
 def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
     """Assign items to bins so that all bins have about the same total cost and contain items of similar cost.
 
-    If the items are clips, batches then contain little padding. In descending order of cost, each bin takes the next
-    items as long as its load exceeds the mean by at most the fraction `TOLERANCE`. The cheapest items, which no bin has
-    taken, then fill the remaining gaps, which have half the size of an item on average. If there are many small items,
-    all bins except the last one use the whole tolerance, and the last bin has a lower load.
+    Batches of clips then contain little padding. In descending order of cost, each bin takes the next items as long as
+    its load exceeds the mean by at most the fraction `TOLERANCE`. The cheapest items, which no bin has taken, then fill
+    the remaining gaps, which have half the size of an item on average. If there are many small items, all bins except
+    the last one use the whole tolerance, and the last bin has a lower load.
 
     Args:
         costs: The non-negative cost of each of n items.

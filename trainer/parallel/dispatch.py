@@ -79,9 +79,9 @@ def plan_dispatch(
     """Assign each clip to a rank for every encoder that must encode it.
 
     The ranks of an encoder get equal work, and each of them gets clips of similar length. The work is balanced for each
-    encoder separately rather than in total. If weights are gathered per module, all encoder ranks gather them together,
-    so no rank can begin the calls of the next encoder early. If the clips of an encoder cannot be divided evenly, the
-    ranks with the least work so far get more of them.
+    encoder separately rather than in total, because of the case in which weights are gathered per module. All ranks of
+    an encoder then gather its weights together, so no rank can begin the calls of the next encoder early. If the clips
+    of an encoder cannot be divided evenly, the ranks with the least work so far get more of them.
 
     Args:
         clips: The clips of all ranks.
@@ -126,8 +126,8 @@ def _encoder_ranks(cost: Floats, loads: Floats) -> Ints:
 class Dispatch:
     """One rank's part of a `DispatchPlan`.
 
-    The sender and the receiver of messages list them in the same order. Clips and features that stay on the rank are
-    included.
+    The sender and the receiver list the messages between them in the same order. Clips and features that stay on the
+    rank are included.
     """
 
     send_clips: tuple[int, ...]

@@ -132,6 +132,6 @@ def low_limit(limit: int, num_ranks: int, cuda: bool) -> str | None:
     if limit >= needed:
         return None
     return (
-        f"a process may open {limit} files, but a rank of {num_ranks} may need {needed}; raise the hard limit "
+        f"a process may open only {limit} files, but rank 0 of {num_ranks} may need {needed}; raise the hard limit "
         f"(ulimit -Hn {needed}, LimitNOFILE of slurmd, or /etc/security/limits.conf)"
     )

@@ -1,6 +1,6 @@
 """Differentiable exchanges of rows and sequences between ranks according to a plan.
 
-All samples that move between ranks are moved by this module. `exchange` moves rows: it copies them into the order in
+All samples that move between ranks pass through this module. `exchange` moves rows: it copies them into the order in
 which they are sent, and uses one collective. `deliver` moves whole sequences as point-to-point messages directly from
 where they are stored in memory, which avoids this copy.
 """

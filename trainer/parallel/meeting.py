@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 FILE = "EARSHOT_MEETING_FILE"
-"""The environment variable with the path of the file in which ranks meet. The launcher of one machine sets it."""
+"""The environment variable with the path of the file in which ranks meet. The launcher for a single machine sets it."""
 SECRET = "EARSHOT_JOB_SECRET"
 """The environment variable with the secret that all ranks of a job share. `earshot job` generates a new secret for
 every start."""
@@ -38,7 +38,8 @@ def on_one_machine(environ: Mapping[str, str]) -> bool:
         return True
     if "LOCAL_WORLD_SIZE" in environ:
         return environ["LOCAL_WORLD_SIZE"] == environ["WORLD_SIZE"]
-    # A launcher within an interactive step of one task may start ranks on other nodes, so the step must have all ranks.
+    # Within an interactive step of one task, a launcher may start ranks on other nodes. Every rank must therefore be a
+    # task of the step.
     is_of_srun = environ.get("SLURM_STEP_NUM_TASKS") == environ["WORLD_SIZE"]
     return is_of_srun and environ.get("SLURM_STEP_NUM_NODES") == "1"
 
@@ -61,7 +62,7 @@ def open_store(rank: int, world: int, timeout: datetime.timedelta, environ: Mapp
         environ: The environment variables: `FILE`, or MASTER_ADDR and MASTER_PORT, and `SECRET`.
 
     Raises:
-        TimeoutError: If other ranks have not arrived within `timeout` in the store of torchrun.
+        TimeoutError: If the store is that of torchrun, and other ranks have not arrived within `timeout`.
     """
     store: dist.Store
     is_of_torchrun = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

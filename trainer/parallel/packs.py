@@ -83,7 +83,7 @@ class PackPlan:
         Args:
             kept: The indices of the samples that have a companion, in ascending order.
             num_tokens: The length of each companion, at least 1.
-            multiple: The number of rows of a pack is a multiple of this.
+            multiple: A divisor of the number of rows of a pack.
         """
         pack = self.pack[kept]
         longest = int(np.bincount(pack, weights=num_tokens, minlength=1).max())
@@ -99,12 +99,12 @@ def plan_packs(
     Args:
         num_tokens: The lengths [n] of the samples of the global batch in tokens.
         replicas: The number of LLM replicas.
-        budget_tokens: The largest number of rows of a pack. It is exceeded only if a sample is longer, or if it is not
-            divisible by `multiple`.
-        multiple: The number of rows of a pack is a multiple of this, which must be a multiple of
-            `Topology.row_multiple`. Larger values lead to fewer distinct pack lengths and more padding.
-        packs_multiple: The number of packs of a replica is a multiple of this. The samples are spread over all packs,
-            so a larger number of packs makes them shorter.
+        budget_tokens: The largest number of rows of a pack. It is exceeded only if a sample is longer, or if `multiple`
+            does not divide it.
+        multiple: A divisor of the number of rows of a pack. It must be a multiple of `Topology.row_multiple`. Larger
+            values lead to fewer distinct pack lengths and more padding.
+        packs_multiple: A divisor of the number of packs of a replica. The samples are spread over all packs, so a
+            larger number of packs makes each pack shorter.
     """
     sizes = np.asarray(num_tokens, dtype=np.int64)
     limit = max(budget_tokens, int(sizes.max(initial=0)))

@@ -21,7 +21,7 @@ class ParallelConfig:
     well."""
     pipeline: int = 1
     """The number of pipeline stages of the LLM. Raise it if the LLM does not fit the GPUs of one node. If it does not
-    divide the number of layers, some of the first and last stages have one layer less."""
+    divide the number of layers, the last stage and, if necessary, some of the first stages have one layer fewer."""
     context: int = 1
     """The context-parallel size of the LLM: the number of ranks that share the tokens of each pack (packed
     sequence). Raise it for recordings and texts whose activations do not fit one GPU (`docs/training.md`). It is not
@@ -103,7 +103,7 @@ class Topology:
 
     @property
     def experts_span_replicas(self) -> bool:
-        """True if LLM replicas share FFN experts, so that they must compute the same number of forward passes."""
+        """True if LLM replicas share FFN experts and must therefore compute the same number of forward passes."""
         return self.ffn_ep * self.expert_tp > self.tp
 
     def expert_coordinates(self, rank: int) -> ExpertCoordinates:
@@ -274,7 +274,7 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
 
 
 def _shard(parallel: ParallelConfig, world: int) -> int | None:
-    """Return `Topology.shard`, after a check of `parallel.audio_shard`."""
+    """Return `Topology.shard`, after checking `parallel.audio_shard`."""
     shard, ep = parallel.audio_shard, parallel.expert
     allowed = [d for d in divisors(world) if d % ep == 0]
     if shard is not None and shard not in allowed:

@@ -21,7 +21,8 @@ from trainer.parallel.tree import broadcast_bytes, gather_bytes
 
 T = TypeVar("T")
 Kinds = Sequence[type]
-"""The dataclasses and named tuples of which a value may contain instances. All ranks must list the same ones."""
+"""The dataclasses and named tuples of which a value may contain instances. All ranks must list the same classes in the
+same order."""
 _NUMBERS = "biuf"
 """The kinds of NumPy dtypes that are sent. Arrays of other kinds may contain references to objects."""
 
