@@ -1,6 +1,6 @@
-"""The ways in which a user cancels a job.
+"""The ways in which a user can cancel a job.
 
-Each must end the run without an automatic restart, and a later submission must be able to resume the run.
+After each of them, the run must not restart automatically, and a later submission must be able to resume it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.cluster.harness import ROOT, Run
 from trainer.telemetry.events import read_events
 
 Cancel = Callable[[Run, int], None]
-"""A function that waits for a step of a run, and then cancels its job."""
+"""A function that waits until a run has done a step, and then cancels its job."""
 
 
 def _scancel(*options: str) -> Cancel:
@@ -37,7 +37,7 @@ def twice(run: Run, at_step: int) -> None:
 
 
 def pending(run: Run, at_step: int) -> None:
-    """Cancel the job while it waits for its restart after a warning."""
+    """Cancel the job while it is queued for its restart, after a warning of Slurm (the signal USR1)."""
     run.wait_step(at_step)
     cluster = run.bench.cluster
     cluster.run("scancel", "--batch", "--signal=USR1", str(run.job_id))
@@ -58,7 +58,7 @@ def ranks_starting(run: Run, at_step: int) -> None:
 
 
 def saving(run: Run, at_step: int) -> None:
-    """Cancel the job while its ranks save because of a warning."""
+    """Cancel the job while its ranks save after a warning of Slurm (the signal USR1)."""
     run.wait_step(at_step)
     run.bench.cluster.run("scancel", "--batch", "--signal=USR1", str(run.job_id))
     run.wait(lambda: bool(run.events("signal")), "the ranks do not stop")
@@ -77,18 +77,18 @@ TABLE: dict[str, Cancel] = {
     "scancel while ranks start": ranks_starting,
     "scancel while saving": saving,
 }
-"""Name → function. All but those while starting interrupt a run that has something to save."""
+"""The functions by name. Except for those with "start" in their names, they cancel a run that has state to save."""
 
 
 def cancel(name: str, run: Run, at_step: int = 5) -> list[str]:
-    """Cancel a run, and return what is wrong with how it ends; empty if nothing is."""
+    """Cancel a run, and return what was wrong with its end, one line each; an empty list if nothing was wrong."""
     TABLE[name](run, at_step)
     run.wait_cancelled()
     kinds = Counter(str(e["event"]) for e in read_events(run.run_dir) if float(e["time"]) > run.submitted_at)
     wrong = []
     if kinds["submitted"] > 1:
         wrong.append("the job ran again")
-    if kinds["requeued"] > (name in ("scancel while pending", "scancel while saving")):  # after their warning
+    if kinds["requeued"] > (name in ("scancel while pending", "scancel while saving")):  # one after their warning
         wrong.append("a restart was used up")
     if "start" in name:
         return wrong

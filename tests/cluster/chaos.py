@@ -1,4 +1,4 @@
-"""A test of twenty random faults in one run on a real Slurm. It needs root, and half an hour on two cores.
+"""A test of twenty random faults in one run on a real Slurm. It needs root and takes half an hour on two cores.
 
     python -m tests.cluster.chaos --faults 20 --seed 0
 
@@ -28,9 +28,9 @@ CHOICES = [f for name, f in faults.TABLE.items() if not name.startswith(("USR1",
 
 
 def chaos(bench: Bench, num_faults: int, seed: int) -> list[str]:
-    """Run with random faults, and return the differences from an undisturbed run."""
+    """Run a training with random faults, and return its differences from an undisturbed run."""
     choose, done = random.Random(seed), Counter[str]()
-    # Every kind occurs once in random order, followed by random kinds.
+    # Each kind of fault occurs once, in random order. Random kinds follow.
     order = choose.sample(CHOICES, len(CHOICES)) + choose.choices(CHOICES, k=max(0, num_faults - len(CHOICES)))
     run = bench.submit("chaos", "checkpoint.every_steps=2", "train.hang_timeout_sec=30")
     run.wait_step(1)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     reason = why_not()
     if reason:
-        print(f"error: Slurm cannot run here: {reason}", file=sys.stderr)
+        print(f"error: Slurm cannot run on this machine: {reason}", file=sys.stderr)
         return 2
     folder = scratch()
     with running(Cluster(folder / "slurm", num_nodes=4)) as cluster:
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"FAILED: {line}")
     if not wrong:
         print(
-            "finished; losses, gradient norms, the account of samples and the last weights equal the undisturbed run's"
+            "finished; losses, gradient norms, data-loading state and last weights equal those of the undisturbed run"
         )
         shutil.rmtree(folder)
     return int(bool(wrong))

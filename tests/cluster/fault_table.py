@@ -1,6 +1,6 @@
-"""A test of all faults in a table, each in a separate run on a real Slurm. It needs root and half an hour.
+"""A test of all faults, each in a separate run on a real Slurm. It needs root and takes half an hour.
 
-    python -m tests.cluster.fault_table                 all
+    python -m tests.cluster.fault_table                 all faults
     python -m tests.cluster.fault_table kill requeue    only faults whose names contain one of the words
 
 `make fault-test` starts it. Each run must end with the results of an undisturbed run: the losses and gradient norms of
@@ -27,12 +27,12 @@ AT_STEP = 6
 
 @dataclass
 class Row:
-    """A row of the table."""
+    """A row of the printed table, with the result of one fault."""
 
     fault: str
     attempts: int
     back_sec: float | None
-    """The time from the fault to the end of the next step; None if the attempt continued."""
+    """The seconds from the fault to the end of the next attempt's first step; None if the attempt continued."""
     note: str
     differences: list[str]
 
@@ -45,7 +45,7 @@ HEADER = f"{'fault':34} {'attempts':>8} {'back, s':>8}  {'result':8}"
 
 
 def disturb(bench: Bench, name: str, fault: faults.Fault, run: Run, tolerance: float = 0.0) -> Row:
-    """Cause a fault at the 6th step of a run, and compare its end with that of an undisturbed run."""
+    """Cause a fault at step `AT_STEP` of a run, and compare the finished run with an undisturbed one."""
     run.wait_step(AT_STEP)
     moment = fault(run)
     run.wait_end()
@@ -59,7 +59,7 @@ def disturb(bench: Bench, name: str, fault: faults.Fault, run: Run, tolerance: f
 
 
 def start_times(run: Run) -> str:
-    """Return the durations of the parts of the start, from `sbatch` to the first step."""
+    """Return a line with the duration of the start, from `sbatch` to the first step, and of its parts."""
     launched = next(line for line in run.log.splitlines() if "ranks start on" in line).split()[0]
     hours, minutes, seconds = launched.split(":")
     day = time.localtime(run.submitted_at)
@@ -72,7 +72,7 @@ def start_times(run: Run) -> str:
 
 
 def run_one(bench: Bench, name: str) -> Row:
-    """Run with one fault, and return its row."""
+    """Run a training with one fault, and return its row of the table."""
     if name in cancels.TABLE:
         return _cancelled(bench, name)
     if name == STORE:
@@ -108,7 +108,7 @@ FEWER_TOLERANCE = 1e-4
 
 
 def _cancelled(bench: Bench, name: str) -> Row:
-    """Cancel a job, and submit it again."""
+    """Cancel a job, submit it again, and return the row of the table."""
     run = bench.submit(name.replace(" ", "-"))
     wrong = cancels.cancel(name, run)
     again = bench.submit(name, folder=run.folder)
@@ -123,7 +123,7 @@ def _store_unreachable(bench: Bench) -> Row:
         run = bench.submit("store", shards="s3://bucket/shards", env=server.environ)
 
         def stop(run: Run) -> float:
-            # A rank is killed as well, since the small corpus may already be in memory.
+            # The small corpus may already be in memory. A rank is killed as well, so that the data must be read again.
             server.kill_proxy()
             start = faults.rank_killed(run)
             time.sleep(20)
@@ -162,7 +162,7 @@ def main(words: Sequence[str]) -> int:
     """Run the test as a command."""
     reason = why_not()
     if reason:
-        print(f"error: Slurm cannot run here: {reason}", file=sys.stderr)
+        print(f"error: Slurm cannot run on this machine: {reason}", file=sys.stderr)
         return 2
     names = [
         n

@@ -1,4 +1,4 @@
-"""The faults of runs. Each function causes one fault, and returns the time at which the fault occurred."""
+"""Functions that cause a fault in a run. Each function causes one fault and returns the time at which it occurred."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Fault = Callable[[Run], float]
 
 
 def time_limit(run: Run) -> float:
-    """Make the time limit approach, so that Slurm sends USR1 to the batch script as `--signal` requests.
+    """Shorten the time limit, so that Slurm sends USR1 to the batch script as `--signal` requests.
 
-    Slurm checks limits every half minute. The ranks are frozen until then, so that the run does not finish before.
+    Slurm checks limits every half minute. Until then, the ranks are frozen so that the run does not finish.
     """
     cluster = run.bench.cluster
     ranks = [run.rank_pid(node) for node in run.nodes()]
@@ -44,7 +44,7 @@ def warning(run: Run) -> float:
 
 
 def preemption(run: Run) -> float:
-    """Submit a job to a partition of higher priority that needs all nodes."""
+    """Submit a job that needs all nodes to a partition of higher priority."""
     cluster = run.bench.cluster
     start = time.time()
     options = ["--partition=urgent", f"--nodes={cluster.num_nodes}", "--exclusive", "--output=/dev/null"]
@@ -60,18 +60,18 @@ def requeue(run: Run) -> float:
 
 
 def power_cut_of_batch_host(run: Run) -> float:
-    """Switch off the node of the batch script, and switch it on after Slurm has noticed."""
+    """Switch off the node of the batch script, and switch it on again once the job has restarted."""
     return _power_cut(run, int(_nodes_of_job(run)[0]))
 
 
 def power_cut(run: Run) -> float:
-    """Switch off another node."""
+    """Switch off a node other than that of the batch script, and switch it on again once the job has restarted."""
     first, *others = _nodes_of_job(run)
     return _power_cut(run, next(n for n in run.nodes() if n in others))
 
 
 def network_cut(run: Run) -> float:
-    """Disconnect a node other than the batch host for a while. Its ranks continue."""
+    """Disconnect a node other than that of the batch script for a while. Its processes continue."""
     cluster = run.bench.cluster
     first, *others = _nodes_of_job(run)
     node, before = next(n for n in run.nodes() if n in others), len(run.events("submitted"))
@@ -100,7 +100,7 @@ def gpu_failed(run: Run) -> float:
 
 
 def gpus_failed_on_all_nodes_but_one(run: Run) -> float:
-    """Make the GPUs of all nodes but that of rank 0 report memory errors until the job continues, and kill a rank."""
+    """Kill a rank, and let GPUs of all nodes except that of rank 0 report memory errors until the job continues."""
     cluster, (first, *_, last) = run.bench.cluster, run.nodes()
     bad = [node for node in range(1, cluster.num_nodes + 1) if node != first]
     for node in bad:
@@ -120,7 +120,7 @@ def rank_stopped(run: Run) -> float:
 
 
 def controller_killed(run: Run) -> float:
-    """Stop slurmctld for a while and kill a rank meanwhile, so that the job cannot be requeued immediately."""
+    """Stop slurmctld for a while, and kill a rank in this time, so that the job cannot be requeued immediately."""
     cluster = run.bench.cluster
     cluster.kill_controller()
     time.sleep(1.0)
@@ -149,7 +149,7 @@ def disk_full(run: Run) -> float:
 
 @contextmanager
 def mlflow_server(folder: Path, address: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a tracking server at `address`, which ends with the context."""
+    """Start an MLflow tracking server at `address`, and stop it at the end of the context."""
     folder.mkdir(parents=True)
     command = [str(Path(sys.executable).parent / "mlflow"), "server", "--host", address, "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1", "--allowed-hosts", "*"]
@@ -181,7 +181,7 @@ def _healthy(url: str) -> bool:
 
 
 def _nodes_of_job(run: Run) -> list[int]:
-    """Return the numbers of all nodes of the job, the batch host first."""
+    """Return the numbers of all nodes of the job. The first node is that of the batch script."""
     last = run.events("submitted")[-1]
     return [int(name.removeprefix("n")) for name in str(last["nodes"]).split(",")]
 
@@ -213,6 +213,6 @@ TABLE: dict[str, Fault] = {
     "one GPU fails": gpu_failed,
     "slurmctld killed, then a rank": controller_killed,
 }
-"""The faults that end an attempt. Three more faults, of servers and disks, need special runs (`fault_table`)."""
+"""The faults that end an attempt, by name. `fault_table` has more faults, which need special runs."""
 
 __all__ = ["NODE_DOWN_SEC", "TABLE", "Bench", "Fault", "disk_full", "end_group", "mlflow_server", "warning"]

@@ -1,4 +1,4 @@
-"""Small runs on a real Slurm, submitted with `sbatch slurm/train_70b.sh` and compared with an undisturbed run."""
+"""Small runs on a real Slurm, which `sbatch slurm/train_70b.sh` submits and which are compared with a whole run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RANK = r"(?s)^\S*python\S* -u .*trainer debug"
 
 @dataclass
 class Run:
-    """A run of the `debug` recipe and its job."""
+    """A run of the recipe `debug`, and its Slurm job."""
 
     bench: Bench
     folder: Path
@@ -58,19 +58,19 @@ class Run:
         return max((int(r["step"]) for r in self.records()), default=0)
 
     def nodes(self) -> list[int]:
-        """The numbers of the nodes with ranks, the batch host first."""
+        """The numbers of the nodes with ranks. The first node is that of the batch script."""
         line = next(line for line in reversed(self.log.splitlines()) if "ranks start on" in line)
         return [int(name.strip().removeprefix("n")) for name in line.partition("start on")[2].split(",")]
 
     def rank_pid(self, node: int) -> int:
-        """Return the process id of the rank on a node."""
+        """Return the process id, on this machine, of the rank on a node."""
         return self.bench.cluster.pids(node, _RANK)[-1]
 
     def wait(self, condition: Callable[[], bool], what: str, timeout_sec: float = ATTEMPT_SEC) -> None:
         """Wait for a condition.
 
         Raises:
-            AssertionError: If it is not met in time; the message contains the job's log.
+            AssertionError: If the condition is not met in time. The message contains the end of the job's log.
         """
         deadline = time.monotonic() + timeout_sec
         while not condition():
@@ -80,7 +80,7 @@ class Run:
             time.sleep(0.1)
 
     def wait_step(self, step: int, after: float = 0.0) -> float:
-        """Wait for the record of a step >= `step` that was made after the time `after`, and return its time."""
+        """Wait for a step >= `step` that was recorded after the time `after`, and return the time of its record."""
 
         def made() -> list[float]:
             return [r["time"] for r in self.records() if r["step"] >= step and r["time"] > after]
@@ -89,7 +89,7 @@ class Run:
         return min(made())
 
     def wait_step_after(self, num_steps: int) -> int:
-        """Wait until the current attempt has made `num_steps` steps, and return the last one."""
+        """Wait until the current attempt has done `num_steps` steps, and return the number of the last one."""
         start = float(str(self.events("submitted")[-1]["time"]))
         made = lambda: [int(r["step"]) for r in self.records() if r["time"] > start]  # noqa: E731
         self.wait(lambda: len(made()) >= num_steps, f"{num_steps} more steps are not made")
@@ -99,10 +99,10 @@ class Run:
         return self.bench.cluster.job(self.job_id).get("JobState", "unknown")
 
     def wait_cancelled(self, timeout_sec: float = ATTEMPT_SEC) -> None:
-        """Wait until Slurm calls the job cancelled.
+        """Wait until the job's state in Slurm is cancelled.
 
         Raises:
-            AssertionError: If it does not in time, or the job ends in another way.
+            AssertionError: If this takes too long, or if the job ends in another way.
         """
         deadline = time.monotonic() + timeout_sec
         while (state := self.state()) != "CANCELLED":
@@ -117,7 +117,7 @@ class Run:
 
 @dataclass
 class Bench:
-    """A cluster, a corpus, its shards, and the undisturbed run."""
+    """A cluster, a corpus with shards, and the undisturbed run with which other runs are compared."""
 
     cluster: Cluster
     folder: Path
@@ -150,7 +150,7 @@ class Bench:
         folder: Path | None = None,
         shards: str | None = None,
     ) -> Run:
-        """Submit a run of two ranks on two nodes; the cluster's other nodes are spares."""
+        """Submit a run of two ranks on two nodes. The other nodes of the cluster are spares."""
         folder = folder or self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         shape = [f"--nodes={NUM_RANKS}-{self.cluster.num_nodes}", "--gpus-per-node=1"]
@@ -171,19 +171,19 @@ class Bench:
         return Run(self, folder, job_id, start)
 
     def run_whole(self) -> Run:
-        """Run without faults."""
+        """Run the undisturbed run."""
         run = self.submit("whole")
         run.wait_end()
         self.whole = run
         return run
 
     def differences(self, run: Run, tolerance: float = 0.0) -> list[str]:
-        """Return the differences between a finished run and the undisturbed one; empty if they are equal.
+        """Return the differences between a finished run and the undisturbed one; an empty list if they are equal.
 
         Args:
             run: The finished run.
-            tolerance: The largest relative difference of losses and gradient norms of a run that changed its number of
-                ranks. Without it, these numbers and the last weights must be bit-identical.
+            tolerance: The largest relative difference of losses and gradient norms, for a run that changed its number
+                of ranks. If it is 0, these numbers and the last weights must be bit-identical.
         """
         assert self.whole is not None
         found = []
@@ -207,7 +207,7 @@ class Bench:
         return found
 
     def drop(self, run: Run) -> None:
-        """Delete a run."""
+        """Delete the folder of a run."""
         shutil.rmtree(run.folder, ignore_errors=True)
 
 
@@ -222,13 +222,13 @@ def next_start(run: Run, moment: float) -> float:
 
 
 def _account(run: Run) -> object:
-    """Return the state of the data after the last step: the positions and skipped samples of all lanes."""
+    """Return the data state after the last step, which consists of the positions and skipped samples of all lanes."""
     extra = read_extra(find_checkpoint(str(run.run_dir)))
     return extra["step"], extra["data"]
 
 
 def _weights(run: Run) -> dict[str, object]:
-    """Return the digests of the last checkpoint's files of tensors and random generators, without their folders."""
+    """Return the digests of the last checkpoint's files of tensors and random states, by their names in the folder."""
     manifest = read_manifest(find_checkpoint(str(run.run_dir)))
     files = {
         ("frozen/" if "/" in name else "") + Path(name).name: (entry.size_bytes, entry.checksum)
@@ -238,5 +238,5 @@ def _weights(run: Run) -> dict[str, object]:
 
 
 def scratch() -> Path:
-    """Return a temporary folder with a short path, as sockets need it."""
+    """Return a temporary folder with a short path, because the paths of sockets must be short."""
     return Path(os.environ.get("SLURM_TEST_DIR", "/tmp")) / f"earshot-slurm-{os.getpid()}"

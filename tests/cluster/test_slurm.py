@@ -1,4 +1,4 @@
-"""`sbatch slurm/train_70b.sh`, unmodified, on a real Slurm with simulated GPUs: restarts and refusals."""
+"""Tests of `sbatch slurm/train_70b.sh` on a real Slurm with simulated GPUs: restarts, cancellations and refusals."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Start a cluster of three nodes. Tests are skipped if Slurm cannot start, unless CI sets REQUIRE_SERVICES."""
+    """Start a cluster of three nodes.
+
+    If Slurm cannot run, the tests are skipped. In CI, where REQUIRE_SERVICES is set, they fail.
+    """
     reason = why_not()
     if reason and os.environ.get("REQUIRE_SERVICES"):
-        pytest.fail(f"Slurm cannot run here: {reason}")
+        pytest.fail(f"Slurm cannot run on this machine: {reason}")
     if reason:
-        pytest.skip(f"Slurm cannot run here: {reason}")
+        pytest.skip(f"Slurm cannot run on this machine: {reason}")
     with running(Cluster(scratch() / "slurm", num_nodes=3)) as cluster:
         yield Bench(cluster, tmp_path_factory.mktemp("bench"))
 
 
 def test_run_resumes_after_a_warning_a_killed_rank_and_a_power_failure(bench: Bench) -> None:
-    # The first node has a GPU with memory errors. It is named, and the spare is used.
+    # The first node has a GPU with memory errors. The log must name this node, and the job must use the spare node.
     bench.cluster.gpus(1, num_errors=3)
     whole = bench.run_whole()
     assert "n1: BAD: GPU 0: 3 uncorrected memory errors" in whole.log and whole.nodes() == [2, 3]
@@ -79,7 +82,7 @@ def test_cancelled_job_saves_and_never_runs_again(bench: Bench) -> None:
     run.wait_end()
     assert bench.differences(run) == [] and whole.folder != run.folder
     kinds = Counter(str(e["event"]) for e in read_events(run.run_dir))
-    assert (kinds["submitted"], kinds["cancelled"], kinds["requeued"]) == (4, 2, 1)  # one warning, see `pending`
+    assert (kinds["submitted"], kinds["cancelled"], kinds["requeued"]) == (4, 2, 1)  # the warning in `cancels.pending`
 
 
 def test_job_that_cannot_run_is_refused_within_seconds(bench: Bench, tmp_path: Path) -> None:
@@ -88,7 +91,7 @@ def test_job_that_cannot_run_is_refused_within_seconds(bench: Bench, tmp_path: P
         cases = {
             "key": (["optim.lrr=1"], {}, "error: optim.lrr: unknown key; did you mean lr?"),
             "bucket": (["data.datasets.0.shards=s3://nowhere/x"], server.environ, "no bucket s3://nowhere"),
-            # The script's own header requests 8 tasks on every node of 192 CPUs and 8 GPUs.
+            # The header of the script requests nodes with 192 CPUs and 8 GPUs, and 8 tasks on each.
             "nodes": (
                 ["parallel.num_ranks=128", "data.global_batch_samples=128"],
                 {},
@@ -110,7 +113,7 @@ def test_job_that_cannot_run_is_refused_within_seconds(bench: Bench, tmp_path: P
             assert "ranks start on" not in run.log and "Traceback" not in run.log
             minutes, seconds = job["RunTime"].split(":")[-2:]
             print(f"{name}: refused after {int(minutes) * 60 + int(seconds)} s")
-            if name != "key":  # with a wrong key, the run is unknown
+            if name != "key":  # with a wrong key, the run's folder is unknown
                 assert [e["event"] for e in run.events("refused")] == ["refused"]
 
 

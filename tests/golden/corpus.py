@@ -1,4 +1,4 @@
-"""The corpus of the golden run, which has eight clips from integer arithmetic with the same bytes on all machines."""
+"""The corpus of the golden run. Its clips are computed with integers, so they have the same bytes on all machines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = ("red", "green", "blue", "white")
 
 
 def write_corpus(folder: Path) -> None:
-    """Write `golden.jsonl` and its WAV files into `folder`: eight ASR samples for training, two for testing."""
+    """Write `golden.jsonl` and its WAV files into `folder`: eight ASR samples for training and two for testing."""
     rows = []
     for i in range(10):
         name = f"clip-{i}.wav"
@@ -36,7 +36,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def _write_clip(path: Path, num_samples: int, seed: int) -> None:
-    """Write a square wave plus noise of a linear congruential generator, 16 bit, mono."""
+    """Write a mono 16-bit WAV file with a square wave and noise from a linear congruential generator."""
     noise, state = np.empty(num_samples, dtype=np.int64), 12_345 + 977 * seed
     for i in range(num_samples):
         state = (1_103_515_245 * state + 12_345) % 2**31

@@ -1,8 +1,8 @@
 """Tests that a run of an earlier version (commit e967171) can be resumed, exported and used to start other runs.
 
-`run/` contains its checkpoint after step 2 of 4, on two ranks, with the corpus of `corpus.py`. `export/` contains the
-weights and settings of the model folder that the same version exported from it, without the code. These files must
-never be rewritten, since they represent the checkpoints of users.
+`run/` contains the run's checkpoint after step 2 of 4. The run had two ranks and read the corpus of `corpus.py`.
+`export/` contains the weights and settings that the same version exported from the checkpoint, without the code. These
+files must never be rewritten, because they stand for the checkpoints of users.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from trainer.checkpoint.rect import matrix_of
 GOLDEN = Path(__file__).parent
 ROOT = GOLDEN.parents[1]
 LOSS_AND_NORM = {3: (7.941641271114349, 2.018651991508812), 4: (7.886083507537842, 1.9900836047533546)}
-"""Step → loss after a resume by the version that wrote the run."""
+"""The loss and gradient norm of steps 3 and 4, after the version that wrote the run has resumed it."""
 FIRST_LOSS_OF_A_NEW_RUN = 7.941641038656234
-"""The losses of a run that starts with the weights of the golden run."""
+"""The loss of the first step of a run that starts with the weights of the golden run."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_new_run_takes_the_moments_of_adam_on_request(corpus: Path, tmp_path: 
         assert done.returncode == 0, done.stderr
         found[name] = moments(tmp_path / name, 1)
     before = moments(GOLDEN / "run", 2)
-    assert losses(tmp_path / "with")[1] == losses(tmp_path / "without")[1], "the weights and the data are the same"
+    assert losses(tmp_path / "with")[1] == losses(tmp_path / "without")[1], "weights and data must be the same"
     beta = 0.9
     for name, (values, updates) in found["with"].items():
         assert (updates, found["without"][name][1]) == (3, 1), name
@@ -94,7 +94,7 @@ def test_a_new_run_takes_the_moments_of_adam_on_request(corpus: Path, tmp_path: 
 
 
 def moments(run: Path, step: int) -> dict[str, tuple[torch.Tensor, int]]:
-    """Return Adam's first moment and the number of updates of every trained tensor of a checkpoint."""
+    """Return, for every trained tensor of a checkpoint, Adam's first moment and the number of updates."""
     folder = find_checkpoint(str(run / "checkpoints" / f"step-{step:08d}"))
     reader, found = Reader(folder, read_manifest(folder)), {}
     for name, updates in reader.learned().items():

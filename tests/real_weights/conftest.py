@@ -14,7 +14,7 @@ from tools.fetch_models import MODELS, fetch, models_folder
 
 @pytest.fixture(scope="session")
 def published() -> Callable[[str], Path]:
-    """Return a model's folder by its name; the model is downloaded once."""
+    """Return a function that returns the folder of a published model by name, and downloads the model if needed."""
     by_name = {model.name: model for model in MODELS}
 
     @cache
@@ -24,7 +24,7 @@ def published() -> Callable[[str], Path]:
         except UserError as error:
             if os.environ.get("CI"):
                 raise
-            pytest.skip(f"no real weights: {error}")
+            pytest.skip(f"the real weights cannot be downloaded: {error}")
 
     return folder
 

@@ -1,4 +1,4 @@
-"""Real recordings of the kit."""
+"""Functions that read the kit, which is a folder of real recordings (KIT_DIR)."""
 
 from __future__ import annotations
 

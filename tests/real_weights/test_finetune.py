@@ -1,4 +1,7 @@
-"""Tests of docs/finetune.md with real weights and recordings: a few steps, resuming, export, and plain transformers."""
+"""Tests of the commands in docs/finetune.md with real weights and recordings.
+
+They train a few steps, resume, export, and run the export in plain transformers.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from trainer.plan.sizes import parameter_sizes, sized_model
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
-NUM_CLIPS = 21  # three test, two or three dev, the rest train
+NUM_CLIPS = 21  # three for test, two or three for dev, and the rest for train
 FEWER_STEPS = [
     "model.primary.weights=models/whisper-tiny.en",
     "model.primary.config={}",
@@ -44,7 +47,8 @@ FEWER_STEPS = [
     "telemetry.log_every_steps=1",
 ]
 
-# -I: neither the current folder nor PYTHONPATH; -S: no editable installation of this project. See tests/tools.
+# A program that runs an export with plain transformers. The interpreter's options -I and -S hide this project
+# (tests/tools/test_export.py).
 FRESH = """
 import importlib.util, json, sys
 sys.path.append(sys.argv[1])
@@ -61,7 +65,7 @@ print(json.dumps(texts))
 """
 
 Published = Callable[[str], Path]
-pytestmark = pytest.mark.timeout(900)  # 110 s of CPU time, on a machine that may be busy
+pytestmark = pytest.mark.timeout(900)  # the tests take 110 s of CPU time, and the machine may be busy
 
 
 def commands() -> list[list[str]]:
@@ -70,7 +74,7 @@ def commands() -> list[list[str]]:
 
 
 def run(folder: Path, words: list[str]) -> str:
-    """Run a command of the page in `folder`; return what it printed."""
+    """Run a command of the page in `folder`, and return what it prints."""
     assert words[0] == "earshot", words
     environment = {
         **os.environ,
@@ -136,7 +140,7 @@ def test_the_page(published: Published, kit: Path, tmp_path: Path) -> None:
 
 
 def write_table(folder: Path, kit: Path) -> None:
-    """Write `clips.csv` of recordings in `audio/`; the first of them is also `clip.flac`."""
+    """Write `clips.csv`, which lists recordings in `audio/`. The first recording is also available as `clip.flac`."""
     rows = rows_of(kit, "wake_words", "train")[:NUM_CLIPS]
     folder.mkdir()
     (folder / "audio").symlink_to((kit / "audio").resolve())
@@ -148,14 +152,14 @@ def write_table(folder: Path, kit: Path) -> None:
 
 
 def check_what_was_trained(tensors: dict[str, torch.Tensor], models: Path) -> None:
-    """Check that frozen parts are the published weights, and which parts there are."""
+    """Check that frozen weights equal the published ones, that adapters are merged, and which parts the export has."""
     encoder = load_file(models / "whisper-tiny.en" / "model.safetensors")
     for name in ("conv1.weight", "layers.3.fc2.bias"):
         assert tensors[f"audio.primary.encoder.{name}"].equal(encoder[f"model.encoder.{name}"].float())
     llm = load_file(models / "smollm2-135m" / "model.safetensors")
     embeddings, merged = "model.embed_tokens.weight", "model.layers.29.mlp.down_proj.weight"
     assert tensors[f"llm.{embeddings}"].equal(llm[embeddings].float())
-    assert 0 < (tensors[f"llm.{merged}"] - llm[merged].float()).abs().max() < 0.1, "the merged adapter"
+    assert 0 < (tensors[f"llm.{merged}"] - llm[merged].float()).abs().max() < 0.1, "the adapter must be merged"
     parts = {name.split(".")[1] for name in tensors if name.startswith("audio.")}
     assert parts == {"primary", "adapter", "projector", "feature_norm", "output_norm"}
     rms = tensors[f"llm.{embeddings}"].square().mean().sqrt()
@@ -163,7 +167,7 @@ def check_what_was_trained(tensors: dict[str, torch.Tensor], models: Path) -> No
 
 
 def transcribe_elsewhere(folder: Path, rows: list[tuple[str, str]]) -> list[str]:
-    """Return the answers of an exported model in a process that cannot import this project."""
+    """Run an exported model in a process that cannot import this project, and return its answers."""
     site = next(p for p in sys.path if p.endswith("site-packages"))
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", FRESH, site, str(folder), json.dumps(rows)],

@@ -1,4 +1,4 @@
-"""Tests that SmolLM2's published weights produce transformers' logits with every kind of parallelism."""
+"""Tests that SmolLM2's published weights give the same logits as transformers, also on several ranks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.distributed.harness import run_ranks
 
 TEXTS = ("The capital of France is", "One, two, three, four, five, six,", "She had your dark suit in greasy wash water")
 TOLERANCE = 1e-5
-"""Of the largest logit. Measured: at most 2.3e-6."""
+"""The largest difference, relative to the largest logit. At most 2.3e-6 has been measured."""
 LAYOUTS = {2: [{"pp": 2}], 3: [{"pp": 3}, {"tp": 3}]}
-"""By the number of ranks. SmolLM2 has 30 layers and 3 key-value heads."""
+"""The tested layouts, by the number of ranks. SmolLM2 has 30 layers and 3 key-value heads."""
 
 Published = Callable[[str], Path]
 pytestmark = pytest.mark.timeout(300)
@@ -38,7 +38,7 @@ def segments(folder: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def wanted(folder: Path, segments: list[list[int]]) -> torch.Tensor:
-    """The logits of transformers, [Σ tokens, vocabulary]."""
+    """Return the logits of transformers, [Σ tokens, vocabulary]."""
     return logits_alone(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), segments)
 
 
@@ -77,7 +77,7 @@ def test_every_layout_computes_the_same_logits(
 
 
 def write_logits(folder: str, segments: list[list[int]], out: str) -> None:
-    """Compute one pack in every layout of this number of ranks; the last stage writes its logits."""
+    """Compute one pack in every layout for this number of ranks. The last rank writes the logits."""
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
@@ -99,7 +99,7 @@ def write_logits(folder: str, segments: list[list[int]], out: str) -> None:
 
 @torch.no_grad()
 def _pack_logits(folder: str, segments: list[list[int]], tp: int = 1, pp: int = 1) -> torch.Tensor | None:
-    """Return the logits of all segments in one pack, on the last stage; None on other stages."""
+    """Compute all segments in one pack, and return their logits on the last stage, or None on other stages."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region

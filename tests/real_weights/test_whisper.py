@@ -16,7 +16,7 @@ from model.lengths import num_frames
 from tests.real_weights.kit import clip_of, rows_of
 
 TOLERANCE = 2e-5
-"""Of the largest feature. Measured: at most 1.5e-6."""
+"""The largest difference, relative to the largest feature. At most 1.5e-6 has been measured."""
 
 Published = Callable[[str], Path]
 pytestmark = pytest.mark.timeout(300)

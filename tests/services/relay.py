@@ -1,4 +1,4 @@
-"""A relay that forwards TCP connections to a server at a given rate, to simulate a slow connection."""
+"""A relay that forwards TCP connections to a server at a limited rate, to simulate a slow network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PIECE_BYTES = 8 << 10
 
 @contextmanager
 def slow_line(port: int, bytes_per_sec: float) -> Iterator[int]:
-    """Yield a port that forwards to 127.0.0.1:`port`, and limits the answers of each connection to `bytes_per_sec`."""
+    """Yield a port that forwards to 127.0.0.1:`port`. The answers of each connection are limited to `bytes_per_sec`."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=_accept, args=(listener, port, bytes_per_sec), daemon=True).start()
         yield listener.getsockname()[1]
@@ -37,7 +37,7 @@ def _forward(source: socket.socket, target: socket.socket, bytes_per_sec: float)
             target.sendall(data)
             time.sleep(len(data) / bytes_per_sec)
     except OSError:
-        pass  # one side has closed, so the other one is closed below
+        pass  # one side has closed its connection, so both are closed below
     finally:
         for end in (source, target):
             end.close()

@@ -1,10 +1,10 @@
 """A real Slurm on this machine: a controller, and nodes that are network namespaces with separate process trees.
 
-    python -m tests.services.slurm DIR NODES      run until Ctrl-C, and print the environment variables of clients
+    python -m tests.services.slurm DIR NODES      run until Ctrl-C, and print the environment variables for clients
 
 It needs root and these Debian packages: slurmctld slurmd slurm-client munge iproute2. All nodes share this machine's
-file systems. GPUs are simulated by character devices for Slurm, and by an `nvidia-smi` that reports healthy GPUs
-(`Cluster.gpus`).
+file systems. GPUs are simulated by character devices for Slurm, and by an `nvidia-smi` that reports healthy GPUs unless
+`Cluster.gpus` sets errors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "ip", "unshare")
 NODE_DOWN_SEC = 8
-"""How long the controller waits for a silent node."""
+"""The number of seconds after which the controller regards a silent node as down."""
 _START_SEC = 60.0
 
 _CONF = """
@@ -72,10 +72,13 @@ exec cat "{root}/gpus-$(uname -n)"
 
 
 class Cluster:
-    """A cluster of nodes n1 … nN with `num_cpus` (even more than exist) and `num_gpus` simulated GPUs each.
+    """A cluster of nodes n1 … nN.
 
     Args:
-        root: The folder of its configuration, state and logs. The path must be short, since it contains a socket.
+        root: The folder of its configuration, state and logs. Its path must be short, because it contains a socket.
+        num_nodes: The number N of nodes.
+        num_cpus: The number of CPUs that each node reports, which may exceed those of this machine.
+        num_gpus: The number of simulated GPUs of each node.
     """
 
     def __init__(self, root: Path, num_nodes: int, num_cpus: int = 192, num_gpus: int = 8) -> None:
@@ -89,12 +92,12 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """The address of this machine in the nodes' network."""
+        """The IP address of this machine in the nodes' network."""
         return f"{self._net}.254"
 
     @property
     def environ(self) -> dict[str, str]:
-        """The environment variables of Slurm's commands; PATH contains the simulated `nvidia-smi` of the nodes."""
+        """The environment variables for Slurm's commands. PATH contains the simulated `nvidia-smi`."""
         path = os.pathsep.join([str(self.root / "bin"), os.environ["PATH"]])
         return {"SLURM_CONF": str(self.root / "slurm.conf"), "PATH": path}
 
@@ -122,7 +125,7 @@ class Cluster:
         self.wait_idle()
 
     def stop(self) -> None:
-        """Stop everything. Only the folder remains."""
+        """Stop all processes of the cluster, and remove its network. Only the folder remains."""
         for process in [*self._nodes.values(), self._controller, self._munged]:
             if process is not None:
                 process.kill()
@@ -178,24 +181,24 @@ class Cluster:
         _ip(f"link set {self._wire_of(node)} up")
 
     def gpus(self, node: int, num_errors: int = 0) -> None:
-        """Set what the node's `nvidia-smi` reports from now on: all GPUs, of which the first has memory errors."""
+        """Set what the node's `nvidia-smi` reports: all GPUs, the first of them with `num_errors` memory errors."""
         rows = [f"{i}, Fake GPU, 80000, 81559, {0 if i else num_errors}" for i in range(self.num_gpus)]
         (self.root / f"gpus-n{node}").write_text("".join(row + "\n" for row in rows))
 
     def small_disk(self, num_mib: int) -> Path:
-        """Create a file system of a given size that all nodes share. Call this method before `start`."""
+        """Create a small file system that all nodes share, and return its folder. Call this method before `start`."""
         folder = self.root / "small"
         folder.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={num_mib}m", "tmpfs", str(folder)], check=True)
         return folder
 
     def node_states(self) -> list[str]:
-        """Return node → state, such as `idle`, `allocated` or `down*`."""
+        """Return the states of all nodes, such as `idle`, `allocated` or `down*`."""
         done = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False)
         return done.stdout.split()
 
     def pids(self, node: int, pattern: str) -> list[int]:
-        """Return this machine's ids of the node's processes whose command lines match, oldest first."""
+        """Return the ids, on this machine, of a node's processes whose command lines match `pattern`, in ascending order."""
         space = os.readlink(f"/proc/{_only_child(self._nodes[node].pid)}/ns/pid")
         found = []
         for entry in Path("/proc").iterdir():
@@ -204,7 +207,7 @@ class Cluster:
                     line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                     if re.search(pattern, line):
                         found.append(int(entry.name))
-            except OSError:  # it has ended
+            except OSError:  # the process has ended
                 continue
         return sorted(found)
 
@@ -213,7 +216,7 @@ class Cluster:
     def run(
         self, *command: str, env: Mapping[str, str] | None = None, check: bool = True, timeout_sec: float = 30.0
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command of Slurm for this cluster."""
+        """Run a command with the environment variables of this cluster."""
         environ = {**os.environ, **self.environ, **(env or {})}
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_sec, check=check)
 
@@ -227,7 +230,7 @@ class Cluster:
         return int(done.stdout.split(";")[0])
 
     def job(self, job_id: int) -> dict[str, str]:
-        """Return the fields of `scontrol show job`; empty while the controller does not answer."""
+        """Return the fields of `scontrol show job`, or an empty dict while the controller does not answer."""
         done = self.run("scontrol", "show", "job", "-o", str(job_id), check=False)
         return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
@@ -272,7 +275,7 @@ class Cluster:
         text += f"PartitionName=main {common} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30\n"
         text += f"PartitionName=urgent {common} PriorityTier=9 PreemptMode=OFF\n"
         (root / "slurm.conf").write_text(text)
-        (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # otherwise slurmd detects the version
+        (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # slurmd would detect the version otherwise
         for i in range(self.num_gpus):
             subprocess.run(["mknod", str(root / "dev" / f"gpu{i}"), "c", "1", "3"], check=True)
         last = f"[0-{self.num_gpus - 1}]" if self.num_gpus > 1 else "0"
@@ -296,20 +299,20 @@ class Cluster:
 
 
 def why_not() -> str | None:
-    """Return why a cluster cannot run on this machine, or None if it can."""
+    """Return the reason why a cluster cannot run on this machine; None if it can."""
     missing = [p for p in PROGRAMS if shutil.which(p) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge iproute2)"
     if os.geteuid() != 0:
         return "network namespaces need root"
     if subprocess.run(["unshare", "--net", "--uts", "--pid", "--mount", "--fork", "true"], check=False).returncode:
-        return "namespaces cannot be made here"
+        return "namespaces cannot be created on this machine"
     return None
 
 
 @contextmanager
 def running(cluster: Cluster) -> Iterator[Cluster]:
-    """Start a cluster, whose processes end with the context."""
+    """Start a cluster, and stop it at the end of the context."""
     try:
         cluster.start()
         yield cluster
@@ -329,7 +332,7 @@ def _until(condition: Callable[[], bool], message: str) -> None:
     deadline = time.monotonic() + _START_SEC
     while not condition():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{message} within {_START_SEC:g} s")
+            raise RuntimeError(f"{message} within {_START_SEC:g} s; see the logs in the cluster's folder")
         time.sleep(0.1)
 
 

@@ -1,9 +1,9 @@
 """A real S3 server on this machine: OpenStack Swift with its S3 API, in its own virtual environment.
 
     python -m tests.services.swift install           install Swift once; tests that need Swift also install it
-    python -m tests.services.swift run DIR [PORT]    run until Ctrl-C, and print the environment variables of clients
+    python -m tests.services.swift run DIR [PORT]    run until Ctrl-C, and print the environment variables for clients
 
-The environment is `.venv/swift`, or $SWIFT_VENV. No root is needed. The key is `test:tester`.
+The environment is `.venv/swift`, or $SWIFT_VENV. Root is not needed. The access key id is `test:tester`.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ def install() -> None:
 
 
 class Swift:
-    """A server that consists of a proxy with the S3 API and three storage servers.
+    """An S3 server that consists of a proxy with the S3 API and three storage servers.
 
     Args:
         root: The folder of its configuration and data.
-        port: The port of the proxy; None selects a free one.
+        port: The port of the proxy; None for any free port.
         host: The address at which the proxy listens.
     """
 
@@ -135,7 +135,7 @@ class Swift:
 
     @property
     def environ(self) -> dict[str, str]:
-        """The environment variables of a client."""
+        """The environment variables for a client."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": KEY_ID,
@@ -152,7 +152,7 @@ class Swift:
             _wait_for_port(port)
 
     def start_proxy(self, secret: str | None = None) -> None:
-        """Start the proxy again after `kill_proxy`; `secret` changes the key."""
+        """Start the proxy again after `kill_proxy`. If `secret` is not None, it replaces the secret key."""
         assert self._proxy is None
         self.secret = secret or self.secret
         self._write("proxy", _PROXY_CONF, self.port, secret=self.secret)
@@ -160,7 +160,7 @@ class Swift:
         _wait_for_port(self.port, self.host)
 
     def kill_proxy(self) -> None:
-        """Kill the proxy with SIGKILL, which closes connections and refuses new ones."""
+        """Kill the proxy with SIGKILL. Its connections are closed, and new ones are refused."""
         assert self._proxy is not None
         self._proxy.kill()
         self._proxy.wait()
@@ -219,7 +219,7 @@ class Swift:
 
 @contextmanager
 def running(root: Path, port: int | None = None, host: str = "127.0.0.1") -> Iterator[Swift]:
-    """Start a server, whose processes end with the context."""
+    """Start a server, and stop it at the end of the context."""
     install()
     server = Swift(root, port, host)
     try:
@@ -248,7 +248,7 @@ def _wait_for_port(port: int, host: str = "127.0.0.1") -> None:
 
 
 def shell_exports(environ: Mapping[str, str]) -> str:
-    """Return the environment variables as commands for `eval` in a shell."""
+    """Return shell commands that export the environment variables."""
     return "\n".join(f"export {name}={value}" for name, value in environ.items())
 
 

@@ -57,7 +57,7 @@ def url(swift: Swift, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["s3", "simulated"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the URL of a bucket, or of a folder that is used like a bucket in tests that need no server."""
+    """Return the URL of a bucket or, for tests that need no server, the path of a folder that is used like a bucket."""
     if request.param == "s3":
         found: str = request.getfixturevalue("url")
         return found
@@ -88,7 +88,7 @@ def save(manager: PlainManager, step: int) -> str:
 
 
 def newest(manager: PlainManager) -> tuple[str, float]:
-    """Return the URL and the content of the checkpoint from which a restart resumes."""
+    """Load the checkpoint from which a restart would resume, and return its URL and the value of its tensors."""
     folder = manager.latest()
     assert folder is not None
     into = engines(-1.0)
@@ -154,7 +154,7 @@ def test_damage_is_named_and_the_newest_undamaged_checkpoint_is_used(
         assert newest(manager) == (f"{place}/step-00000001", 1.0)
     (message,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
     assert bad in message and line in message and "\n" not in message
-    assert save(manager, 2) == bad and newest(start())[1] == 2.0, "what was damaged is replaced"
+    assert save(manager, 2) == bad and newest(start())[1] == 2.0, "the damaged checkpoint must be replaced"
 
 
 @simulated
@@ -188,12 +188,12 @@ def test_uncommitted_files_are_invisible_and_deleted(start: Start, place: str, m
             manager.close()
     assert any(name.startswith("step-00000002") for name in objects(place))
     assert opened(place).steps() == [1] and newest(start())[1] == 1.0
-    assert not any(name.startswith("step-00000002") for name in objects(place)), "the next attempt removed it"
+    assert not any(name.startswith("step-00000002") for name in objects(place)), "the next attempt must remove it"
 
 
 @simulated
 def test_earlier_attempt_is_fenced(start: Start, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old attempt is saving when the new one begins, and continues after the new one has saved."""
+    """Check an old attempt that is saving when a new one begins, and that continues after the new one has saved."""
     old, reached, go_on = start(), threading.Event(), threading.Event()
     write, mine = background.write_tensors, old._place.attempt.token
 
@@ -213,7 +213,7 @@ def test_earlier_attempt_is_fenced(start: Start, place: str, monkeypatch: pytest
         old.close()
     assert newest(new)[1] == 2.0 and opened(place).steps() == [2]
     save(new, 3)
-    assert not [name for name in objects(place) if mine in name], "what the old one still wrote was removed"
+    assert not [name for name in objects(place) if mine in name], "the old attempt's late files must be removed"
 
 
 @s3
@@ -246,7 +246,7 @@ def test_run_survives_the_death_of_the_server_in_a_save(
     assert "step-00000002" in message and "\n" not in message and server.secret not in message
     assert newest(start())[0] == good
     manager = start()
-    assert save(manager, 3).endswith("step-00000003"), "the next interval is the retry"
+    assert save(manager, 3).endswith("step-00000003"), "the next save must succeed"
     assert newest(start())[1] == 3.0 and not [n for n in objects(place) if n.startswith("step-00000002")]
 
 
@@ -266,7 +266,7 @@ def test_large_file_is_uploaded_in_parts_and_read_back(url: str) -> None:
 
 
 def copy_run(run: Path, url: str) -> None:
-    """Copy a local run's checkpoints and tokenizer to the bucket, as if they had been saved there."""
+    """Copy a local run's checkpoints and tokenizer to a bucket, as if the run had saved them there."""
     source, into = LocalCheckpoints(run / "checkpoints"), open_checkpoints(f"{url}/checkpoints")
     attempt = into.begin_attempt()
     from trainer.checkpoint.reader import read_manifest
@@ -300,7 +300,7 @@ def test_tools_read_a_bucket(url: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_run_saves_to_a_bucket_and_resumes_on_another_machine(swift: Swift, url: str, tmp_path: Path) -> None:
-    """Train with both engines on two ranks; the second start has nothing but the bucket."""
+    """Train with both engines on two ranks. The second call has another run folder, so it only finds the bucket."""
     from tools.demo_corpus import write_corpus
 
     write_corpus(tmp_path / "corpus", scale=0.05)
@@ -330,7 +330,7 @@ def test_a_run_saves_to_a_bucket_and_resumes_on_another_machine(swift: Swift, ur
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_concurrent_changes_of_the_catalogue_are_all_kept(url: str, tmp_path: Path, kind: str) -> None:
-    """Several writers add their own checkpoints. The rules of the catalogue are the same in any store."""
+    """Check several writers that add checkpoints to the same catalogue at the same time, in either kind of store."""
     per_writer, writers = (8, 6) if kind == "local" else (3, 4)
 
     def opened() -> Store:
@@ -358,7 +358,7 @@ def test_slow_writer_cannot_reuse_a_removed_number(tmp_path: Path, monkeypatch: 
     old, other = BucketCheckpoints(store), BucketCheckpoints(store)
     attempt = old.begin_attempt()
     asleep = old._newest()
-    for _ in range(6):  # removes its catalogue and the next number
+    for _ in range(6):  # removes the catalogue that `old` has read, and the next number
         other.begin_attempt()
     answers = iter([asleep])
     wake = BucketCheckpoints._newest

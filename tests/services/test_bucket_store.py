@@ -1,4 +1,4 @@
-"""Tests of the store with a real S3 server, and of its error messages."""
+"""Tests of the store for buckets, with a real S3 server, and of its error messages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_shards_made_in_a_bucket_are_those_made_on_disk(
 
 
 def one_line(swift: Swift, error: UserError) -> str:
-    """Check that a message is one line that names the place and does not contain the secret, and return it."""
+    """Check that an error is one line with the URL and the endpoint but without the secret, and return the line."""
     text = str(error)
     assert "\n" not in text and swift.secret not in text and "s3://" in text
     assert swift.endpoint in text
@@ -123,7 +123,7 @@ def test_a_profile_is_read_and_named(swift: Swift, monkeypatch: pytest.MonkeyPat
 
 
 def test_credentials_that_expire_while_they_are_used(server: Swift, swift: Swift) -> None:
-    """The server's key is changed, after which it refuses requests as with an expired key."""
+    """Check an expired key. The server's key is changed, so that it refuses the client's requests."""
     store = open_store("s3://bucket/expire")
     store.put("x", [b"1"])
     old = server.secret

@@ -1,4 +1,4 @@
-"""Tests of training data from a real S3 server with typical failures."""
+"""Tests of reading training data from a real S3 server that fails in typical ways."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_server_that_is_killed_for_ten_seconds_costs_no_sample(
                 back.start()
     back.join()
     assert found == expected
-    # The training split has 44 samples, so 80 draws are one epoch and most of the second.
+    # The training split has 44 samples, so 80 draws are one epoch and most of a second one.
     assert set(Counter(found).values()) <= {1, 2} and len(set(found)) == 44
 
 
@@ -85,11 +85,11 @@ def test_network_outage_does_not_block_while_the_buffer_has_data(server: Swift, 
     with Loader(SampleStream(data, seed=3, num_batches=200)) as loader:
         batches = iter(loader)
         next(batches)
-        time.sleep(1.0)  # the next reads arrive
+        time.sleep(1.0)  # lets the next reads arrive
         server.kill_proxy()
         try:
             start = time.monotonic()
-            for _ in range(6):  # each lane reads eight samples at once, and eight in advance
+            for _ in range(6):  # each lane reads eight samples at a time, and the next eight in advance
                 next(batches)
             assert time.monotonic() - start < 0.5
         finally:
@@ -129,7 +129,7 @@ def test_shard_altered_after_indexing_loses_only_the_altered_samples(swift: Swif
     store = open_store("s3://bucket/altered/set")
     table = json.loads(store.get("shard-000002.idx.json"))
     (key, *_, members), data = table["samples"][5], bytearray(store.get("shard-000002.tar"))
-    data[members[0][1] + members[0][2] // 2] ^= 1  # one bit of the audio, which FLAC may decode without an error
+    data[members[0][1] + members[0][2] // 2] ^= 1  # flips one bit of the audio, which FLAC may decode without an error
     store.put("shard-000002.tar", [bytes(data)])
     skips: list[Skip] = []
     found = keys(prepared("s3://bucket/altered", local, max_skipped_fraction=0.5), 30, skips)
@@ -184,7 +184,7 @@ def finish(run: subprocess.Popen[str]) -> tuple[int, str]:
 def test_permanently_unreachable_server_stops_the_run_after_saving_its_state(
     server: Swift, swift: Swift, local: Path, tmp_path: Path
 ) -> None:
-    """The same command then resumes the run, with the losses of a run from disk."""
+    """Check also that the same command then resumes the run, with the same losses as a run that reads from disk."""
     upload(local, "s3://bucket/away/set")
     code, errors = finish(trainer(tmp_path / "disk", local, str(local / "set")))
     assert code == 0, errors
@@ -218,7 +218,7 @@ def test_the_second_epoch_is_read_from_the_cache_of_the_node(
     expected = keys(prepared(str(local), local), 66)
     found: list[str] = []
     data = prepared(url, local, retry_sec=1.0, num_workers=num_workers, **cached)
-    # 44 samples are an epoch of 22 batches. Without the server, only the cache has the third epoch.
+    # An epoch has 44 samples in 22 batches. The server is killed in the third epoch, which only the cache can provide.
     try:
         with Loader(SampleStream(data, seed=3, num_batches=66)) as loader:
             for number, (batch, _) in enumerate(loader):

@@ -1,4 +1,4 @@
-"""A tiny run that can be exported, with recordings, a tokenizer, and a checkpoint of an untrained model."""
+"""Helpers that write a tiny run for exports: recordings, a tokenizer, and the checkpoint of an untrained model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ INSTRUCTION = "what is it"
 
 
 def write_manifest(folder: Path, num_samples: int = 4) -> Path:
-    """Write a manifest with noise of different lengths as FLAC, a sample without audio, and one with two clips."""
+    """Write a manifest whose samples have one, no and two clips in turn. The clips are noise of different lengths."""
     rng, rows = np.random.default_rng(0), []
     for i in range(num_samples):
         audio: list[str] = []
@@ -65,7 +65,7 @@ def write_manifest(folder: Path, num_samples: int = 4) -> Path:
 
 
 def messages_about(paths: Sequence[str]) -> list[dict[str, object]]:
-    """Return a conversation with the first clip in turn 1 and the others in turn 2, without the last answer."""
+    """Return a conversation with the first clip in turn 1, the others in turn 2, and no answer to turn 2."""
     blocks = [{"type": "audio", "audio": path} for path in paths]
     asked = [[*blocks[:1], {"type": "text", "text": f"{INSTRUCTION} a"}]]
     asked += [[{"type": "text", "text": "it "}, *blocks[1:], {"type": "text", "text": " is b"}]]
@@ -101,7 +101,7 @@ def write_run(
         family: The LLM family of the model.
         chats: True for a Hugging Face tokenizer with a chat template.
         model: The model; None stands for `tiny_model(family)`.
-        lora: The adapters, over frozen weights of the LLM.
+        lora: The low-rank adapters. If there are any, the LLM's own weights are frozen.
     """
     run_dir.mkdir(parents=True)
     path = run_dir / ("hf" if chats else "tokenizer.model")
@@ -133,7 +133,7 @@ def write_run(
 
 
 def routing_history() -> LoadInterval:
-    """Write a history in which one of 198 clips, of the task sqa, was routed to wavlm and all others to hubert."""
+    """Return a history of 198 clips, of which one (of the task sqa) was routed to wavlm and all others to hubert."""
     pairs, experts = np.ones((1, 2)), ("hubert", "wavlm")
     cells = {
         ClipGroup(task, "en", "-", "0-1 s"): Load(
@@ -147,7 +147,7 @@ def routing_history() -> LoadInterval:
 
 
 def write_chat_tokenizer(folder: Path) -> None:
-    """Write a tokenizer with one token per word and a chat template."""
+    """Write a Hugging Face tokenizer that has one token per word and a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -162,14 +162,14 @@ def write_chat_tokenizer(folder: Path) -> None:
 
 
 def with_head_dim(model: ModelConfig, family: str) -> ModelConfig:
-    """Make the heads of Qwen3 wider than hidden size / heads, which the architecture allows."""
+    """Return the model, for Qwen3 with heads that are wider than hidden_size / num_attention_heads."""
     if family != "qwen3":
         return model
     return replace(model, llm=replace(model.llm, config={**model.llm.config, "head_dim": 16}))
 
 
 def tensors_of(oracle: SpeechLLM) -> dict[str, Tensor]:
-    """Return parameters and buffers by the names under which engines save them."""
+    """Return parameters and buffers by the names under which the engines save them."""
     buffers = {n: t for n, t in oracle.state_dict().items() if n.startswith("audio.")}
     return {**buffers, **dict(oracle.named_parameters())}
 
@@ -177,9 +177,15 @@ def tensors_of(oracle: SpeechLLM) -> dict[str, Tensor]:
 def write_checkpoint(
     folder: Path, tensors: dict[str, Tensor], extra: dict[str, object], frozen: str | None = None
 ) -> None:
-    """Write `tensors` in `NUM_RANKS` flat parts, every third tensor by columns as with tensor parallelism.
+    """Write a checkpoint of `NUM_RANKS` ranks, with zeros as the optimizer's moments.
 
-    Weights whose names begin with `frozen` are not trained; their adapters are.
+    A tensor is divided into flat parts. Every third tensor is divided by columns instead, as with tensor parallelism.
+
+    Args:
+        folder: The folder of the checkpoint, which is created.
+        tensors: The tensors by name.
+        extra: What the checkpoint stores in addition, such as the recipe.
+        frozen: The prefix of weights that are not trained, except for their low-rank adapters; None for none.
     """
     folder.mkdir(parents=True)
     parts: list[list[Shard]] = [[] for _ in range(NUM_RANKS)]

@@ -1,6 +1,6 @@
-"""Tiny random models of the published architectures, and their logits from independent implementations.
+"""Tiny random models of the published architectures, whose logits are computed by independent implementations.
 
-Windows have 2 s instead of 30 s. Qwen2-Audio, Qwen3-ASR, Voxtral and Audio Flamingo 3 use transformers' classes.
+Windows are 2 s long instead of 30 s. Qwen2-Audio, Qwen3-ASR, Voxtral and Audio Flamingo 3 use transformers' classes.
 Ultravox is not in transformers, so the class `Ultravox` follows the description of the architecture.
 """
 
@@ -80,13 +80,13 @@ WORDS = (
     *("red", "green", "blue", "white", "Write", "you", "hear"),
 )
 Logits = Callable[..., tuple[list[int], Tensor]]
-"""A function that returns the tokens of the prompt and the logits [L, vocabulary] for a waveform and a model, which is
-the reference by default."""
+"""A function of a waveform and of a model, by default the published one. It returns the L token ids of the prompt and
+the logits [L, vocabulary]."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A published model in a folder, and its own computation."""
+    """A published model, the folder that contains it, and the function that computes its logits."""
 
     folder: Path
     logits: Logits
@@ -94,7 +94,7 @@ class Reference:
 
 
 def write_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per word."""
+    """Return a tokenizer with one token per word, and with a chat template unless it is None."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *WORDS))}, unk_token="<unk>"))
@@ -111,7 +111,7 @@ def extractor() -> WhisperFeatureExtractor:
 
 
 def perturbed(model: nn.Module) -> nn.Module:
-    """Return the model with noise on every parameter, since biases of 0 and norms of 1 would hide mistakes."""
+    """Return the model with noise added to all parameters, since biases of 0 and norms of 1 would hide mistakes."""
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
@@ -121,14 +121,14 @@ def perturbed(model: nn.Module) -> nn.Module:
 def qwen2_audio(folder: Path) -> Reference:
     config = Qwen2AudioConfig(
         audio_config=dict(AUDIO),
-        text_config={**TEXT, "model_type": "qwen2", "use_mrope": False},  # a key that Qwen2's config does not have
+        text_config={**TEXT, "model_type": "qwen2", "use_mrope": False},  # `use_mrope` is not a key of Qwen2's config
         audio_token_index=SPECIAL.index("<|AUDIO|>"),
     )
     model: Any = perturbed(Qwen2AudioForConditionalGeneration(config))
     model.save_pretrained(folder)
     processor = Qwen2AudioProcessor(extractor(), write_tokenizer(None))
     processor.save_pretrained(folder)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)  # as in a folder that has none
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # the published folder has none
     write_tokenizer(None).save_pretrained(folder)
 
     @torch.no_grad()
@@ -193,7 +193,7 @@ def qwen3_asr(folder: Path) -> Reference:
 
 
 def write_tekken(folder: Path) -> None:
-    """Write a tokenizer of bytes in Mistral's own format, the only one in Voxtral's folders."""
+    """Write a tokenizer of bytes in Mistral's own format, which is the only format in Voxtral's folders."""
     control = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AUDIO]", "[BEGIN_AUDIO]", "<pad>"]
     size = 256 + len(control)
     counts = {"num_vocab_tokens": 256, "default_vocab_size": size, "default_num_special_tokens": len(control)}
@@ -218,7 +218,7 @@ def voxtral(folder: Path) -> Reference:
     def logits(wave: np.ndarray, model: Any = model) -> tuple[list[int], Tensor]:
         features = extractor()(wave, sampling_rate=16_000, pad_to_multiple_of=WINDOW_SAMPLES, truncation=False)
         mel = torch.from_numpy(np.stack(features["input_features"]))
-        # Ids of bytes follow those of the control tokens.
+        # The ids of bytes follow the ids of the control tokens.
         ids = [1, 3, 6, *[token] * 25, *(8 + byte for byte in INSTRUCTION.encode()), 4]
         return ids, model(input_ids=torch.tensor([ids]), input_features=mel).logits[0]
 
@@ -226,7 +226,10 @@ def voxtral(folder: Path) -> Reference:
 
 
 class Projector(nn.Module):
-    """Ultravox's projector: stacked frames, RMSNorm, linear layer, SwiGLU, RMSNorm and linear layer in either order."""
+    """Ultravox's projector: stacked frames, RMSNorm, linear layer, SwiGLU, then RMSNorm and linear layer.
+
+    In old models (`is_old`), the last RMSNorm follows the last linear layer.
+    """
 
     def __init__(self, width: int, stack: int, hidden: int, out: int, is_old: bool) -> None:
         super().__init__()
@@ -245,7 +248,7 @@ class Projector(nn.Module):
 
 
 class Ultravox(nn.Module):
-    """The published modules under their published names."""
+    """Ultravox's modules under their published names."""
 
     def __init__(self, is_old: bool) -> None:
         super().__init__()
@@ -264,11 +267,11 @@ class Ultravox(nn.Module):
 
 
 def ultravox(folder: Path, llm_folder: Path | None = None, is_old: bool = False) -> Reference:
-    """Write the model.
+    """Write an Ultravox model.
 
     Args:
         folder: The folder to write to.
-        llm_folder: Another folder for the LLM, which config.json then only names; None for none.
+        llm_folder: A separate folder for the LLM, which config.json then only names; None to store it in `folder`.
         is_old: True for the layout up to version 0.4.1.
     """
     model: Any = perturbed(Ultravox(is_old))

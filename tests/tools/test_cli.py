@@ -98,7 +98,7 @@ def test_init_writes_the_files_to_edit_and_overwrites_nothing(
     assert all(p.stat().st_mode & 0o111 for p in (folder / "slurm").glob("*.sh"))
     written = (folder / "recipe.yaml").read_text().splitlines()
     original = (ROOT / "trainer" / "recipes" / "mowe_70b.yaml").read_text().splitlines()
-    # Commands in the comment use the file that was written, not the recipe from which it was copied.
+    # The commands in the file's comment name the file that was written, not the recipe from which it was copied.
     changed = [" ".join(new.split()[:5]) for new, old in zip(written, original, strict=True) if new != old]
     assert changed == [
         "# earshot train recipe.yaml --dry-run",

@@ -1,4 +1,4 @@
-"""Tests of the comparison of two evaluations."""
+"""Tests of `earshot compare` with two evaluations."""
 
 from __future__ import annotations
 

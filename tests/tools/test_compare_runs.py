@@ -1,4 +1,4 @@
-"""Tests of the comparison of runs, as text and as a page in a real browser."""
+"""Tests of `earshot compare` with runs, whose output is text or a page. The page is shown in a real browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the demo corpus (format, splits and determinism), and of the demo's report on a finished run."""
+"""Tests of the demo corpus (format, splits, determinism), and of the report that the demo prints after its run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_full_sizes() -> None:
 
 @pytest.mark.slow
 def test_same_seed_same_bytes_and_other_seed_other_bytes(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    # Both are made in one process, in which espeak-ng could carry state from the first corpus to the second.
+    # Both corpora are made in one process, in which espeak-ng could keep state from the first one.
     def read(seed: int) -> list[dict[str, Any]]:
         path = write_corpus(tmp_path / str(seed), seed=seed, scale=SCALE)
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -150,12 +150,12 @@ def test_report_shows_the_last_predictions(tmp_path: Path, rows: list[dict[str, 
     finished_run(tmp_path, rows)
     text = demo.report(tmp_path, rows, "files  runs/demo/")
     assert "1.00 before  ->  0.21 after" in text
-    assert "captions" in text and "1.000" in text  # of step 90, since step 0 had no correct answer
+    assert "captions" in text and "1.000" in text  # the score of step 90, because step 0 had no correct answer
     assert "runs/demo/" in text and max(map(len, text.splitlines())) <= 120
 
 
 def use_trainer_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the demo run in `folder` with the package `trainer` that is in it."""
+    """Make the demo run in `folder`, with the package `trainer` in this folder."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(demo, "module_command", lambda module, *a: [sys.executable, "-m", module, *a])
 
@@ -175,7 +175,7 @@ def test_demo_reports_a_failed_training(
     assert "seeed: unknown key" in capsys.readouterr().err
     assert demo.main([]) == 3
     assert "training failed (exit code 3)" in capsys.readouterr().err
-    # The earlier run is kept, and the failed one leaves nothing.
+    # The earlier run is kept, and the failed run leaves no files.
     assert (old / "summary.json").exists() and (old / "corpus").exists()
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["demo"]
 

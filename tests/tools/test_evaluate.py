@@ -1,4 +1,4 @@
-"""Tests of `earshot evaluate`: answers are independent of batches and processes, and a kill loses none of them."""
+"""Tests of `earshot evaluate`: answers do not depend on batches or processes, and a killed evaluation keeps them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NUM = 12
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return (a folder with `run` and its export `out`, a manifest with one broken sample)."""
+    """Return a folder with `run` and its export `out`, and the path of a manifest with one broken sample."""
     root = tmp_path_factory.mktemp("evaluate")
     write_run(root / "run")
     assert export.main([str(root / "run"), str(root / "out"), "--dtype", "fp32"]) == 0
@@ -84,14 +84,14 @@ def test_rotary_frequencies_of_a_checkpoint_stay_in_fp32(made: tuple[Path, Path]
 
 @pytest.fixture(scope="module")
 def alone(made: tuple[Path, Path], loaded: Loaded) -> dict[str, str]:
-    """Return the answers of transformers' own `generate` to single samples."""
+    """Return the answers of transformers' `generate` to all usable samples, one sample per call, by key."""
     found = {}
     for q in questions(made[1]):
         inputs = loaded.processor(audio=[list(q.clips)] if q.clips else None, text=q.meta["instruction"])
         (found[q.key],) = loaded.processor.batch_decode(
             loaded.model.generate(**inputs, generation_config=loaded.settings)
         )
-    assert len(set(found.values())) > 2, "the same answer to everything shows nothing"
+    assert len(set(found.values())) > 2, "equal answers would prove nothing"
     return found
 
 
@@ -184,7 +184,7 @@ def test_killed_evaluation_continues_with_the_missing_samples(
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with (out / "predictions.jsonl").open("r+b") as file:  # with an incomplete last line
+    with (out / "predictions.jsonl").open("r+b") as file:  # makes the last line incomplete
         lines = file.read().splitlines(keepends=True)
         file.truncate(sum(map(len, lines[:2])) - 5)
     kept = len(lines[:2]) - 1
@@ -263,7 +263,7 @@ def test_the_last_turn_of_a_conversation_is_answered(made: tuple[Path, Path], lo
 
 
 class Hearing(Answerer):
-    """A model that recognises everything: sample i of a clip is the number of the word that is spoken there."""
+    """A model that hears every word. The value of an audio sample is the number of the word that is spoken there."""
 
     def _ask(self, prompts: Any, progress: Any = None) -> list[list[int]]:
         return [sorted(set(np.round(p.clips[0]).astype(int).tolist())) for p in prompts]

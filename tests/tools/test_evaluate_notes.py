@@ -1,4 +1,4 @@
-"""Tests of the notes of `earshot evaluate` and of the model card, which prevent misinterpretation of scores."""
+"""Tests of the notes that `earshot evaluate` prints to prevent misreading of scores, and of an export's model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that an exported model generates the training graph's tokens in a process that cannot import the project."""
+"""Tests that an export generates the same tokens as the training graph in a process that cannot import the project."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from trainer.export.source import Source
 from trainer.export.verify import read_samples
 from trainer.parity_cases import tiny_model
 
-# EXPORT_PYTHON (`make export-test`) is the interpreter of an environment without this project. The default is this one:
-# -I ignores the current folder and PYTHONPATH, and -S ignores .pth files, and so editable installations.
-# Exports with the same code share the classes of the first one, since importing the code takes longer than running it.
+# EXPORT_PYTHON (`make export-test`) is the interpreter of an environment without this project. The default is the
+# current interpreter: -I ignores the current folder and PYTHONPATH, and -S ignores .pth files and thus editable
+# installations. Exports with the same code share one import of it, because importing takes longer than generating.
 FRESH = """
 import contextlib, importlib.util, io, json, pathlib, sys
 sys.path += filter(None, sys.argv[1:2])
@@ -111,9 +111,7 @@ def test_normalisation_of_an_encoder_is_exported() -> None:
     kept = audio_config(described)
     assert kept.primary is not None
     assert [resolve(e).do_normalize for e in (kept.primary, *kept.experts)] == [False, False, False, True]
-    del described["experts"][2]["config"][
-        "do_normalize"
-    ]  # as in an export by a version without this setting for Whisper
+    del described["experts"][2]["config"]["do_normalize"]  # exports of earlier versions lack this field for Whisper
     assert not resolve(audio_config(described).experts[2]).do_normalize
 
 
@@ -149,7 +147,7 @@ def test_every_family_generates_the_same_tokens_without_this_project(tmp_path: P
         with torch.no_grad():
             expected = oracle.llm(torch.tensor(ids)).logits[0, -1]
         assert torch.tensor(logits).sub(expected).abs().max() < 1e-5
-    assert sum(varied) > len(varied) / 2, "the same answer to everything shows nothing"
+    assert sum(varied) > len(varied) / 2, "equal answers would prove nothing"
 
 
 def cut_at(tokens: list[int], eos_id: int) -> list[int]:
@@ -215,7 +213,7 @@ def test_export_that_differs_is_not_published(run: Run, tmp_path: Path, monkeypa
     def spoilt(reader: Any, shards: Any, folder: Path, on_bytes: Any) -> None:
         write(reader, shards, folder, on_bytes)
         content = bytearray((folder / "model.safetensors").read_bytes())
-        content[-4002:-2:4] = b"\x40" * 1000  # the last tensor's exponents
+        content[-4002:-2:4] = b"\x40" * 1000  # changes exponents of the last tensor
         (folder / "model.safetensors").write_bytes(content)
 
     monkeypatch.setattr(publish, "write_weights", spoilt)
@@ -322,7 +320,7 @@ def test_a_damaged_checkpoint_is_one_line(
 
 @pytest.mark.slow
 def test_it_needs_no_more_memory_than_the_largest_tensor(run: Run, tmp_path: Path) -> None:
-    """The memory of a process that only imports the command's packages differs between installations."""
+    """Check the growth of memory over a process that only imports the command's packages, because that one varies."""
     code = "import torch, transformers, tools.export, trainer.export.publish; "
     code += "from trainer.telemetry.metrics import peak_memory_bytes; print(peak_memory_bytes()['host'])"
     root = Path(__file__).parents[2]

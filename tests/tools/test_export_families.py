@@ -1,4 +1,4 @@
-"""Tests that a model with an encoder of every family can be planned, and exported with the families' code."""
+"""Tests of a model with one encoder of every family, which is planned and exported with the code of all families."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.plan.encoder_memory import EncoderTracer
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_an_export_computes_what_training_computes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--verify` compares the answers and logits of the exported folder's own code with the training graph."""
+    """Check an export with `--verify`, which compares the answers and logits of the exported code with training's."""
     names = one_per_family()
     write_run(tmp_path / "run", model=model_of(names))
     manifest, out = write_manifest(tmp_path), tmp_path / "out"
@@ -38,7 +38,10 @@ def test_an_export_computes_what_training_computes(tmp_path: Path, capsys: pytes
 
 @pytest.mark.slow
 def test_the_memory_of_a_call_is_traced_and_fits_its_shape() -> None:
-    """Windows of encoders that compute the clips' own length are longer than the shapes that are traced."""
+    """Check that memory is predicted for shapes that were not traced.
+
+    Encoders that only compute the clips' own length have windows that are longer than the traced shapes.
+    """
     names = one_per_family()
     model = model_of(names)
     longer = [
@@ -50,8 +53,8 @@ def test_the_memory_of_a_call_is_traced_and_fits_its_shape() -> None:
         tower = AudioTower(replace(model, experts=experts), 32, 61)
     tracer = EncoderTracer(tower, OptimConfig(), torch.float32, recompute=False, device="cuda")
     for name in names:
-        clips = (40_000, 40_000) if name.startswith("auto") else (50_000, 30_000)  # `auto` may pad less than the plan
-        # The blocks of Qwen3-ASR's encoder make its memory no polynomial of the shape: the difference is 6 %.
+        clips = (40_000, 40_000) if name.startswith("auto") else (50_000, 30_000)  # `auto` may pad less than planned
+        # Because of the blocks in Qwen3-ASR's encoder, its memory is not a polynomial of the shape. It differs by 6 %.
         limit = 0.07 if name.startswith("qwen3_asr") else 0.05
         assert tracer.calls(name).kept(clips) == pytest.approx(tracer.traced(name, clips).kept, rel=limit), name
 
@@ -63,7 +66,7 @@ def tracer_of(encoder: EncoderConfig) -> EncoderTracer:
 
 
 def test_an_encoder_without_a_list_of_layers_is_traced_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SEW-D, which `auto` takes, calls its list `layer`."""
+    """Check SEW-D in the family `auto`. Its list of layers is called `layer`, so it is not found."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     stack = {"conv_dim": [16] * 4, "conv_kernel": [10, 3, 3, 2], "conv_stride": [5, 4, 4, 4]}
     positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "squeeze_factor": 2}

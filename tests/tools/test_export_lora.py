@@ -1,4 +1,4 @@
-"""Tests of the export of a run with low-rank adapters, merged into the weights or as a folder for peft."""
+"""Tests of exporting a run with low-rank adapters, either merged into the weights or as a folder for peft."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SpeechLLM]:
 
 
 def merged(oracle: SpeechLLM) -> dict[str, Tensor]:
-    """The tensors of an export: W + s·B·A."""
+    """Return the tensors of an export with merged adapters, W + (alpha / rank)·B·A."""
     tensors, found = tensors_of(oracle), {}
     for name, tensor in tensors.items():
         part = Adapters(LORA).of_layer(name.removesuffix(".weight")) if name.endswith(".weight") else None
@@ -73,7 +73,11 @@ def test_adapters_are_merged_and_the_export_is_verified(made: tuple[Path, Speech
 
 
 def check_peft(run: Path, base: Any, oracle: SpeechLLM) -> Path:
-    """Compare the logits of `base` with the run's adapters, loaded by peft, with the oracle's; return the adapters."""
+    """Check that `base` has the oracle's logits after peft has loaded the run's adapters.
+
+    Returns:
+        The folder of the exported adapters.
+    """
     peft = pytest.importorskip("peft")
     out = run.parent / "adapter"
     assert export.main([str(run), str(out), "--dtype", "fp32", "--llm-only", "--adapter"]) == 0
@@ -82,13 +86,13 @@ def check_peft(run: Path, base: Any, oracle: SpeechLLM) -> Path:
         wanted, plain = oracle.llm(input_ids=ids).logits, base(input_ids=ids).logits
         found = peft.PeftModel.from_pretrained(base, out).eval()(input_ids=ids).logits
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
-    assert float((plain - wanted).abs().max()) > 1e-2 * float(wanted.abs().max()), "the adapters change the logits"
+    assert float((plain - wanted).abs().max()) > 1e-2 * float(wanted.abs().max()), "the adapters must change the logits"
     return out
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_peft_loads_the_adapter_on_the_stock_model(family: str, made: tuple[Path, SpeechLLM], tmp_path: Path) -> None:
-    # Phi-3 has no k_proj, for which a rank of its own is asked.
+    # One pattern sets another rank for k_proj, which Phi-3 does not have.
     root, oracle = made if family == "llama" else (tmp_path, write_run(tmp_path / "run", family, lora=LORA))
     base: Any = build_reference(LLMConfig(config=tiny_model(family).llm.config), seed=1)
     stored = dict(oracle.llm.named_parameters())
@@ -106,8 +110,8 @@ EXPERT_LORA = {
     "qwen3_moe": ("llm.*", "llm.*.mlp.down_proj", "llm.*.experts.2.up_proj"),
     "gpt_oss": ("llm.*.layers.0.*.experts.2.down_proj", "llm.*.layers.1.*.experts.[13].gate_proj", "llm.*.q_proj"),
 }
-"""Patterns of adapters of the ranks 2, 3 and 1. Layer 1 of the Qwen3-MoE is dense. In GPT-OSS, some parameters of
-transformers have no adapter, and others have adapters of some experts only."""
+"""By family, the patterns of adapters with the ranks 2, 3 and 1. Layer 1 of the Qwen3-MoE is dense. In GPT-OSS,
+transformers stores all experts' projections in one parameter, and only some experts of some parameters have adapters."""
 
 
 @pytest.mark.parametrize("family", sorted(EXPERT_LORA))
@@ -139,7 +143,7 @@ def test_a_run_starts_with_new_adapters_and_never_drops_any(made: tuple[Path, Sp
     check_adapters(origin, set(tensors), tiny_model(), origin.lora)
     with pytest.raises(UserError, match="holds the adapter .*, which the recipe's section lora does not ask for"):
         check_adapters(origin, {n for n in tensors if not is_factor(n)}, tiny_model(), ())
-    assert origin.lora, "the settings are stored in the recipe of the checkpoint"
+    assert origin.lora, "the checkpoint's recipe must contain the settings"
     doubled = [replace(part, alpha=2 * part.alpha) for part in origin.lora]
     with pytest.raises(UserError, match="was trained with alpha / rank = 8, but lora .* has 16; set alpha to 16, or"):
         check_adapters(origin, set(tensors), tiny_model(), doubled)

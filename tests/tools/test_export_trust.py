@@ -1,4 +1,4 @@
-"""Tests that the content of a checkpoint cannot determine which code an export contains or its users execute."""
+"""Tests that a checkpoint's content cannot choose the code that an export contains or that its users execute."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def forge(run: Path, copy_to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """Copy a run, change what its checkpoint stores, and make the checksums fit."""
+    """Copy a run, change the `extra` state in its checkpoint, and update the checksum; return the copy."""
     shutil.copytree(run, copy_to)
     folder = copy_to / "checkpoints" / f"step-{STEP:08d}"
     state = json.loads((folder / STATE).read_text())
@@ -53,7 +53,7 @@ def forge(run: Path, copy_to: Path, change: Callable[[dict[str, Any]], Any]) -> 
 
 
 def evil_module(folder: Path) -> tuple[str, Path]:
-    """Write a module that leaves a mark when it is imported. Return its folder and the mark."""
+    """Write a module that creates a file when it is imported, and return the module's folder and that file."""
     (folder / "evil").mkdir()
     mark = folder / "executed"
     (folder / "evil" / "mine.py").write_text(

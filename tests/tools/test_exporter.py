@@ -1,4 +1,4 @@
-"""Tests of the metrics of runs, which a real Prometheus scrapes."""
+"""Tests of the exporter of run metrics, which a real Prometheus scrapes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_prometheus_scrapes_it(runs: Path, tmp_path: Path) -> None:
     program = shutil.which("prometheus")
     if program is None:
         assert not os.environ.get("REQUIRE_SERVICES"), "apt-get install prometheus"
-        pytest.skip("no prometheus here: apt-get install prometheus")
+        pytest.skip("prometheus is not installed: apt-get install prometheus")
     server = exporter.make_server(runs, "127.0.0.1", 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with socket.socket() as probe:
@@ -91,7 +91,7 @@ def test_prometheus_scrapes_it(runs: Path, tmp_path: Path) -> None:
 
 
 def query(address: str, text: str) -> list[dict[str, Any]]:
-    """Return the result of an instant query; empty if Prometheus does not answer yet."""
+    """Return the result of an instant query; an empty list if Prometheus does not answer yet."""
     try:
         url = f"http://{address}/api/v1/query?query={urllib.parse.quote(text)}"
         with urllib.request.urlopen(url, timeout=5) as answer:

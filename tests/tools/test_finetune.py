@@ -1,4 +1,4 @@
-"""Tests of `earshot finetune` with a stub instead of the training run."""
+"""Tests of `earshot finetune` with a stub in place of the trainer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MANIFESTS = ("asr", "er", "aqa", "sqa", "ac")
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the current folder, which contains the data, a trainer that only writes results, and no weights."""
+    """Enter a folder with data and a trainer that only writes results, but without weights, and return the folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "module_command", lambda module, *a: [sys.executable, "trainer.py", *a])
     (tmp_path / "trainer.py").write_text(TRAINER)
@@ -66,12 +66,12 @@ def test_it_fetches_trains_and_reports(
     (here / "models" / "smollm2-135m").mkdir(parents=True)
     assert finetune.main(["data.root=data"]) == 0
     assert spoken == [("data", "runs/spoken")]
-    assert fetched == [("whisper-base", "models")], "what exists is not fetched again"
+    assert fetched == [("whisper-base", "models")], "an existing model must not be fetched again"
     shown = capsys.readouterr().out
     assert "1.20 before  ->  0.30 after" in shown and "two swords" in shown
     assert "earshot evaluate runs/finetune_kit --data data/asr.jsonl --split test" in shown
     assert finetune.main(["--seed", "2", "data.root=data"]) == 0
-    assert len(spoken) == 1, "speech is made once"
+    assert len(spoken) == 1, "speech must be made only once"
     results = [json.loads(line) for line in (here / "runs" / "finetune_kit.jsonl").read_text().splitlines()]
     assert [(line["run"], line["seed"]) for line in results] == [("finetune_kit", 1), ("finetune_kit-seed2", 2)]
     assert [line["scores"][0]["value"] for line in results] == [0.1, 0.2]

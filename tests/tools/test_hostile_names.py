@@ -95,7 +95,7 @@ def test_the_password_of_a_tracker_is_in_no_command_line(
     check_job(["debug", *arguments])
     facts = json.loads(capsys.readouterr().out.splitlines()[0])
     assert facts["trackers"] == ["https://mlflow.example.org:5000"]
-    # This is what the job passes to srun, whose command line other users see.
+    # The job passes this text to srun, whose command line is visible to other users.
     assert "hunter2" not in json.dumps(asdict(Wanted(0, "x", (), tuple(facts["trackers"]), 0, 0)))
 
 

@@ -1,4 +1,4 @@
-"""Tests of `earshot import`: security, resuming, processes, memory, and the kit in three formats."""
+"""Tests of `earshot import`: security, resuming, processes, memory, and real recordings in three formats."""
 
 from __future__ import annotations
 
@@ -225,17 +225,17 @@ def test_memory_is_flat_over_many_rows(tmp_path: Path) -> None:
 
     few, many = peak(1_000), peak(100_000)
     assert len((tmp_path / "100000" / "manifest.jsonl").read_bytes().splitlines()) == 100_000
-    assert many - few < 16 << 20, (few, many)  # 65 bytes per id, which is what keeps ids unique, and fragmentation
+    assert many - few < 16 << 20, (few, many)  # 65 bytes per id to detect duplicates, and fragmentation
 
 
 @needs_kit
 @pytest.mark.parametrize("form", ["nemo", "kaldi", "csv"])
 def test_the_kit_is_the_same_after_export_and_import(form: str, tmp_path: Path) -> None:
-    """Every kind of file of the kit, exported as other programs would do it, gives the same samples."""
+    """Check that real recordings give the same samples after they were exported in the format of another program."""
     rows: list[dict[str, Any]] = []
     for task in ("asr", "er", "aqa"):
         found = [json.loads(line) for line in (KIT / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
-        if form != "kaldi" or task == "asr":  # Kaldi has transcripts only.
+        if form != "kaldi" or task == "asr":  # Kaldi's format has only transcripts
             rows += found[:: len(found) // 12]
     source = _exported(form, rows, tmp_path / "in")
     assert run(form, source, tmp_path / "out", "--follow", "--audio", str(KIT)) == 0
@@ -286,7 +286,7 @@ def test_rows_without_a_split_are_divided_by_recording(tmp_path: Path, capsys: p
     assert [r["split"] for r in found[::2]] == [r["split"] for r in found[1::2]]
     counts = Counter(r["split"] for r in found[::2])
     assert 25 <= counts["dev"] <= 55 and 8 <= counts["test"] <= 32 and counts.total() == 200
-    assert run("csv", source, out, "--divide", "dev=0.3") == 2  # not the import that OUT contains
+    assert run("csv", source, out, "--divide", "dev=0.3") == 2  # OUT contains another import
     for wrong in ("dev", "dev=x", "dev=0.5,test=0.5", "dev=-1"):
         assert run("csv", source, out, "--divide", wrong) == 2
         assert f"--divide {wrong}" in capsys.readouterr().err
@@ -296,7 +296,7 @@ def test_rows_without_a_split_are_divided_by_recording(tmp_path: Path, capsys: p
 def test_every_split_of_a_small_table_gets_a_recording(
     num: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for seed in range(8):  # other names, and therefore other hashes
+    for seed in range(8):  # other names have other hashes, which choose the splits
         folder = tmp_path / str(seed)
         folder.mkdir()
         rows = ["audio,text"]

@@ -28,13 +28,13 @@ from trainer.parity_cases import tiny_model
 from trainer.run_tokenizer import DIGEST, adopt, of_export
 
 NOTHING: Mapping[str, Any] = {}
-# The last window is full, nearly full, or ends in the middle of a pair of frames or of a mel frame.
+# The lengths of clips. The last window is full, nearly full, or ends within a pair of frames or within a mel frame.
 LENGTHS = (9_613, 16_300, WINDOW_SAMPLES - 700, WINDOW_SAMPLES)
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
-    """Return the original of every architecture, imported into a folder `imported` next to it."""
+    """Return a published model of every architecture, each with its import in a folder `imported` next to it."""
     found = {}
     for name, write in MODELS.items():
         root = tmp_path_factory.mktemp(name)
@@ -48,7 +48,7 @@ def wave(samples: int) -> np.ndarray:
 
 
 def difference(reference: Reference, imported: Path, samples: int) -> float:
-    """Return the largest difference of a logit for a clip, after checking that the tokens are equal."""
+    """Return the largest difference between the logits of both models for a clip, and check that tokens are equal."""
     processor = read_processor(imported)
     model = EarshotForCausalLM.from_pretrained(imported, dtype=torch.float32).eval()
     ids, wanted = reference.logits(wave(samples))
@@ -71,7 +71,10 @@ def test_logits_equal_those_of_the_original(references: dict[str, Reference], na
 
 
 def test_qwen3_asr_has_thirteen_audio_tokens_per_second(references: dict[str, Reference]) -> None:
-    """The last group of a second is shorter, and a frame with less than 10 ms of audio has no token."""
+    """Check the number of tokens for lengths at which it changes.
+
+    The last group of each second is shorter, and a frame with less than 10 ms of audio has no token.
+    """
     reference = references["qwen3_asr"]
     processor = read_processor(reference.folder.parent / "imported")
     for samples in (1, 8_000, 8_160, 15_840, 15_999, 16_000, 16_159, 16_160, 17_280, 17_281, 17_440, 33_000, 160_001):
@@ -83,7 +86,7 @@ def test_qwen3_asr_has_thirteen_audio_tokens_per_second(references: dict[str, Re
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_added_experts_do_not_change_the_embeddings_at_first(references: dict[str, Reference], name: str) -> None:
-    """They do not change the loss either: their streams pass through a projection that begins with zeros."""
+    """Check that added experts have no effect, because their features pass through a projection that starts at zero."""
     imported = references[name].folder.parent / "imported"
     config = audio_config(json.loads((imported / "config.json").read_text())["audio"])
     recipe = load_recipe(str(imported / "recipe.yaml"), ["data.tokenizer.train_vocab_size=64"])
@@ -141,7 +144,7 @@ def test_ultravox_up_to_version_0_4_1(tmp_path: Path) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> str:
-    """Return the only line with which the import of a folder ends."""
+    """Import a folder, check that it is refused with one line, and return this line."""
     capsys.readouterr()
     assert import_model.main([str(folder), str(folder.parent / "out"), *options]) == 2
     assert [p.name for p in folder.parent.iterdir() if "out" in p.name and not p.name.endswith(".lock")] == []
@@ -233,9 +236,14 @@ def write_run_of(
     more: Mapping[str, torch.Tensor] = NOTHING,
     fields: Mapping[str, object] = NOTHING,
 ) -> None:
-    """Write a run with one checkpoint that contains the imported weights and `more` tensors.
+    """Write a run with one checkpoint of imported weights.
 
-    `fields` replace those of the LLM's config.
+    Args:
+        imported: The folder of the imported model.
+        run_dir: The folder of the run.
+        overrides: Overrides of the recipe.
+        more: Tensors that are added or replaced.
+        fields: Fields of the LLM's config that are added or replaced.
     """
     config = json.loads((imported / "config.json").read_text())
     recipe = load_recipe(str(imported / "recipe.yaml"), ["data.tokenizer.train_vocab_size=64", *overrides])

@@ -1,4 +1,4 @@
-"""Tests of `earshot shards inspect`, which inspects and indexes shards."""
+"""Tests of `earshot shards inspect`, which describes and indexes shards."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_damage_is_named(made: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def foreign(folder: Path) -> None:
-    """Write shards with webdataset's writer, with transcripts as text and a sample that cannot be used."""
+    """Write shards with the package webdataset. Their transcripts are text files, and one sample cannot be used."""
     folder.mkdir()
     with webdataset.TarWriter(str(folder / "a.tar")) as writer:
         for i in range(4):

@@ -15,13 +15,13 @@ from tools import judge
 from trainer.evaluation.predictions import Prediction, read_predictions, write_predictions
 
 PROMPTS: list[str] = []
-"""The prompts that the service received since the test began."""
+"""The prompts that the service has received since the start of the test."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A service that rates "good" with 5 and everything else with 1, and gives no rating for "odd".
+    """A judge that gives 5 to the answer "good", no rating to "odd", and 1 to all other answers.
 
-    Of two answers, it prefers "good" to all others, and else the first one.
+    Of two answers, it prefers "good". If neither is "good", it prefers the first one.
     """
 
     def do_POST(self) -> None:
@@ -148,7 +148,7 @@ def test_judge_reads_the_conversation_before_the_question(url: str, tmp_path: Pa
     first, second = sorted(PROMPTS, key=lambda prompt: "Be brief" not in prompt)
     assert f'Question: "And ?"\nConversation before the question: {json.dumps(PLAIN)}\nReference' in first
     assert "Conversation" not in second
-    # Predictions that were read and written again, as when an evaluation is continued, are the same.
+    # Reading predictions and writing them again, as a resumed evaluation does, changes nothing.
     write_predictions(tmp_path / "again.jsonl", read_predictions(path))
     assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
 
@@ -179,7 +179,7 @@ def test_two_evaluations_are_compared_in_both_orders(
     assert judge.main(command) == 1
     text = capsys.readouterr().out
     assert "1 better, 2 tied, 1 worse; 1 pairs of answers are equal; in 1 pairs" in text
-    assert len(PROMPTS) == 8  # The failed pair was asked again, and all others were in the cache.
+    assert len(PROMPTS) == 8  # only the failed pair was asked again, twice
 
 
 def test_evaluations_of_other_questions_are_not_compared(

@@ -1,4 +1,4 @@
-"""Tests that runs with killed ranks (also during a save) end with the same result, and can be exported."""
+"""Tests that runs whose ranks are killed, even during a save, end with the same result and can be exported."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_file_in_place_of_the_folder_is_one_line(tmp_path: Path, capsys: pytest.
 
 
 class Cut(BaseException):
-    """Raised in place of the death of the process."""
+    """An exception that simulates the death of the process."""
 
 
 @pytest.mark.parametrize("end", [Cut(), UserError("the store is unreachable"), OSError(5, "Input/output error")])

@@ -1,4 +1,4 @@
-"""Tests of the arguments that `earshot parity` refuses. tests/distributed/test_parity.py tests its measurements."""
+"""Tests of the arguments that `earshot parity` refuses. tests/distributed/test_parity.py tests what it measures."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def test_bad_arguments_are_one_line(
 
 @pytest.mark.parametrize("adapter", ["pooling_perceptron", "swiglu_post_norm"])
 def test_added_features_take_part_in_the_comparison(adapter: str) -> None:
-    """With the initial zeros, no expert would have a gradient."""
+    """Check that the projection of expert features is not zero, because experts would otherwise have no gradient."""
     projection = build_oracle(tiny_model(adapter=adapter)).audio.stream_projection
     assert projection is not None and projection.weight.abs().min() > 0

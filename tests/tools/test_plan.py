@@ -1,4 +1,4 @@
-"""Tests of `earshot plan`, as users and batch scripts call it."""
+"""Tests of the command `earshot plan`: its output, exit codes, CPU time and memory."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def plan(*arguments: str, timeout_sec: float = 400.0) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_sec, check=False)
 
 
-# Runs the command of its arguments and writes what it used to standard error. A process inherits the peak memory of
-# the one that starts it, and the test process has had many others: a small, new process in between measures this one.
+# A program that runs the command in its arguments, and writes the command's CPU seconds and peak memory to stderr.
+# It is needed because a process inherits the peak memory of the process that starts it.
 METER = """
 import resource, subprocess, sys
 status = subprocess.run(sys.argv[1:]).returncode
@@ -37,7 +37,7 @@ sys.exit(status)
 
 
 def measured_plan(*arguments: str) -> tuple[dict[str, Any], str, float, int]:
-    """Return the plan's JSON, its whole output, the CPU seconds that it used, and its peak memory in bytes."""
+    """Run `earshot plan`, and return its JSON, its whole output, its CPU seconds and its peak memory in bytes."""
     command = [sys.executable, "-c", METER, sys.executable, "-m", "tools.plan", *arguments, "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
@@ -59,12 +59,12 @@ def test_the_70b_plan() -> None:
         assert word in text
     assert max(map(len, lines[:-1])) <= 100
     assert found["fits"] and found["ranks"] == 128
-    # The weights of the LLM are bf16, split over the tensor ranks and the stages. A stage has one kind of rank per
-    # place of an expert-parallel group.
+    # The LLM's weights are bf16 and are divided among tensor-parallel ranks and stages. A stage has one kind of rank
+    # for each place in an expert-parallel group.
     assert found["expert"] == 2
     first = [kind for kind in found["kinds"] if kind["expert_place"] == 0]
     assert found["tensor"] * sum(k["weights_bytes"] * len(k["stages"]) for k in first) > 2 * 70.5e9
-    # There are 6 FLOPs per weight and token, without the embedding table.
+    # The LLM takes 6 FLOPs per weight and token. The embedding table is not counted.
     assert found["llm_flops"] == pytest.approx(6 * 69.5e9 * found["tokens_per_step"], rel=0.03)
     assert found["step_sec"] == pytest.approx(
         sum(found[k] for k in ("encoders_sec", "llm_sec", "exchange_sec", "update_sec"))

@@ -1,4 +1,4 @@
-"""Tests that a real OpenAI client and a real browser get the answers of the exported model from `earshot serve`."""
+"""Tests that `earshot serve` gives the answers of the exported model to a real OpenAI client and a real browser."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def block(samples: np.ndarray) -> dict[str, Any]:
 
 
 def hours_of_silence() -> dict[str, Any]:
-    """Return a clip of 62 minutes in about a hundred kilobytes."""
+    """Return a clip of 62 minutes whose file has only about 100 kB."""
     file = io.BytesIO()
     soundfile.write(file, np.zeros(16000 * 3700, np.int16), 16000, format="FLAC")
     return {"type": "input_audio", "input_audio": {"data": base64.b64encode(file.getvalue()).decode()}}
@@ -229,7 +229,7 @@ def serving(app: FastAPI) -> Iterator[str]:
 
 def test_text_is_streamed_while_it_is_generated_and_not_computed_for_a_client_that_is_gone(exported: Path) -> None:
     service = Service(exported, max_new_tokens=100)
-    service._loaded.settings.eos_token_id = -1  # so that every answer has 100 tokens
+    service._loaded.settings.eos_token_id = -1  # makes every answer 100 tokens long
     calls: list[float] = []
 
     def slow(*_: Any) -> None:
@@ -243,7 +243,7 @@ def test_text_is_streamed_while_it_is_generated_and_not_computed_for_a_client_th
         whole = client.chat.completions.create(model="any", messages=[message]).choices[0].message.content
         assert len(calls) == 100 and whole is not None
         calls.clear()
-        seen = []  # the parts of the text, and the number of tokens when each arrived
+        seen = []  # the parts of the text, each with the number of tokens generated before it arrived
         for chunk in client.chat.completions.create(model="any", messages=[message], stream=True):
             if chunk.choices[0].delta.content:
                 seen.append((chunk.choices[0].delta.content, len(calls)))
@@ -328,7 +328,7 @@ def test_a_slow_upload_is_refused_and_frees_its_place(monkeypatch: pytest.Monkey
                 slow.sendall(head.encode() + b"-")
                 answer = b"".join(iter(lambda: slow.recv(4096), b""))  # until the server closes the connection
             assert answer.startswith(b"HTTP/1.1 408") and b"more than 0.5 s to arrive" in answer, path
-        assert status_of(address, "/v1/chat/completions", b"[") == 400  # not 503
+        assert status_of(address, "/v1/chat/completions", b"[") == 400  # 503 would mean that the place is not free
 
 
 def test_parts_of_a_text_are_never_taken_back() -> None:
@@ -378,7 +378,7 @@ def test_the_page_answers_in_a_browser(exported: Path, tmp_path: Path) -> None:
     assert page.root["data-errors"] == ""
     answer = generated(exported, wave(), "what is it")
     assert html.escape(answer, quote=False) in page.dom and "data-expert=" in page.dom and "0.5 s of audio" in page.dom
-    assert page.dom.count('class="reply"') == 1 and "which stands for a clip" in page.dom  # the second was refused
+    assert page.dom.count('class="reply"') == 1 and "which stands for a clip" in page.dom  # one message was refused
 
 
 def test_user_errors_are_one_line(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Synthetic speech from the texts of the kit."""
+"""Tests of `tools.spoken_text`, which makes synthetic speech from the texts of a kit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.scoring.text import DIGIT_WORDS
 
 @pytest.fixture
 def kit(tmp_path: Path) -> Path:
-    """Return the folder of a kit with few texts, one of which is the answer of a test sample."""
+    """Write a kit with a few texts, one of which is the answer of a test sample, and return its folder."""
     texts = tmp_path / "kit" / "text"
     texts.mkdir(parents=True)
     book = 'He said: "No!" I saw the sea. It was blue;\nand the boat, which\nwe had bought there, '
@@ -53,7 +53,7 @@ def test_the_manifest_can_be_trained_on(
     for out in outs:
         assert main([str(kit), str(out), "--sentences", "4", "--digits", "3"]) == 0
     manifests = [(out / "spoken.jsonl").read_text() for out in outs]
-    assert manifests[0] == manifests[1], "the same seed gives the same speech"
+    assert manifests[0] == manifests[1], "the same seed must give the same speech"
     rows = [json.loads(line) for line in manifests[0].splitlines()]
     assert len(rows) == 7 and len(read_manifest(outs[0] / "spoken.jsonl")) == 7
     assert {row["split"] for row in rows} == {"train"}

@@ -50,7 +50,7 @@ def test_run_after_a_restart(tmp_path: Path) -> None:
     found = read_status(run, now_sec=150.0)
     assert (found.state, found.step, found.attempts, found.num_samples_skipped) == ("running", 10, 2, 3)
     assert found.since_sec == 19.0 and found.silent_sec == 10.0 and found.left_sec == 20.0
-    assert found.num_skipped_updates == 1  # step 7 was repeated after the restart
+    assert found.num_skipped_updates == 1  # the skipped update of step 7 was repeated after the restart
     assert found.goodput == pytest.approx(9 * 2.0 / 50.0)
     text = status.describe(found, 150.0)
     for words in (

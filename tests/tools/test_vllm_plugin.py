@@ -1,6 +1,6 @@
 """Tests that the vLLM plug-in in an export computes the same as the export.
 
-The tests use a stub of vLLM's interface (`tests/vllm_stub.py`). The last test serves an export with vLLM if the
+The tests use a stub of vLLM's interface (`tests/vllm_stub.py`). The last test uses vLLM itself. It runs only if the
 environment variable `VLLM_PYTHON` is the path of a Python interpreter for which vLLM and the plug-in are installed.
 """
 
@@ -38,7 +38,7 @@ from trainer.parity_cases import tiny_model
 
 
 def with_wide_heads(model: ModelConfig, gate_input: str) -> ModelConfig:
-    """Widen the heads to 32, the least that vLLM computes on CPUs, and set what the router reads."""
+    """Return the model with another router input and with heads of 32, which is the smallest size of vLLM on CPUs."""
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     return replace(
         model,
@@ -74,9 +74,9 @@ class Served:
         return found
 
     def logits(self, found: dict[str, Any]) -> Tensor:
-        """Return what vLLM would compute for a processed request, [L, V]."""
+        """Return the logits [L, V] that vLLM would compute for a processed request."""
         ids = torch.tensor(found["prompt_token_ids"])
-        # As vLLM does, fields of equal shape arrive as one tensor, and others as a list.
+        # Like vLLM, the stub passes fields of equal shape as one tensor, and other fields as a list.
         fields = {k: torch.stack(v) if len({t.shape for t in v}) == 1 else v for k, v in found["mm_kwargs"].items()}
         embeddings = self.model.embed_multimodal(**fields)
         merged = self.model.embed_input_ids(ids, embeddings, is_multimodal=torch.tensor(found["is_audio"]))
@@ -95,7 +95,7 @@ def served(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         registry = vllm_stub.install(patch)
         plugin, own = load(root / "out", "earshot_vllm"), load(root / "out", "earshot_vllm_model")
         plugin.register()
-        plugin.register()  # vLLM may call it several times in a process
+        plugin.register()  # vLLM may call this function several times in a process
         assert registry.models == {"EarshotForCausalLM": "earshot_vllm_model:EarshotForCausalLM"}
         config = AutoConfig.from_pretrained(root / "out", trust_remote_code=True)
         assert config.architectures == ["EarshotForCausalLM"]
@@ -171,7 +171,7 @@ def test_the_chat_template_makes_the_prompts_of_training(served: Served) -> None
         ]
         if len({len(places), sum(m and not b for m, b in zip(mask, [False, *mask], strict=False))}) == 1:
             assert got["input_ids"] == once, messages
-        else:  # neighboring clips
+        else:  # the prompt has neighboring clips
             assert [i for i in got["input_ids"] if i not in places] == [i for i in once if i not in places]
 
 
@@ -228,7 +228,7 @@ if __name__ == "__main__":
 @pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="set VLLM_PYTHON to an interpreter with vLLM")
 def test_vllm_computes_what_the_export_computes(served: Served, tmp_path: Path) -> None:
     if served.reference.config.text_config.model_type != "qwen3":
-        pytest.skip("one family is enough")
+        pytest.skip("vLLM itself is tested with one family only")
     rows = [json.loads(line) for line in (served.root / "dev.jsonl").read_text().splitlines()]
     names = [[str(served.root / name) for name in row["audio"] or ()] for row in rows]
     prompts = [exported(served).prompt_ids(r["instruction"], len(own)) for r, own in zip(rows, names, strict=True)]
