@@ -198,7 +198,7 @@ class Cluster:
         return done.stdout.split()
 
     def pids(self, node: int, pattern: str) -> list[int]:
-        """Return the ids, on this machine, of a node's processes whose command lines match `pattern`, in ascending order."""
+        """Return the sorted ids, on this machine, of a node's processes whose command lines match `pattern`."""
         space = os.readlink(f"/proc/{_only_child(self._nodes[node].pid)}/ns/pid")
         found = []
         for entry in Path("/proc").iterdir():

@@ -111,7 +111,7 @@ EXPERT_LORA = {
     "gpt_oss": ("llm.*.layers.0.*.experts.2.down_proj", "llm.*.layers.1.*.experts.[13].gate_proj", "llm.*.q_proj"),
 }
 """By family, the patterns of adapters with the ranks 2, 3 and 1. Layer 1 of the Qwen3-MoE is dense. In GPT-OSS,
-transformers stores all experts' projections in one parameter, and only some experts of some parameters have adapters."""
+transformers stores experts' projections in one parameter, and only some experts of some parameters have adapters."""
 
 
 @pytest.mark.parametrize("family", sorted(EXPERT_LORA))
