@@ -113,7 +113,7 @@ def test_a_folder_that_no_export_made_is_not_deleted(tmp_path: Path, capsys: pyt
     mine.unlink()
     with locked(tmp_path / ".out.lock"):
         assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 2
-    assert "another export writes it" in capsys.readouterr().err
+    assert "another export is writing it" in capsys.readouterr().err
     assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "out", "run"]
 

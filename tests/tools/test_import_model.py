@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused_and_named(tmp_path: Path, capsys: pytest.C
         ({"text_config": 3}, "does not describe the LLM"),
         (
             {"stack_factor": 4},
-            "multi_modal_projector.linear_1.weight has shape (24, 128), but (24, 64) by config.json",
+            "multi_modal_projector.linear_1.weight has shape (24, 128), but (24, 64) according to config.json",
         ),
     ):
         write(changed)

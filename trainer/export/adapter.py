@@ -1,8 +1,8 @@
 """The export of the LLM's low-rank adapters as a folder that peft loads on top of the original LLM.
 
-transformers stores a projection of all experts of a layer in one parameter. peft adapts such a parameter with the
-factors of all experts in two matrices (`peft.tuners.lora.layer.ParamWrapper`). The adapters of single experts, which
-may have different ranks, are padded with zeros to one rank.
+transformers stores a projection of all experts of a layer in one parameter. peft adapts such a parameter with two
+matrices, which contain the factors of all experts (`peft.tuners.lora.layer.ParamWrapper`). The adapters of single
+experts may have different ranks, so this module pads them with zeros to one rank.
 
 Shapes: E experts, R rank of a parameter's adapter.
 """
@@ -34,7 +34,7 @@ _PREFIX = "base_model.model."
 def adapter_names(source: Source) -> dict[str, str]:
     """Return the names of all factors of the LLM's low-rank adapters: peft's name → name in the checkpoint.
 
-    The factors of experts have names as if each expert were a module (see `fuse_expert_factors`).
+    The factors of an expert are named as if the expert were a separate module (see `fuse_expert_factors`).
 
     Raises:
         UserError: If the LLM has no adapter, or if other weights of the LLM were trained, which an adapter cannot
@@ -55,11 +55,11 @@ def adapter_names(source: Source) -> dict[str, str]:
 
 
 def fuse_expert_factors(source: Source, targets: Sequence[Target]) -> list[Target]:
-    """Return the targets with the factors of a parameter of all experts in place of those of single experts.
+    """Replace the factors of single experts by those of parameters that contain all experts, and return all targets.
 
     Args:
-        source: the checkpoint.
-        targets: the factors, under the names of `adapter_names`.
+        source: The checkpoint.
+        targets: The factors, under the names of `adapter_names`.
     """
     layers, by_name = _adapted_layers(source), {target.name: target for target in targets}
     projections = _adapted_projections(source, layers)
@@ -84,7 +84,7 @@ def write_adapter_config(source: Source, folder: Path) -> None:
     modules = {name: part for name, part in layers.items() if name not in within}
     parameters: dict[str, LoraConfig] = {}
     if mixture_of(source.hf_config()) is not None:
-        # peft takes the name of a dense layer's projection for that of an expert's, unless it names the parameter.
+        # As a module, peft would take a dense layer's projection for an expert's, so its parameter is listed instead.
         parameters = {f"{name}.weight": part for name, part in modules.items() if ".mlp." in name}
         modules = {name: part for name, part in modules.items() if ".mlp." not in name}
     ranks = {name: part.rank for name, part in (modules | parameters).items()}
@@ -123,22 +123,22 @@ def _adapted_layers(source: Source) -> dict[str, LoraConfig]:
 
 
 def _adapted_projections(source: Source, layers: Mapping[str, LoraConfig]) -> dict[str, FusedProjection]:
-    """Return the parameters in transformers of which at least one expert's part has an adapter."""
+    """Return the fused parameters of transformers in which the part of at least one expert has an adapter."""
     found = fused_projections(source.hf_config())
     return {name: projection for name, projection in found.items() if not layers.keys().isdisjoint(projection.parts)}
 
 
 @dataclass(frozen=True)
 class _FactorPlace:
-    """The place of an expert's factor in the factor of a parameter: A [E · R, inputs] or B [outputs, R · E]."""
+    """The place of an expert's factor within the fused factor of a parameter: A [E · R, inputs] or B [outputs, R · E]."""
 
     expert: int
     rank: int
-    """R."""
+    """The rank R of the fused factor."""
     own: slice
-    """The part of R that belongs to the factor."""
+    """The part of R that the expert's factor occupies."""
     outputs: slice | None
-    """The factor's outputs among those of B; None for A."""
+    """The expert's outputs among those of B; None for A."""
     scale: float
     """The factor by which the values are multiplied."""
 
@@ -153,7 +153,7 @@ class _FactorPlace:
 def _places(
     projection: FusedProjection, layers: Mapping[str, LoraConfig]
 ) -> tuple[int, dict[str, dict[str, _FactorPlace]]]:
-    """Return R, and for each of A and B the place of the factor of each adapted layer by the layer's name.
+    """Return R, and the place of the factor of each adapted layer, by the factor (A or B) and the layer's name.
 
     The gate and the up projection of an expert use different parts of R, since each has its own A.
     """
@@ -172,9 +172,9 @@ def _places(
 
 
 def _wrapper_of(parameter: str, adapted: Mapping[str, FusedProjection]) -> str:
-    """Return the name of peft's module with the adapter of a parameter.
+    """Return the name of the peft module that contains the adapter of a parameter.
 
-    The module with the experts has one wrapper for each adapted parameter. The last one is the outermost.
+    peft wraps the module with the experts once for each adapted parameter. The last wrapper is the outermost.
     """
     module = parameter.rpartition(".")[0]
     assert module.endswith(EXPERTS_MODULE), parameter

@@ -12,7 +12,7 @@ from trainer.config.provenance import read_origins
 from trainer.export.source import Selection, Source
 
 if TYPE_CHECKING:
-    from trainer.export.verify import Verified  # It imports modelling code, which a plain export does not need.
+    from trainer.export.verify import Verified  # This module imports modeling code, which a plain export does not need.
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def model_card(source: Source, selection: Selection, summary: Mapping[str, Any],
         selection: The exported encoders.
         summary: The content of the run's summary.json; it may be empty.
         found: The measurements of the export.
-        dtype: The name of the type of the weights.
+        dtype: The name of the weights' dtype.
     """
     manifest = source.reader.manifest
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", source.extra["recipe"])), default=0))
@@ -125,7 +125,7 @@ def _experts(source: Source) -> list[str]:
         texts = (one.name, one.run or origin, str(one.step or ""), ", ".join(datasets))
         digests = (digest[:16] for digest in (one.recipe, one.checkpoint, one.tensors))
         lines.append("| " + " | ".join(_cell(text) if text else "" for text in (*texts, *digests)) + " |")
-    return [*lines, "", "Digests are the beginnings of SHA-256 sums.", ""]
+    return [*lines, "", "The digests are the first 16 characters of SHA-256 sums.", ""]
 
 
 def _dropped_encoders(source: Source, selection: Selection, found: Findings) -> list[str]:

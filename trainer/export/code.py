@@ -1,4 +1,4 @@
-"""The modelling code of an exported model, which consists of the files of `model/` that it needs, in one flat folder.
+"""The modeling code of an exported model, which consists of the files of `model/` that it needs, in one flat folder.
 
 transformers copies a remote-code module and its relative imports, but does not support sub-packages. Therefore
 `model/encoders/base.py` becomes `encoders_base.py`, and imports are rewritten to match. The tables of encoder families
@@ -28,7 +28,7 @@ def remote_code(families: Collection[str], adapter: str = "convolutions") -> dic
 
     Args:
         families: The names of the encoder families that the exported model uses.
-        adapter: The kind of its adapter.
+        adapter: The kind of the exported model's adapter.
 
     Raises:
         UserError: If a family or the adapter cannot be exported, because it is not a single file that imports only
@@ -83,7 +83,7 @@ def _is_ours(module: str) -> bool:
 
 
 def _imports(module: str, source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
-    """Yield the `from` imports of the package `model`, with the module that each imports."""
+    """Yield each `from` import of the package `model`, with the module that it imports."""
     for node in ast.walk(ast.parse(source)):
         if not _is_ours(module):
             _check_plugin_import(module, node)

@@ -1,7 +1,7 @@
 """The description of a model in a checkpoint's state.json. Only its known fields are used.
 
-A user who can write to the checkpoint can change the description, and the users of an export execute code from its
-folder. Values that refer to code, such as `auto_map`, are therefore never copied from the description; earshot
+Anyone who can write to a checkpoint can change its description, and the users of an export execute the code in the
+export's folder. Values that refer to code, such as `auto_map`, are therefore never copied from the description; earshot
 generates them itself. From the description, it takes only config fields that the families declare, and checks their
 types.
 """
@@ -98,7 +98,7 @@ def _mapping(tree: object, keys: tuple[str, ...], what: str) -> Mapping[str, Any
 
 def _check_encoder(encoder: EncoderConfig) -> None:
     if encoder.weights is not None:
-        raise UserError(f"encoder {encoder.name!r} has weights = {encoder.weights!r}, but checkpoints have null")
+        raise UserError(f"encoder {encoder.name!r} has weights = {encoder.weights!r}, but a checkpoint must have null")
     resolve(encoder)
 
 

@@ -73,7 +73,7 @@ def export(
         source: The checkpoint.
         out: The folder to create.
         options: The options of the export.
-        on_bytes: A function that is called with the bytes written since the last call and the bytes in total.
+        on_bytes: A function that is called with the number of bytes written since the last call and the total number.
 
     Returns:
         The measurements of the export.
@@ -96,7 +96,7 @@ def export(
         with locked(out.parent / f".{out.name}.lock", wait=False):
             return _export(source, out, options, on_bytes)
     except BlockingIOError:
-        raise UserError(f"{out}: another export writes it; wait for it, or choose another name") from None
+        raise UserError(f"{out}: another export is writing it; wait for it, or choose another name") from None
 
 
 def _export(source: Source, out: Path, options: Options, on_bytes: Callable[[int, int], None]) -> Findings:
@@ -244,7 +244,7 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
 def write_model_files(
     description: Mapping[str, Any], audio: ModelConfig, tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path
 ) -> None:
-    """Write the config, the code and the processor of an exported model. Its tokenizer must already be in the folder.
+    """Write the config, the code and the processor of an exported model. The tokenizer must already be in the folder.
 
     The plug-in for vLLM is also written, unless the recipe added FFN experts to the LLM, which vLLM does not support.
 
@@ -253,7 +253,7 @@ def write_model_files(
         audio: The audio side of the model.
         tokenizer: The tokenizer.
         data: The settings of the processor.
-        dtype: The name of the type of the weights.
+        dtype: The name of the weights' dtype.
         folder: The folder to write to.
     """
     encoders = [description["audio"]["primary"], *description["audio"]["experts"]]

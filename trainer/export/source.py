@@ -63,7 +63,7 @@ class Source:
         url: The path or `s3://…` URL of a checkpoint or of a run. The newest checkpoint of a run is used.
         tokenizer_path: The path of the tokenizer; None selects the tokenizer of the run.
         run_dir: The run's folder, with its scores and routing history. None selects the folder that contains the
-            checkpoints, or the folder in the recipe if the checkpoints are stored in another place.
+            checkpoints or, if the checkpoints are stored elsewhere, the run's folder according to the recipe.
 
     Raises:
         UserError: If there is no such checkpoint, or it contains no description of the model.
@@ -191,7 +191,7 @@ class Source:
         return {name: name for name in saved if not name.startswith(dropped) and not heads.match(name)}
 
     def stacked(self) -> dict[str, Stacked]:
-        """Return the tensors of the LLM that contain tensors of several experts in transformers, by name there."""
+        """Return the LLM's tensors in which transformers stores several experts, by their names in transformers."""
         return stacked_tensors(self.hf_config())
 
     def hf_config(self) -> PretrainedConfig:
@@ -229,7 +229,7 @@ class Source:
     def fill(self, module: nn.Module, names: Sequence[str], selection: Selection, rounded_to: torch.dtype) -> None:
         """Fill the parameters and buffers of a module with the checkpoint's tensors of the same names.
 
-        Adapters are merged.
+        Low-rank adapters are merged into the weights.
 
         Args:
             module: The module to fill.

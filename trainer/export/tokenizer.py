@@ -96,7 +96,7 @@ def write_processor(tokenizer: Tokenizer, data: DataConfig, rate: TokenRate, fol
 
 
 def read_processor(folder: Path) -> EarshotProcessor:
-    """Return the processor of an exported model. Classes of this program are used, not the code in the folder.
+    """Return the processor of an exported model, built with the classes of this program, not the code in the folder.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: If a file is missing or was not written by an export.

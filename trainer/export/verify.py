@@ -40,9 +40,9 @@ class Verified:
 
     num_samples: int
     logits: float
-    """The largest difference of a logit."""
+    """The largest difference in a logit."""
     routing: float
-    """The largest difference of a routing weight."""
+    """The largest difference in a routing weight."""
 
 
 def read_samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -> list[Sample]:
@@ -162,6 +162,6 @@ def _model_config(description: dict[str, Any]) -> ModelConfig:
     config = EarshotConfig(**description)
     text = config.text_config.to_diff_dict()
     ignored = ("transformers_version", "architectures", "dtype")
-    # Some configs list private attributes, from which they have made their fields.
+    # Some configs also list private attributes, from which they derive their fields.
     fields = {key: value for key, value in text.items() if key not in ignored and not key.startswith("_")}
     return replace(audio_config(config.audio), llm=LLMConfig(config=fields))

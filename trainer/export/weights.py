@@ -38,11 +38,12 @@ class LowRank:
     a: str
     """The name of A in the checkpoint."""
     b: str
+    """The name of B in the checkpoint."""
     scale: float
 
 
 class Place(Protocol):
-    """The place of a tensor within a larger tensor that is exported in its stead."""
+    """The place of a tensor within a larger tensor, which is exported instead of it."""
 
     def put(self, values: torch.Tensor, whole: torch.Tensor) -> None:
         """Copy the tensor's values, a matrix or a single row, into the larger tensor."""
@@ -63,8 +64,8 @@ class Target:
     adapter: LowRank | None = None
     """The adapter to merge into the tensor; None for none."""
     parts: tuple[tuple[Place, Target], ...] = ()
-    """The parts of a tensor of all experts of a layer, each with the target that it would be as a separate tensor. All
-    other values of the tensor are 0."""
+    """The parts of a tensor that contains all experts of a layer: the place of each part, and the target that the part
+    would be as a separate tensor. All other values of the tensor are 0."""
 
     @property
     def num_bytes(self) -> int:
@@ -83,7 +84,7 @@ def plan_targets(
 
     Args:
         reader: The checkpoint.
-        names: The name in the checkpoint of each exported name.
+        names: Exported name → name in the checkpoint.
         dtype: The type that floating-point tensors, other than biases that balance experts, are converted to.
         rows: The rows to export, by name in the checkpoint, for each tensor that is not exported as a whole.
         adapters: The adapters to merge, by name of the weight in the checkpoint.
@@ -101,11 +102,11 @@ def plan_targets(
 
 
 def stack_targets(targets: Sequence[Target], stacked: Mapping[str, Stacked], prefix: str) -> list[Target]:
-    """Return the targets with published tensors of all experts in place of those of single experts.
+    """Replace the tensors of single experts by tensors that contain all experts of a layer, and return all targets.
 
     Args:
-        targets: The targets, with one per tensor of an expert.
-        stacked: The published tensors.
+        targets: The targets, in which each expert has separate tensors.
+        stacked: The tensors that contain all experts, by their names in transformers.
         prefix: The prefix of the LLM's exported names.
     """
     by_name = {target.name: target for target in targets}

@@ -12,7 +12,7 @@ from trainer.engine.optim import OptimConfig
 
 _NUM_SHOWN = 8
 _GROWN = 2.0
-"""The multiple of the usual loss above which a loss counts as grown."""
+"""A loss has grown if it is more than this many times the usual loss."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Divergence:
     """The analysis of a run in which several updates in a row were skipped."""
 
     history: Sequence[Past]
-    """The last steps in order. The last of them are the steps whose updates were skipped."""
+    """The most recent steps, in order. They end with the steps whose updates were skipped."""
     optim: OptimConfig
     samples: Sequence[str]
-    """The keys of the samples of the last step."""
+    """The keys of the samples in the last step."""
 
     @property
     def onset(self) -> int:
-        """The step at which the loss began to grow, or the first of the skipped steps if it did not grow before."""
+        """The step at which the loss began to grow, or the first skipped step if the loss did not grow before it."""
         applied = [p for p in self.history if not p.skipped]
         bad = [p.step for p in self.history if p.skipped]
         first = bad[0] if bad else self.history[-1].step + 1
@@ -63,7 +63,11 @@ class Divergence:
         return found
 
     def good_checkpoint(self, steps: Sequence[int]) -> int | None:
-        """Return the newest step among the checkpoints `steps` before the loss began to grow; None if there is none."""
+        """Return the newest of `steps` that is before the onset; None if there is none.
+
+        Args:
+            steps: The steps of the run's checkpoints.
+        """
         return max((step for step in steps if step < self.onset), default=None)
 
     def shown(self) -> list[Past]:

@@ -44,12 +44,12 @@ class Evaluation:
 
 
 class Evaluator:
-    """An evaluator of the model with its current weights on splits of the data.
+    """A callable that evaluates the model's current weights on a split of the data.
 
     Args:
         config: The recipe's `eval` section.
         prepared: The datasets and the tokenizer.
-        step: The engines.
+        step: The training step, which holds the engines.
         folder: The folder for the predictions (one JSONL file per evaluation) and their scores (JSON).
         heartbeat: A function that is called with a description of each batch before it is evaluated.
 
@@ -144,7 +144,7 @@ def predict(
     Collective: every rank of the world must call it. Ranks may have different numbers of samples.
 
     Args:
-        step: The engines. They are switched to evaluation and back to training.
+        step: The training step, which holds the engines. They are switched to evaluation mode and back.
         samples: This rank's samples, with prompts and without targets.
         tokenizer: The tokenizer that decodes the answers.
         config: The recipe's `eval` section.

@@ -26,7 +26,7 @@ class ExpertRouting:
     """The parts of a training step that concern the routers of an LLM with FFN experts.
 
     Args:
-        mixture: The experts.
+        mixture: The description of the FFN experts.
         model: The model's config.
         losses: The active losses.
         llm: The engine of the LLM.
@@ -51,7 +51,9 @@ class ExpertRouting:
         self._biases = ExpertBiases(llm) if mixture.bias_rate else None
 
     def begin(self, step: int, whole: GlobalBatch, packs: Packs) -> tuple[RouterMeter, Packs]:
-        """Return the meter of the choices that routers make in a step, and the packs with the identities of samples.
+        """Return a meter that records the routers' choices in a step, and the packs to use in the step.
+
+        With jitter, the returned packs contain the identities of samples, from which the jitter is computed.
 
         Collective: every rank of the world must call it.
 
@@ -71,11 +73,15 @@ class ExpertRouting:
         return RouterMeter(self._losses, self.model, whole.counts, self._meter, kinds, count), packs
 
     def end(self) -> None:
-        """Count a step, after its backward pass."""
+        """Count one more step. It must be called after the step's backward pass."""
         self._meter.num_steps += 1
 
     def counts(self) -> Tensor:
-        """Return this rank's counts by which the biases change, flat in fp64 on the device; empty without biases."""
+        """Return this rank's counts, from which the change of the biases is computed.
+
+        Returns:
+            A flat fp64 tensor on the device. It is empty if the routers have no such biases.
+        """
         if self._biases is None:
             return torch.zeros(0, dtype=torch.float64, device=self.groups.device)
         return self._biases.counts.flatten()

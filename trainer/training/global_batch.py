@@ -43,7 +43,7 @@ class GlobalBatch:
     tasks: Ints
     """[n] the index of the sample's task in `task_names()`."""
     kinds: Ints
-    """[n] the index of the sample's task and language, see `SampleKinds`; 0 if they are not counted."""
+    """[n] the index of the sample's task and language, see `SampleKinds`; 0 if kinds are not counted."""
     audio_samples: Ints
     """[n] the total length of the sample's clips, in audio samples."""
     counts: Mapping[str, int]
@@ -100,7 +100,7 @@ class GlobalBatch:
 
 
 References = Mapping[str, Sequence[Sample | None]]
-"""For each loss with references, by its name, the reference of each of this rank's samples."""
+"""Name of a loss with references → the reference of each of this rank's samples; None for a sample without one."""
 
 
 @dataclass(frozen=True)

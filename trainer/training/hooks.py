@@ -71,7 +71,7 @@ class ProgressHook(Hook):
 
 
 class TrackerHook(Hook):
-    """A hook that logs a record to a tracker every `every_steps` steps, for the last steps, and for each evaluation."""
+    """A hook that logs a record to a tracker every `every_steps` steps, at the end of the run, and per evaluation."""
 
     def __init__(self, tracker: Tracker, every_steps: int = 1) -> None:
         self._tracker, self._every_steps = tracker, every_steps
@@ -100,8 +100,8 @@ class LoadHook(Hook):
 
     If the LLM has FFN experts, their load is written to `token_load.jsonl`.
 
-    `on_end` raises OSError if lines could not be written, for example because the disk is full. Otherwise, a history
-    with missing lines would be profiled as if it were complete.
+    `on_end` raises OSError if lines could not be written, for example because the disk is full. Otherwise, `earshot
+    profile` would treat a history with missing lines as complete.
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:

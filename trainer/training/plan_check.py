@@ -1,4 +1,4 @@
-"""The comparison of a running job with its plan: the time of a step, of its phases, and the peak memory."""
+"""The comparison of a running job with its plan: the times of a step and of its phases, and the peak memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WINDOW_STEPS = 15
 _LEAST_STEPS = 3
 """The smallest number of steps that are compared if the run ends before the window is full."""
 MEMORY_TOLERANCE = 0.15
-"""The largest relative difference between the measured and the planned peak memory that counts as planned."""
+"""The largest relative difference at which the measured peak memory still counts as planned."""
 _WORKLOAD_TOLERANCE = 0.1
 _GIB = 2**30
 LOAD, OTHER = "loading", "other"
@@ -122,7 +122,7 @@ def plan_check_of(
 
 
 def _stored(run_dir: Path, recipe: Recipe) -> Forecast | None:
-    """Return the forecast of the plan of the whole run, or of the plan for the number of ranks after a restart."""
+    """Return the forecast of the run's plan or, after a restart with fewer ranks, of the plan for that number."""
     try:
         return read_forecast(run_dir / PLAN_JSON_NAME, recipe)
     except UserError:
@@ -133,7 +133,7 @@ def _stored(run_dir: Path, recipe: Recipe) -> Forecast | None:
 
 
 def medians(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the median over steps of the seconds of each part."""
+    """Return the median time of each part over steps, in seconds."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: statistics.median(part.get(name, 0.0) for part in parts) for name in names}
 
@@ -192,7 +192,7 @@ def compare(
 def metrics_of(
     forecast: Forecast, steps: Sequence[StepReport], parts: Sequence[Mapping[str, float]], peak_bytes: int | None
 ) -> dict[str, float]:
-    """Return the metrics `plan/...` of some steps. A ratio is the measured value divided by the planned one."""
+    """Return the metrics `plan/...` of the given steps. Ratios are measured values divided by planned ones."""
     step_sec = statistics.median(r.seconds for r in steps)
     tokens, audio_sec = _workload_ratios(forecast, steps)
     metrics = {
@@ -212,6 +212,6 @@ def metrics_of(
 
 
 def _workload_ratios(forecast: Forecast, steps: Sequence[StepReport]) -> tuple[float, float]:
-    """Return the mean tokens and seconds of audio of a step, each divided by the planned value."""
+    """Return the mean number of tokens and of seconds of audio per step, each divided by the planned number."""
     tokens = sum(r.num_tokens for r in steps) / len(steps) / max(1, forecast.tokens)
     return tokens, sum(r.audio_sec for r in steps) / len(steps) / max(1e-9, forecast.audio_sec)

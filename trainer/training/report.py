@@ -18,7 +18,7 @@ from trainer.scoring.tasks import find_task, is_headline
 from trainer.training.evaluate import Evaluation
 
 MAX_BASELINE_SAMPLES = 200_000
-"""The largest number of training samples that are read again for the majority baseline."""
+"""The largest number of training samples for which the majority baseline is computed."""
 NUM_ANSWERS = 5
 """The number of answers that are printed at the end of a run."""
 _MAX_CHARACTERS = 55

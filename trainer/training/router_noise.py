@@ -22,7 +22,7 @@ def sample_digest(key: str) -> int:
 
 
 def jitter_ids(seed: int, step: int, digests: Ints) -> Ints:
-    """Return the identities of samples in a step, from which the jitter of the LLM's routers follows.
+    """Return an identity for each sample in a step, from which the jitter of the LLM's routers is computed.
 
     Args:
         seed: The seed of the jitter.

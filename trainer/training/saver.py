@@ -32,7 +32,7 @@ class Saver:
 
     Args:
         recipe: The resolved recipe; it is stored in every checkpoint.
-        step: The engines and the spike guard.
+        step: The training step, which holds the engines and the spike guard.
         groups: This rank's process groups.
         checkpoints: The run's checkpoints.
         run_dir: The run's folder.
@@ -169,7 +169,7 @@ class Saver:
 
 
 def check_adapters(stored: str, lora: Sequence[LoraConfig]) -> None:
-    """Check that a resumed run multiplies its adapters by the same factors as before.
+    """Check that a resumed run scales its low-rank adapters by the same factors as the run in the checkpoint.
 
     The factors are not stored in tensors, so loading a checkpoint cannot detect a difference.
 

@@ -33,7 +33,7 @@ def answer_spike(
     Args:
         report: The report of the step.
         batch: This rank's part of the step's global batch.
-        step: The engines and the spike guard.
+        step: The training step, which holds the engines and the spike guard.
         checkpoints: The run's checkpoints.
         emit: The function that is called for each `skip`, `rewind` and `diverged` event.
         run_url: The location of the run, for the error message.

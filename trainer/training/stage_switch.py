@@ -10,10 +10,10 @@ from trainer.engine.stages import Stage, stage_at, stages_of
 
 
 class StageSwitch:
-    """A switch that prepares the engines for the stage of each step.
+    """A switch that prepares both engines for the stage of training to which a step belongs.
 
     Args:
-        optim: The settings of the run.
+        optim: The settings of the optimizers, including the stages of the run.
         num_steps: The number of steps of the run.
         audio: The engine of the audio modules.
         llm: The engine of the LLM.

@@ -79,7 +79,7 @@ class Update:
     skip_reason: str | None
     """The reason why the update was skipped; None if it was applied."""
     signals: Mapping[str, int]
-    """The number of ranks that each signal has asked to stop, by the signal's name."""
+    """The number of ranks that received a signal to stop, by the signal's name."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Step:
         seed: The seed of the router's noise.
         debug_plan: If true, the plans of all ranks are compared before the exchanges of each step.
         spike: The recipe's `spike` section, which determines when updates are skipped; None for the defaults.
-        kinds: The kinds of samples whose tokens are counted separately; None to count them by task.
+        kinds: The kinds of samples whose tokens are counted separately; None to count tokens only by task.
     """
 
     def __init__(

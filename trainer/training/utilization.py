@@ -38,7 +38,7 @@ class Utilization:
 def utilization_of(recipe: Recipe, topology: Topology, device: torch.device) -> Utilization | None:
     """Return the model FLOPs of a run; None on a CPU, and if the device's peak rate or the sizes are not known.
 
-    They are the FLOPs that `earshot plan` computes for its typical batch, per token and per second of audio.
+    The FLOPs are those that `earshot plan` computes for its typical batch, per token and per second of audio.
     """
     if device.type != "cuda":
         return None

@@ -25,7 +25,7 @@ class Architecture:
     """The name of the architecture in messages."""
     audio: Callable[[Any, Mapping[str, Any]], Audio]
     """A function that returns the encoder and the adapter, given the audio tower's transformers config and the content
-    of config.json. It raises `unsupported` if the model computes something that earshot does not."""
+    of config.json. It raises the error of `unsupported` if the model computes something that earshot does not."""
     prefixes: tuple[tuple[str, str], ...]
     """Pairs of a prefix of published tensor names and the prefix of earshot's names; the first match applies."""
     placeholders: tuple[str, ...]
@@ -44,13 +44,13 @@ class Architecture:
     audio_model_type: str = "whisper"
     """The `model_type` of the audio tower's config, which is used if `audio_config` in config.json has none."""
     pads_clips: bool = False
-    """True if shorter clips are padded with silence to a whole window of the encoder."""
+    """True if clips shorter than a window of the encoder are padded with silence to a whole window."""
     is_named_as_in_transformers: bool = False
     """True if published tensors have the names of transformers 5's modules; False if they have the earlier names."""
     min_audio_sec: float = 0.0
-    """The length in seconds to which shorter clips are padded with silence, unless `pads_clips`."""
+    """The length in seconds to which shorter clips are padded with silence. It is ignored if `pads_clips` is true."""
     max_windows: int = 1
-    """The number of windows of the longest clip that the original accepts."""
+    """The length of the longest clip that the original model accepts, in windows of the encoder."""
 
     def own_name(self, name: str) -> str | None:
         """Return earshot's name of a published tensor, or None if earshot does not have this tensor."""
@@ -100,7 +100,7 @@ def require(config: Mapping[str, Any], title: str, **wanted: Any) -> None:
     Args:
         config: The content of config.json.
         title: The name of the architecture.
-        wanted: The only supported value of each field. A field that is absent has this value.
+        wanted: The only supported value of each field. An absent field is accepted.
 
     Raises:
         UserError: If a field has another value.

@@ -1,4 +1,4 @@
-"""Audio Flamingo 3 (arXiv 2507.08128): Qwen2-Audio's tower trained further, a perceptron, and Qwen2.
+"""Audio Flamingo 3 (arXiv 2507.08128): Qwen2-Audio's audio tower after further training, a perceptron, and Qwen2.
 
 The shapes and names are those of `AudioFlamingo3ForConditionalGeneration` in transformers.
 """

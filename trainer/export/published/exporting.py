@@ -44,7 +44,7 @@ def read_original(source: Source, folder: Path) -> Published:
             what = "lacks" if name not in names else "also has"
             raise UserError(f"{where}: the run {what} {name}; give the folder that the run was imported from")
         if (shape := tensors[name].shape) != wanted[name]:
-            raise UserError(f"{where}: {name} has shape {shape} in the run, but {wanted[name]} by {CONFIG}")
+            raise UserError(f"{where}: {name} has shape {shape} in the run, but {wanted[name]} according to {CONFIG}")
     described = published.description(1)
     fields, own = (AutoConfig.for_model(**model.text_config).to_dict() for model in (described, source.model))
     changed = sorted(k for k in fields.keys() | own.keys() if k not in _WRITTEN and fields.get(k) != own.get(k))
@@ -56,8 +56,8 @@ def read_original(source: Source, folder: Path) -> Published:
     for part in ("primary", "adapter"):
         if getattr(source.model.audio, part) != getattr(described.audio, part):
             raise UserError(
-                f"{where}: model.{part} of the run computes something else than the published model; give the folder "
-                "that the run was imported from, or export without --original"
+                f"{where}: model.{part} of the run does not compute the same as that of the published model; give the "
+                "folder that the run was imported from, or export without --original"
             )
     return published
 
@@ -77,7 +77,7 @@ def write_original_files(published: Published, dtype: str, folder: Path) -> None
 
     Args:
         published: The published model.
-        dtype: The name of the type of the exported weights.
+        dtype: The name of the exported weights' dtype.
         folder: The folder to write to.
     """
     for path in sorted(published.folder.iterdir()):

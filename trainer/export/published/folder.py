@@ -24,7 +24,7 @@ from trainer.export.published.table import PUBLISHED
 CONFIG = "config.json"
 _PARTS = {"text_config": "the LLM", "audio_config": "the audio tower"}
 _IGNORED = ("rotary_emb.inv_freq",)
-"""The endings of the names of tensors that old checkpoints contain although they can be computed from the config."""
+"""The endings of the names of tensors that are not read. Old checkpoints contain them, but the config implies them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Published:
     """The content of config.json."""
     architecture: Architecture
     model: ModelConfig
-    """The model in earshot. Its LLM is described by `config`, without weights."""
+    """The model's config in earshot. Its field `llm.config` describes the LLM, and `llm.weights` is not set."""
     hf_config: Any
     """The transformers config of the LLM."""
 
@@ -162,14 +162,16 @@ def find_tensors(published: Published, parts: Sequence[Path] = ()) -> list[Store
                     continue
                 raise UserError(f"{file}: {name} is not a tensor of {published.architecture.title}; {_REMEDY}")
             if shape != wanted[own]:
-                raise UserError(f"{file}: {name} has shape {shape}, but {wanted[own]} by config.json; {_REMEDY}")
+                raise UserError(
+                    f"{file}: {name} has shape {shape}, but {wanted[own]} according to config.json; {_REMEDY}"
+                )
             found[own] = StoredTensor(file, name, own)
     missing = sorted(wanted.keys() - found.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
             f"{published.folder}: lacks {published.architecture.published_name(missing[0])}{more}; download it again, "
-            "or give the folder of the LLM or encoder that has them with --part FOLDER"
+            "or use --part FOLDER to give the folder of the LLM or encoder with these tensors"
         )
     return [found[own] for own in wanted]
 
@@ -186,10 +188,10 @@ def _part_name(name: str) -> str:
 
 
 def _stored(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
-    """Yield file, name and shape of every tensor in a folder's safetensors files.
+    """Yield the file, the name and the shape of every tensor in a folder's safetensors files.
 
     Raises:
-        UserError: If there is no such file, or a file is unreadable.
+        UserError: If the folder has no such file, or a file is unreadable.
     """
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
@@ -201,10 +203,10 @@ def _stored(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
     for name in sorted(names):
         file = folder / name
         if not file.is_file():
-            raise UserError(f"{folder}: holds no {name}; give a Hugging Face folder with safetensors weights")
+            raise UserError(f"{folder}: contains no {name}; give a Hugging Face folder with safetensors weights")
         try:
             with safe_open(str(file), framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 - it is no mapping
+                for key in opened.keys():  # noqa: SIM118 - `opened` is not a mapping
                     yield file, key, tuple(opened.get_slice(key).get_shape())
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: cannot be read as safetensors ({error}); download it again") from error

@@ -101,7 +101,7 @@ def import_model(
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
     except BlockingIOError:
-        raise UserError(f"{out}: another command writes it; wait for it, or choose another name") from None
+        raise UserError(f"{out}: another command is writing it; wait for it, or choose another name") from None
     return Imported(published.architecture.title, len(tensors), num_bytes)
 
 
@@ -136,7 +136,7 @@ def _write_text_side(published: Published, prompt: Prompt, folder: Path) -> None
 
 
 def _write_generation_config(published: Published, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the settings of greedy generation, as in evaluations.
+    """Write settings for greedy generation, which evaluations use too.
 
     An answer ends with an end token of the original model, or with a token that ends answers in training.
     """
@@ -194,8 +194,8 @@ def _settings(published: Published, prompt: Prompt, inner: Any) -> TokenizerConf
     known = [token for token in candidates if inner.convert_tokens_to_ids(token) not in (None, inner.unk_token_id)]
     if not known:
         raise UserError(
-            f"{published.folder}: none of {', '.join(candidates)} is a token of its tokenizer; with --placeholder "
-            "TOKEN, give one that no text contains"
+            f"{published.folder}: none of {', '.join(candidates)} is a token of its tokenizer; use --placeholder TOKEN "
+            "to give a token that no text contains"
         )
     return TokenizerConfig(
         placeholder=known[0],

@@ -13,7 +13,7 @@ from trainer.export.published.architecture import Architecture, Audio, unsupport
 
 _TITLE = "Qwen3-ASR"
 _LONGEST_SEC = 1200.0
-"""The longest clip, which the encoder reads as one window."""
+"""The length of the longest clip. The encoder reads a clip as one window."""
 
 
 def _audio(audio: Any, config: Mapping[str, Any]) -> Audio:
@@ -36,7 +36,7 @@ def _audio(audio: Any, config: Mapping[str, Any]) -> Audio:
     )
     fields = {key: getattr(audio, key) for key in keys}
     encoder = EncoderConfig("qwen3_asr", "qwen3_asr_no_norm", config=fields, window_sec=_LONGEST_SEC)
-    # A chunk of 2 · n_window mel frames has n_window frames of 20 ms, of which the encoder joins four.
+    # A chunk of 2 · n_window mel frames has n_window frames of 20 ms, which the encoder joins in groups of four.
     adapter = AdapterConfig("pooling_perceptron", audio.d_model, strides=(4,), block_frames=audio.n_window)
     return encoder, adapter
 

@@ -20,7 +20,7 @@ def _audio(audio: Any, config: Mapping[str, Any]) -> Audio:
         {"model_type": "whisper", **(config.get("audio_config") or {})}, f"{_TITLE}: audio_config", model_type="whisper"
     )
     width, frames = config.get("hidden_size", 4096), config.get("stack_factor", 8)
-    # Up to version 0.4.1, the second norm follows the projector, and config.json does not have the key.
+    # Up to version 0.4.1, the second norm follows the projector, and config.json does not have this key.
     kind = "swiglu" if config.get("projector_ln_mid", False) else "swiglu_post_norm"
     return whisper_encoder(audio, length_mode="trim"), AdapterConfig(kind, width, strides=(frames,), bias=False)
 

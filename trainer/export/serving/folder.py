@@ -1,4 +1,4 @@
-"""The `vllm` folder of an export, with a package that registers the model with vLLM and a chat template."""
+"""The `vllm` folder of an export, which contains a chat template and a package that registers the model with vLLM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ earshot = "earshot_vllm:register"
 [tool.setuptools]
 py-modules = ["earshot_vllm", "earshot_vllm_model"]
 """
-# This part of the template converts each message with parts to the text that training used (`PromptFormat.content`).
+# This part of the template joins the parts of each message to the text that training used (`PromptFormat.content`).
 _MESSAGES = """\
 {%- set all = namespace(messages=[]) -%}
 {%- for message in messages -%}

@@ -53,7 +53,7 @@ class Info(BaseProcessingInfo):  # type: ignore[misc]
         return {"audio": None}
 
     def get_default_tok_params(self) -> Any:
-        """Return the options of the tokenizer. Prompts already contain all special tokens."""
+        """Return the options of the tokenizer. It adds no special tokens, because prompts already contain them."""
         return super().get_default_tok_params().with_kwargs(add_special_tokens=False)
 
     def longest_samples(self) -> int:
@@ -159,7 +159,7 @@ class Processor(BaseMultiModalProcessor[Info]):  # type: ignore[misc]
 
 
 def _instruction(processor: Any, prompt: list[int], num_clips: int) -> str:
-    """Return the instruction of a prompt with one message of the user.
+    """Return the instruction of a prompt with a single user message.
 
     Args:
         processor: The export's processor.
@@ -227,7 +227,7 @@ class EarshotForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):  # type: ig
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """Return None: the chat template writes the placeholders (`--chat-template-content-format openai`)."""
+        """Return None, because the chat template writes placeholders (`--chat-template-content-format openai`)."""
         return None
 
     @torch.no_grad()
@@ -274,9 +274,8 @@ def _modeling(model_config: Any) -> ModuleType:
     if not model_config.trust_remote_code:
         raise ValueError(f"{model_config.model}: contains code of its own; add --trust-remote-code if you trust it")
     reference = model_config.hf_config.auto_map["AutoModelForCausalLM"]
-    reference = reference.rpartition("--")[
-        2
-    ]  # transformers puts the folder before the name if it has loaded the config
+    # If transformers has loaded the config, the folder and "--" precede the name.
+    reference = reference.rpartition("--")[2]
     found = get_class_from_dynamic_module(reference, model_config.model, revision=model_config.revision)
     return sys.modules[found.__module__]
 
