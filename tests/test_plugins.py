@@ -145,14 +145,15 @@ QUIET = Quiet()
             GOOD.replace("NAME", "y"),
             "earshot.tasks",
             "x",
-            "the entry point x = plug_other:EXTRA of the package plug_other has the name y; give both the same name",
+            "the entry point x = plug_other:EXTRA of the package plug_other defines an entry with the name y; give "
+            "both the same name",
         ),
         (
             "plug_taken",
             GOOD.replace("NAME", "asr"),
             "earshot.tasks",
             "asr",
-            "the entry point asr = plug_taken:EXTRA of the package plug_taken: asr exists already in the group "
+            "the entry point asr = plug_taken:EXTRA of the package plug_taken: asr already exists in the group "
             "earshot.tasks; give it another name",
         ),
     ],

@@ -279,7 +279,7 @@ def test_templates_of_the_weights_are_used_if_the_recipe_gives_none(run: Path) -
         name="next", model=tiny_model(), data=DataConfig(tokenizer=TokenizerConfig(path=str(other_model(run))))
     )
     with pytest.raises(
-        UserError, match=r"data.tokenizer.path = .*other.model: not the tokenizer that .*set it to null"
+        UserError, match=r"data.tokenizer.path = .*other.model: is not the tokenizer that .*set it to null"
     ):
         check_named(adopt(other, owned), owned, tokenizer)
 
@@ -296,5 +296,5 @@ def test_moved_tokenizer_is_recognised_by_its_digest(tmp_path: Path) -> None:
     other = other_model(run)
     owned = find_owned(replace(recipe, data=next_run(path=str(other)).data))
     assert owned is not None
-    with pytest.raises(UserError, match=r"other.model: not the tokenizer that .* was trained with"):
+    with pytest.raises(UserError, match=r"other.model: is not the tokenizer that .* was trained with"):
         owned.load(owned.put_into(str(tmp_path / "cache")))

@@ -172,7 +172,7 @@ def be_calm() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("DeepSpeed", "megatron", "transformers", "torch", "alembic", "mlflow"):
-        # A filter, not a level, because these libraries set the levels of their loggers when they are imported.
+        # A level would not suffice, because these libraries set the levels of their loggers when they are imported.
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 

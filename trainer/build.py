@@ -290,7 +290,7 @@ def build_step(
         groups: The process groups of this rank.
         vocab_size: The size of the tokenizer's vocabulary.
         heartbeat: A function that is called with a description of each part before it is built.
-        kinds: The kinds of samples whose tokens are counted separately; None to count them by task.
+        kinds: The kinds of samples whose tokens are counted separately; None to count tokens only by task.
         donors: The initial weights of the FFN experts; None to call `find_donors`.
 
     Raises:
@@ -302,7 +302,7 @@ def build_step(
     check_router_losses(recipe.model, hf_config)
     if vocab_size > hf_config.vocab_size:
         raise UserError(
-            f"data.tokenizer: {vocab_size} tokens, but model.llm.config.vocab_size = {hf_config.vocab_size}: "
+            f"data.tokenizer: has {vocab_size} tokens, but model.llm.config.vocab_size is only {hf_config.vocab_size}; "
             "use the LLM's own tokenizer, or a smaller data.tokenizer.train_vocab_size"
         )
     donors = donors or find_donors(recipe, hf_config, groups)

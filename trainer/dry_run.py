@@ -35,8 +35,8 @@ def describe(recipe: Recipe, memory: bool = True) -> str:
         memory: Whether to include the memory per rank, which cannot be computed in a process that is a rank.
 
     Raises:
-        UserError: If the sizes of a model are unknown because it is a hub id without `config`, or if a pattern in
-            `optim.parts` matches no parameter.
+        UserError: If the sizes of a model are unknown because the recipe gives a hub id without `config`, or if a
+            pattern in `optim.parts` matches no parameter.
     """
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
     model = sized_model(recipe)
@@ -68,7 +68,7 @@ def check_tokenizer(recipe: Recipe) -> None:
     config = known_llm_config(recipe.model.llm)
     if config is not None and vocab_size > config.vocab_size:
         raise UserError(
-            f"data.tokenizer.path = {path}: {vocab_size} tokens, but the LLM has {config.vocab_size}: "
+            f"data.tokenizer.path = {path}: has {vocab_size} tokens, but the LLM has {config.vocab_size}; "
             "use the LLM's own tokenizer"
         )
     check_loss_turns(recipe.data, tokenizer)
@@ -192,7 +192,7 @@ def _stages(recipe: Recipe, model: SizedModel) -> list[str]:
                 weights or "-",
             ]
         )
-    return ["Stages, one after the other in this run. Adam's moments start from zero in each.", *table(rows)]
+    return ["The run consists of these stages. Adam's moments start from zero in each of them.", *table(rows)]
 
 
 def _part_of(name: str) -> str:

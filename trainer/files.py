@@ -15,7 +15,7 @@ _SUFFIX = ".part"
 _LEFTOVER = re.compile(rf"\.[0-9a-f]{{16}}{re.escape(_SUFFIX)}$")
 """The end of the names of unfinished files, which other programs are unlikely to use."""
 _LEFTOVER_SEC = 3600.0
-"""The age at which an unfinished file is a leftover of a process that was killed."""
+"""The age at which an unfinished file counts as a leftover of a process that was killed."""
 
 
 def write_whole(

@@ -88,13 +88,13 @@ class Difference:
     """The relative differences between a topology and the oracle."""
 
     loss: float
-    """The largest difference of the loss or of one of its terms. The difference of a term is divided by the
-    term, or by a hundredth of the loss if that is larger."""
+    """The largest difference in the loss or in one of its terms. The difference in a term is divided by the term, or by
+    a hundredth of the loss if that is larger."""
     gradient: float
-    """The largest difference of a gradient. Each is divided by the largest entry of the parameter's gradient, or by a
+    """The largest difference in a gradient. Each is divided by the largest entry of the parameter's gradient, or by a
     hundredth of the model's largest gradient if that is larger."""
     worst: str
-    """The parameter with the largest difference of its gradient."""
+    """The parameter whose gradient has the largest difference."""
     gap: float | None = None
     """The smallest difference, over all tokens, between the scores of the last chosen FFN expert and of the best expert
     that was not chosen. Below about 1e-5, rounding may change the choice. None if the LLM has no FFN experts."""
@@ -221,7 +221,7 @@ def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: 
 
 
 def _loss_difference(report: StepReport, losses: Losses) -> float:
-    """Return the largest relative difference of the loss and its terms; infinity if the terms have other names."""
+    """Return the largest relative difference in the loss and its terms; infinity if the terms have other names."""
     total = float(losses.total)
     if set(report.losses) != {term.name for term in losses.terms}:
         return float("inf")
@@ -297,7 +297,7 @@ def _gather_gradients(engine: LLMEngine) -> None:
 
 
 def _jitter(step: Step, number: int, batch: Batch) -> Tensor | None:
-    """Return the identities of samples in a step, from which the jitter of routers follows; None without jitter."""
+    """Return the identities of samples in a step, from which the routers' jitter is computed; None without jitter."""
     if step.routing is None or not step.routing.mixture.jitter:
         return None
     digests = np.array([sample_digest(sample.key) for sample in batch.samples], dtype=np.int64)
@@ -305,7 +305,7 @@ def _jitter(step: Step, number: int, batch: Batch) -> Tensor | None:
 
 
 def _bias_difference(step: Step, oracle: SpeechLLM) -> float:
-    """Return the largest difference of a bias that balances experts on this rank; 0 if there are none."""
+    """Return the largest difference in a bias that balances experts on this rank; 0 if there are no such biases."""
     wanted = dict(oracle.named_parameters())
     found = [0.0]
     for name, parameter in step.llm.parameters():
@@ -316,7 +316,7 @@ def _bias_difference(step: Step, oracle: SpeechLLM) -> float:
 
 
 def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, float]:
-    """Train both models, and return the largest relative difference of their losses and of their gradient norms.
+    """Train both models, and return the largest relative differences in their losses and in their gradient norms.
 
     A difference between biases that balance experts counts as a difference of losses.
 

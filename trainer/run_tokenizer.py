@@ -132,7 +132,7 @@ def check_digest(tokenizer: Tokenizer, digest: str | None, owner: str, where: st
     """
     if digest is not None and tokenizer.digest != digest:
         raise UserError(
-            f"{where}: not the tokenizer that {owner} was trained with (digest {tokenizer.digest[:12]} instead of "
+            f"{where}: is not the tokenizer that {owner} was trained with (digest {tokenizer.digest[:12]} instead of "
             f"{digest[:12]}: vocabulary, template or placeholder differ); put the run's own tokenizer there"
         )
 
@@ -269,8 +269,8 @@ def check_named(recipe: Recipe, owned: OwnedTokenizer, tokenizer: Tokenizer) -> 
         raise
     if named.digest != tokenizer.digest:
         raise UserError(
-            f"data.tokenizer.path = {path}: not the tokenizer that {owned.owner} was trained with; set it to null to "
-            "use the original tokenizer, or train from new weights (another name, no checkpoint.start_from)"
+            f"data.tokenizer.path = {path}: is not the tokenizer that {owned.owner} was trained with; set it to null "
+            "to use the original tokenizer, or train from new weights (another name, no checkpoint.start_from)"
         )
 
 

@@ -209,7 +209,7 @@ def test_killed_evaluation_continues_with_the_missing_samples(
     [
         (["--max-new-tokens", "3"], "contains an evaluation with max_new_tokens = 5, not 3"),
         (["--tasks", "ast"], "--tasks ast: tasks are asr"),
-        (["--tasks", "er"], "has no samples of these, only of: asr, sqa, text"),
+        (["--tasks", "er"], "has samples only of the tasks asr, sqa, text"),
         (["--split", "train"], "no samples of split 'train'"),
         (["--window", "0"], "--window 0: must be at least"),
         (["--window", "4", "--overlap", "3"], "--overlap 3: must be between 0 and half a window"),

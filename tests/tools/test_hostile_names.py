@@ -120,7 +120,7 @@ def test_a_folder_that_no_export_made_is_not_deleted(tmp_path: Path, capsys: pyt
 
 def test_a_second_evaluation_in_one_folder_is_refused(tmp_path: Path) -> None:
     request: Any = None
-    with locked(tmp_path / ".lock"), pytest.raises(UserError, match="another evaluation writes it"):
+    with locked(tmp_path / ".lock"), pytest.raises(UserError, match="another evaluation is writing it"):
         run_evaluation(request, tmp_path, 1)
 
 

@@ -108,7 +108,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         (
             "debug",
             ["stages=[{name: all, steps: 4}]", "parallel.overlap_grad_reduce=true"],
-            "parallel.overlap_grad_reduce = true: the parameters that learn change between stages of training; set it "
+            "parallel.overlap_grad_reduce = true: the trained parameters differ between stages of training; set it "
             "to false, or remove stages",
         ),
         (
@@ -218,7 +218,7 @@ def test_a_window_shorter_than_in_pre_training_is_one_warning() -> None:
     (warning,) = warnings_of(load_recipe("mowe_8b", trim).model)[:1]
     assert warning.startswith("model.primary.length_mode = trim: openai/whisper-large-v3 was pre-trained on windows of")
     assert (
-        "set its length_mode to full, or for a smaller change its trailing_silence_sec to 1" in warning
+        "set its length_mode to full or, for a smaller change, set its trailing_silence_sec to 1" in warning
         and "\n" not in warning
     )
     assert not warnings_of(load_recipe("mowe_8b", [*trim, "model.primary.trailing_silence_sec=1"]).model)

@@ -153,7 +153,7 @@ def test_text_contains_the_numbers(profile: Profile) -> None:
     share = tree["tasks"]["asr"]["encoders"]["hubert"]["clip_share"]
     line = next(line for line in text.splitlines() if line.startswith("hubert"))
     assert f"{share:.3f}" in line.split()
-    assert "whisper_tiny: runs for less than 0.1% of the latest clips; last used in step 100" in text
+    assert "whisper_tiny: runs on less than 0.1% of the latest clips; last used in step 100" in text
     time = tree["time"]
     assert time["imbalance"] == pytest.approx((0.1 + 3 * 0.09) / (0.1 + 3 * 0.07))
     assert f"imbalance  {time['imbalance']:.3f}" in text

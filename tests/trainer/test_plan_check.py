@@ -150,7 +150,7 @@ def test_a_plan_is_read_only_for_its_own_layout(planned: dict[str, Any], tmp_pat
     assert found is not None and sum(found.parts_sec.values()) == pytest.approx(found.step_sec)
     assert (found.low_sec, found.high_sec) == tuple(planned["step_sec_range"])
     other = replace(recipe, train=replace(recipe.train, llm_tokens_per_microbatch=512))
-    with pytest.raises(UserError, match=r"plan.json: the plan of another layout or model; write it again with [^()]*$"):
+    with pytest.raises(UserError, match=r"plan.json: is the plan of another layout or model; write it again [^()]*$"):
         read_forecast(path, other)
     assert digest_of(replace(recipe, train=replace(recipe.train, steps=9, run_dir="x"))) == planned["digest"]
     changed = (

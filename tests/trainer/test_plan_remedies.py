@@ -80,7 +80,7 @@ def test_what_the_recipe_already_does_is_not_recommended() -> None:
             ["train.recompute_llm=full"],
             "LLM activations",
             True,
-            "a smaller train.llm_tokens_per_microbatch, or for long samples a larger parallel.context",
+            "a smaller train.llm_tokens_per_microbatch, or a larger parallel.context for long samples",
         ),
         ([], "buffers", True, "train.gather_audio_weights=per_module"),
         ([], "buffers", False, "a smaller reduce_bucket_size or stage3_max_reuse_distance in train.deepspeed"),

@@ -75,7 +75,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_reduction(recipe.train, recipe.parallel)
     if recipe.stages and recipe.parallel.overlap_grad_reduce:  # Megatron waits for the same gradients in every step
         raise UserError(
-            "parallel.overlap_grad_reduce = true: the parameters that learn change between stages of training; set it "
+            "parallel.overlap_grad_reduce = true: the trained parameters differ between stages of training; set it "
             "to false, or remove stages"
         )
     check_gathering(deepspeed_json(recipe), load_ds_json(deepspeed_json(recipe)), recipe.train.gather_audio_weights)
@@ -122,7 +122,7 @@ def warnings_of(model: ModelConfig) -> list[str]:
     ]
     return notes + [
         f"{place}.length_mode = trim: {encoder.weights} was pre-trained on windows of 30 s, and shorter ones change "
-        "its features (see docs/finetune.md); set its length_mode to full, or for a smaller change its "
+        "its features (see docs/finetune.md); set its length_mode to full or, for a smaller change, set its "
         "trailing_silence_sec to 1"
         for place, encoder in _places(model)
         if encoder.length_mode == "trim" and encoder.weights is not None
@@ -140,8 +140,8 @@ def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
     """Return a config of an encoder that can be resolved without network access.
 
     Returns:
-        The config itself, if it has no weights or they are a local folder. If it contains a hub id and a `config`, a
-        copy without weights. None if it contains only a hub id.
+        The config itself if it has no weights or they are a local folder; a copy without weights if it contains a hub
+        id and a `config`; None if it contains only a hub id.
     """
     if config.weights is None or Path(config.weights).is_dir():
         return config

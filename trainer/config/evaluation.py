@@ -34,8 +34,8 @@ class EvalConfig:
     wordnet: str | None = None
     """The folder of WordNet 3.0, which METEOR of captions needs.
 
-    null stands for the environment variable `WNSEARCHDIR` or, if it is not set, the folders in which system packages
-    install WordNet. If there is no WordNet, captions are scored without METEOR.
+    null uses the folder in the environment variable `WNSEARCHDIR` or, if it is not set, the folders in which system
+    packages install WordNet. If there is no WordNet, captions are scored without METEOR.
     """
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Recipe keys and values that had other names in earlier versions.
 
-A recipe that a user writes must use the present names. For each former name, `refuse` raises an error that contains the
-present one. A recipe that is stored in a run or checkpoint is updated by `translate`, so that runs of earlier versions
+A recipe that a user writes must use the current names. For each former name, `refuse` raises an error that contains the
+current one. A recipe that is stored in a run or checkpoint is updated by `translate`, so that runs of earlier versions
 can still be used.
 """
 
@@ -18,16 +18,16 @@ FORMER_KEYS = {
     "model.router.entry_steps": "added_encoder_warmup_steps",
     "telemetry.mlflow_experiment": "experiment",
 }
-"""For each former dotted key, the last part of its present name. The section is the same."""
+"""For each former dotted key, the last part of its current name. The section is the same."""
 
 FORMER_SWITCHES = {"telemetry.mlflow": ("trackers", {True: ["mlflow"], False: []})}
-"""For each former boolean key, the last part of its present name, and the values that replace true and false."""
+"""For each former boolean key, the last part of its current name, and the values that replace true and false."""
 
 FORMER_VALUES = {"model.router.gates": FORMER_GATES}
-"""For each dotted key of a list, the present names of its items by their former names."""
+"""For each dotted key of a list: former name of an item → current name."""
 
 FORMER_BOOLEANS = {"train.recompute_llm": {True: "full", False: "none"}}
-"""For each key whose value was true or false in earlier versions, the present values that replace true and false."""
+"""For each key whose value was true or false in earlier versions, the current values that replace true and false."""
 
 
 def refuse(tree: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def refuse(tree: dict[str, Any]) -> None:
         tree: The recipe as nested mappings. It is not changed.
 
     Raises:
-        UserError: If it contains a former key or value. The message contains the present name.
+        UserError: If it contains a former key or value. The message contains the current name.
     """
     for section, key, new in _former_keys(tree):
         if key.rpartition(".")[2] in section:

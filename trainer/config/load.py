@@ -23,8 +23,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load the plug-ins that a recipe names, and return the recipe.
 
-    A recipe with the key `base: NAME` contains only the keys in which it differs from that recipe. Mappings are merged,
-    and lists are replaced.
+    A recipe with the key `base: NAME` contains only the keys in which it differs from the recipe NAME. Mappings are
+    merged, and lists are replaced.
 
     Args:
         name_or_path: The name of a recipe in `trainer/recipes`, or the path of a YAML file.
@@ -162,7 +162,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{where}: is not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def _find(name_or_path: str, parent: Path | None) -> Path:

@@ -64,7 +64,7 @@ class TrainConfig:
     recompute_encoder_calls: bool = False
     """Whether to run each encoder call again in the backward pass, which costs one more forward pass of the encoders.
 
-    Then only the activations of one call at a time are in memory, independently of the size of the global batch. The
+    Only the activations of one call at a time are then in memory, regardless of the size of the global batch. The
     mixture, the adapter and the projector are recomputed as well. With `recompute_encoders`, a call that runs again
     keeps only the inputs of its layers.
     """
@@ -130,7 +130,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings of a run: everything that decides its result, and where it is stored."""
+    """The settings of a run: everything that determines its result, and where the result is stored."""
 
     name: str
     """The name of the run, of its folder, and of the run in trackers."""
@@ -148,8 +148,8 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     stages: tuple[StageConfig, ...] = ()
-    """Parts of the run that train different parameters, in this order (see docs/training.md). If empty, there
-    is one stage, which trains everything that `optim.parts` does not freeze."""
+    """Parts of the run that train different parameters, one after the other (see docs/training.md). If the list is
+    empty, there is one stage, which trains everything that `optim.parts` does not freeze."""
     lora: tuple[LoraConfig, ...] = ()
     """Low-rank adapters on linear layers of the LLM and of encoders (see docs/adapters.md); empty for none."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -180,7 +180,7 @@ class Recipe:
         for stage in self.stages:
             for name in stage.weights:
                 if name not in known:
-                    raise UserError(f"stages '{stage.name}'.weights.{name}: no such dataset; known are {known}")
+                    raise UserError(f"stages '{stage.name}'.weights.{name}: no such dataset; the datasets are {known}")
 
         _ = self.staged_optim, self.staged_data  # They raise if a value is not valid in a stage.
 

@@ -16,7 +16,7 @@ class SpikeConfig:
     """The reaction to a spike: a loss or gradient norm that is not finite, or a loss above the limit of `factor`.
 
     `skip` skips the update and continues. `rewind` loads the weights of the newest checkpoint and continues with the
-    next batch. Without a checkpoint, it equals `skip`. `stop` saves the state before the batch and ends the run.
+    next batch. Without a checkpoint, it acts like `skip`. `stop` saves the state before the batch and ends the run.
     """
     factor: float = 0.0
     """The multiple of the median of the last `window_steps` losses above which a loss is a spike; 0 for no limit."""

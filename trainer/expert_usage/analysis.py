@@ -69,8 +69,8 @@ class Profile:
     def imbalance(self) -> float | None:
         """The computing time of the encoders on the slowest rank, divided by the mean over ranks.
 
-        This is the measured value if there is one, and otherwise the value that is expected from the placement. None if
-        neither is known.
+        This is the measured value if there is one, and otherwise the value that is expected from the placement. It is
+        None if neither is known.
         """
         if self.time is not None:
             return self.time.costs.imbalance

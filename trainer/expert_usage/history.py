@@ -47,7 +47,7 @@ def find_run(path: Path) -> RunPath:
     if (path / "recipe.yaml").is_file():
         return RunPath(path, None)
     raise UserError(
-        f"{path}: neither a run's folder (with recipe.yaml) nor one of its checkpoints/step-… folders; check the path"
+        f"{path}: is neither a run's folder (with recipe.yaml) nor one of its checkpoints/step-… folders; check it"
     )
 
 

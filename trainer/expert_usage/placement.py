@@ -122,7 +122,7 @@ class PlacementAdvice:
     """The placement for `parallel.expert` that puts each expert, in descending order of cost, into the emptiest slot.
     """
     others: tuple[Placement, ...]
-    """The same placement for every other size of expert-parallel groups for which no slot is empty."""
+    """The placement by the same rule for every other size of expert-parallel groups that leaves no slot empty."""
 
     @property
     def saved_sec(self) -> float:
@@ -152,6 +152,6 @@ def advise(
 
 
 def current_slots(time: EncoderTime, experts: Sequence[str], ep: int) -> tuple[int, ...]:
-    """Return the current slot of each encoder expert, which is the slot whose ranks computed it the longest."""
+    """Return the current slot of each encoder expert, which is the slot whose ranks spent the most time on it."""
     rows = (time.costs.compute_sec[time.costs.encoders.index(name)] for name in experts)
     return tuple(int(np.argmax([row[slot::ep].sum() for slot in range(ep)])) for row in rows)

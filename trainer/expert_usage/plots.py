@@ -70,9 +70,8 @@ def _ranks(tree: dict[str, Any], path: Path) -> Path:
     ranks = np.arange(time["num_ranks"])
     filled = np.zeros(len(ranks))
     for name, seconds in time["compute_sec_by_rank"].items():
-        colour = (
-            "grey" if name == tree["primary"] else f"C{tree['experts'].index(name)}"
-        )  # the colors of the drift plot
+        # The colors of the experts are those of the drift plot.
+        colour = "grey" if name == tree["primary"] else f"C{tree['experts'].index(name)}"
         axes.bar(ranks, seconds, bottom=filled, label=plain(name), width=0.8, color=colour)
         filled += np.array(seconds)
     waits = np.array(time["wait_sec_by_rank"])

@@ -97,7 +97,7 @@ def _verdict(profile: Profile, tree: dict[str, Any]) -> str:
             when = f"of the latest clips; last used in step {since}" if since else "of the clips; never used"
         else:
             when = "of the clips"
-        lines.append(f"dead       {name}: runs for less than {DEAD_SHARE:.1%} {when}")
+        lines.append(f"dead       {name}: runs on less than {DEAD_SHARE:.1%} {when}")
     if tree["experts"] and not profile.dead:
         lines.append("dead       none")
     time = tree["time"]

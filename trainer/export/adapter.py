@@ -130,7 +130,7 @@ def _adapted_projections(source: Source, layers: Mapping[str, LoraConfig]) -> di
 
 @dataclass(frozen=True)
 class _FactorPlace:
-    """The place of an expert's factor within the fused factor of a parameter: A [E · R, inputs] or B [outputs, R · E]."""
+    """The place of an expert's factor in the fused factor of a parameter: A [E · R, inputs] or B [outputs, R · E]."""
 
     expert: int
     rank: int

@@ -12,7 +12,7 @@ from model.errors import UserError
 
 GIB = 2**30
 
-# These are estimates, neither measured nor fitted to bench/published.csv. `bench.calibrate` measures a device.
+# The fractions are estimates, neither measured nor fitted to bench/published.csv. `bench.calibrate` measures a device.
 H100_MATRIX = ((64.0, 0.17), (256.0, 0.50), (1024.0, 0.68), (4096.0, 0.74))
 A100_MATRIX = ((64.0, 0.35), (256.0, 0.66), (1024.0, 0.79), (4096.0, 0.84))
 """The default fractions of the peak rate that bf16 matmuls reach, in the format of `Accelerator.matrix`."""
@@ -43,7 +43,7 @@ class Accelerator:
     An [m, k] by [k, n] matmul in bf16 has mnk / (mk + kn + mn) FLOPs per byte. `python -m bench.calibrate` measures
     the table."""
     efficiency: float = 0.0
-    """The fraction of the peak rate that every matmul is assumed to reach; 0 for the fractions in `matrix`."""
+    """The fraction of the peak rate that every matmul is assumed to reach; 0 to use the fractions in `matrix`."""
     attention_efficiency: float = 0.5
     """The fraction of the peak rate that fused attention is assumed to reach."""
     memory_efficiency: float = 0.8

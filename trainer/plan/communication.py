@@ -229,7 +229,7 @@ def _zero_traffic(
     With `train.gather_audio_weights=per_update`, weights are gathered and gradients are reduced once per update.
     Otherwise, weights are gathered in the forward and the backward pass of every encoder call. If several blocks of
     ranks hold copies of the partitions, each rank then sums its gradients with those of its copies in an all-reduce,
-    which sends as much as a reduction and a gathering.
+    which sends as many bytes as a reduce-scatter and an all-gather together.
     """
     per_update = recipe.train.gather_audio_weights == "per_update"
     size, ep, shard = DTYPES[recipe.train.precision].itemsize, topology.ep, topology.shard_ranks

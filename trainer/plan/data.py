@@ -63,7 +63,7 @@ class DatasetSummary:
     name: str
     lengths: Lengths
     share: float
-    """The average fraction of each step's samples that are drawn from the dataset, over the whole run."""
+    """The fraction of a step's samples that is drawn from the dataset, averaged over the whole run."""
     epochs: float
     """How often the run reads each sample of the dataset on average."""
 
@@ -84,7 +84,7 @@ class DataSummary:
     def batch(self, num_samples: int) -> tuple[Seconds, Ints]:
         """Return the durations and numbers of clips of `num_samples` samples.
 
-        They have each dataset's share and length distribution.
+        The samples follow the share and the length distribution of each dataset.
         """
         exact = np.array([d.share * num_samples for d in self.datasets])
         counts = np.floor(exact).astype(np.int64)

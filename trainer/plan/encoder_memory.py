@@ -29,8 +29,8 @@ from trainer.plan.trace import Traced, extrapolated, trace
 from trainer.plan.workload import EncoderWork
 
 _SHAPES = ((1, 1), (1, 2), (1, 4), (3, 4))
-"""The shapes (clips, quarters of the longest clip) for which an encoder is traced, to find the terms 1, B·F, B·F² and
-F²."""
+"""The shapes of the calls that are traced, as (number of clips, length in quarters of the longest clip). They determine
+the coefficients of the terms 1, B·F, B·F² and F²."""
 _MOST_FRAMES = 800
 """The number of frames of the longest clip for which an encoder is traced, unless its windows are shorter."""
 
@@ -39,8 +39,8 @@ _MOST_FRAMES = 800
 class CallCost:
     """The bytes that an encoder call keeps, reads and writes, as functions of the call's shape.
 
-    Every function is exact for an encoder for which it is a sum of the terms 1, B·F, B·F² and F². A function is stored
-    as the four coefficients of these terms, in bytes.
+    Each function is stored as four coefficients, in bytes, of the terms 1, B·F, B·F² and F². It is exact for an encoder
+    whose cost is a sum of these terms.
     """
 
     weights: tuple[float, ...]
@@ -93,7 +93,7 @@ class EncoderTracer:
         dtype: The dtype of weights and activations.
         recompute: The value of `train.recompute_encoders`.
         device: The type of device that the ranks run on. On `cpu`, convolutions keep their unfolded windows.
-        ridge: The number of FLOPs per byte from which on a convolution is not bound by memory.
+        ridge: The number of FLOPs per byte above which a convolution is not bound by memory.
     """
 
     def __init__(
@@ -268,9 +268,9 @@ class _EncoderCalls:
 def _backward_peak(encoders: Sequence[_EncoderCalls]) -> float:
     """Return the peak of the bytes that encoder calls use in the backward pass.
 
-    The backward pass visits the calls in the opposite order. A call frees what it kept while the gradients of its
-    weights appear. If an encoder has several calls, autograd holds the sums of these gradients until the last of its
-    calls.
+    The backward pass visits the calls in the opposite order. The backward pass of a call frees what the call kept, and
+    creates the gradients of the weights. If an encoder has several calls, autograd holds the sums of these gradients
+    until the last of them.
     """
     remaining = sum(sum(one.kept) for one in encoders)
     peak = remaining
@@ -347,7 +347,7 @@ def _width(module: nn.Module) -> int:
 
 
 def _clips(count: int, frames: int) -> tuple[int, ...]:
-    """Return the lengths of clips in audio samples. They differ a little, like those of the clips of a call."""
+    """Return the lengths of clips in audio samples. The lengths differ a little, like those in a real call."""
     longest = frames * FRAME_SAMPLES
     return tuple(longest - longest // 32 * i for i in range(count))
 

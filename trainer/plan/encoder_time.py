@@ -16,16 +16,16 @@ from trainer.plan.workload import EncoderWork
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """The costs of all encoder calls of a step on the busiest rank, with both passes and recomputation."""
+    """The costs of all encoder calls of a step on the busiest rank, in both passes and including recomputation."""
 
     flops: float
     """The FLOPs of matmuls, convolutions and attention."""
     moved: float
-    """The bytes that other operations read and write, and convolutions that are bound by memory."""
+    """The bytes that all other operations, and convolutions that are bound by memory, read and write."""
     kernels: int
     """The number of kernels that the calls launch."""
     frames: float
-    """The frames of the largest call, which are the rows of its matmuls."""
+    """The number of frames in the largest call, which is the number of rows of its matmuls."""
 
 
 def encoder_costs(

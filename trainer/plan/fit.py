@@ -1,7 +1,7 @@
 """A search for the fastest layout that fits into memory.
 
-The settings of the LLM and of the audio side are estimated separately, since their times and their memory nearly add
-up. Pairs of them are then planned in full in the order of their estimated times, until one fits.
+The search estimates the settings of the LLM and those of the audio side separately, since their times and their memory
+nearly add up. It then plans pairs of such settings in full, in the order of their estimated times, until a pair fits.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from trainer.plan.workload import EncoderWork, Workload
 _MAX_FULL = 24
 """The largest number of candidates that are planned in full."""
 _MAX_LISTED = 200_000
-"""The largest number of candidates that are considered, which are those with the shortest estimated times."""
+"""The largest number of candidates that are considered. Those with the shortest estimated times are chosen."""
 _LEAST_GAIN = 1.01
-"""How much faster a layout with bf16 gradients must be than one with fp32 gradients to be preferred."""
+"""The factor by which a layout with bf16 gradients must be faster than one with fp32 gradients to be preferred."""
 _BOUND = 0.95
-"""The factor by which traced activations are lowered for a bound, since kinds of stages differ."""
+"""The factor that turns traced activations into a lower bound, since kinds of stages differ."""
 
 
 @dataclass(frozen=True)
 class _Half:
-    """The settings of the LLM or of the audio side, with what they contribute to a step. Bytes are lower bounds."""
+    """The settings of the LLM or of the audio side, and their contribution to a step. Bytes are lower bounds."""
 
     recipe: Recipe
     seconds: float
-    """The time of a step with these settings, and those of the recipe for the other half."""
+    """The time of a step with these settings, and with the recipe's settings for the other half."""
     states: float
     """The bytes of the model states of this half."""
     in_llm: float
@@ -105,7 +105,7 @@ class Search:
     def single_changes(self) -> list[Candidate]:
         """Return the layouts that may fit into memory and differ from the recipe in one key, fastest first.
 
-        The key is not the dtype of gradients, which changes the numbers that are learned and not only the layout.
+        The dtype of gradients is never the changed key, because it changes the learned weights and not only the layout.
         """
         own = [
             half
@@ -122,7 +122,7 @@ class Search:
         return found
 
     def _unique(self, variants: Iterable[Recipe]) -> list[_Half]:
-        """Return the halves of the LLM that may fit; of those that lead to equal packs, only the first."""
+        """Return the LLM's halves that may fit. Of halves that lead to equal packs, only the first is returned."""
         found: dict[object, _Half] = {}
         for variant in variants:
             states = _llm_states(self.planner, variant)
@@ -197,8 +197,9 @@ def first_that_fits(
 ) -> tuple[Plan | None, Plan | None]:
     """Plan candidates in full until one fits.
 
-    If a candidate does not fit, the bounds of later candidates are scaled by the error of its bound. Bounds of the
-    LLM's phase are scaled for similar layouts of the LLM, and others for similar layouts of the audio side.
+    If a candidate does not fit, the bounds of later candidates are scaled by the error of its bound. The bound for the
+    LLM's phase is scaled only for similar settings of the LLM, and the other bound only for similar settings of the
+    audio side.
 
     Args:
         planner: The planner.
@@ -275,8 +276,8 @@ def _whole_bytes(planner: Planner, variant: Recipe, topology: Topology) -> tuple
 def _kept(tracer: EncoderTracer, work: Sequence[EncoderWork], recompute_calls: bool) -> tuple[float, float]:
     """Return lower bounds of the bytes that encoder calls keep, and of what the backward pass needs on top.
 
-    They are those of the rank that computes the primary encoder the most. Calls that run again keep only their
-    clips until then.
+    The bounds are for the rank with the most work of the primary encoder. Calls that run again keep only their clips
+    until the backward pass.
     """
     rank = int(work[0].cost.argmax())
     calls = [

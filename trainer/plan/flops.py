@@ -99,7 +99,7 @@ def causal_attention_flops(model: SizedModel, workload: Workload) -> float:
 
 
 def are_trained(model: SizedModel, parts: PartSizes, work: EncoderWork) -> bool:
-    """Return True if any of the encoders of `work` is trained, so that their calls have a backward pass."""
+    """Return whether any encoder of `work` is trained. If so, the encoder calls have a backward pass."""
     primary = model.config.primary
     prefixes = (
         "audio.primary" if primary is not None and name == primary.name else f"audio.experts.{name}"

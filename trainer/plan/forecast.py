@@ -15,8 +15,8 @@ from trainer.config.schema import Recipe
 
 ENCODERS, LLM, UPDATE = "encoders", "LLM", "update"
 _BATCH_KEYS = ("global_batch_samples", "num_lanes", "min_audio_sec", "max_audio_sec", "tokenizer")
-"""Keys of the recipe's `data` section that change the time of a step or its memory. What the datasets contain may
-differ from what was planned; the numbers of tokens and seconds of audio are then reported."""
+"""Keys of the recipe's `data` section that change the time of a step or its memory. The contents of the datasets may
+differ from the plan; the numbers of tokens and seconds of audio are then reported."""
 _UNPLANNED_KEYS = ("steps", "run_dir", "debug_plan")
 """Keys of the recipe's `train` section that change neither the time of a step nor its memory."""
 
@@ -45,7 +45,7 @@ def digest_of(recipe: Recipe) -> str:
     tree = to_tree(recipe)
     train = {key: value for key, value in tree["train"].items() if key not in _UNPLANNED_KEYS}
     batch = {key: tree["data"][key] for key in _BATCH_KEYS}
-    # Learning rates, schedules and the lengths of stages change neither.
+    # Learning rates, schedules and the lengths of stages change neither the time nor the memory.
     stages = [[stage["train"], stage["parts"]] for stage in tree["stages"]]
     parts = [tree["model"], tree["lora"], tree["parallel"], train, batch, tree["optim"].get("parts"), stages]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -67,14 +67,14 @@ def read_forecast(path: Path, recipe: Recipe) -> Forecast | None:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree["digest"] != digest_of(recipe):
-            raise UserError(f"{path}: the plan of another layout or model; write it again with earshot plan --store")
+            raise UserError(f"{path}: is the plan of another layout or model; write it again with earshot plan --store")
         return None if tree["too_small"] else _forecast(tree)
     except FileNotFoundError:
         return None
     except UserError:  # UserError is a ValueError, which is handled below.
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a plan ({error!r}); write it again with earshot plan --store") from None
+        raise UserError(f"{path}: is not a plan ({error!r}); write it again with earshot plan --store") from None
 
 
 def _forecast(tree: Mapping[str, Any]) -> Forecast:

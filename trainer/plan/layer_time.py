@@ -1,4 +1,4 @@
-"""Computation time of one rank for a layer of the LLM and for its output layer, for one micro-batch.
+"""The time that one rank takes to compute a layer of the LLM, or its output layer, for one micro-batch.
 
 A layer's time is the sum of its matmuls, its attention, its element-wise operations (which take as long as their reads
 and writes of memory) and its kernel launches. In formulas, h is the hidden size, f the feed-forward size, H and G are
@@ -20,12 +20,12 @@ from trainer.plan.mechanisms import Mechanisms
 
 _BF16_BYTES = 2
 _LOGIT_BYTES = 50
-"""The bytes that Megatron's cross entropy reads and writes per logit for the fp32 copy, the softmax and gradient."""
+"""The bytes that Megatron's cross entropy reads and writes per logit: the fp32 copy, the softmax and the gradient."""
 _SCORE_BYTES = (13, 17)
 """The bytes read and written per attention score by unfused attention with dropout, forward and backward."""
 _HEAD_KERNELS = 20
 _LAYER_KERNELS = {True: (14, 26), False: (33, 62)}
-"""The number of kernels that a layer launches, (forward, backward), by whether it has TransformerEngine's kernels."""
+"""The number of kernels that a layer launches, (forward, backward), with and without TransformerEngine's kernels."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class RankRates:
 
     @property
     def ridge(self) -> float:
-        """The FLOPs per byte at which matmuls at their best rate and memory take equally long."""
+        """The FLOPs per byte at which computation at the best rate of matmuls takes as long as the memory traffic."""
         share = self.accelerator.efficiency or self.accelerator.matrix[-1][1]
         return self.peak * share * self.memory(1.0)
 

@@ -1,7 +1,7 @@
 """The layouts that the search of `earshot plan --fit` considers. The trainer accepts all of them.
 
-A layout is divided into the settings of the LLM and those of the audio side. The two parts are legal independently of
-each other, and a step's time is nearly the sum of what they contribute. The search therefore never has to enumerate
+A layout is divided into the settings of the LLM and those of the audio side. Whether one part is legal does not depend
+on the other, and a step's time is nearly the sum of what both contribute. The search therefore never has to enumerate
 all combinations.
 """
 
@@ -69,8 +69,8 @@ def llm_layouts(recipe: Recipe, config: PretrainedConfig, per_node: int) -> Iter
 def audio_layouts(recipe: Recipe, config: PretrainedConfig, per_node: int) -> Iterator[Recipe]:
     """Yield copies of `recipe` with all legal settings of the audio side that the search considers.
 
-    They differ in the keys `AUDIO_KEYS`. The audio side is divided among all ranks, those of a node, or as many as in
-    the recipe.
+    They differ in the keys `AUDIO_KEYS`. The audio side is divided among all ranks, among the ranks of a node, or among
+    as many ranks as in the recipe.
 
     Args:
         recipe: The recipe. It is one of the results.
@@ -81,7 +81,7 @@ def audio_layouts(recipe: Recipe, config: PretrainedConfig, per_node: int) -> It
     experts = [d for d in divisors(world) if d <= max(1, len(recipe.model.experts))]
     shards = dict.fromkeys([None, parallel.audio_shard, per_node])
     if parallel.audio_shard == world:
-        shards.pop(None)  # It has the same meaning.
+        shards.pop(None)  # None has the same meaning.
     batches = dict.fromkeys([train.encoder_batch_sec, *ENCODER_SEC])
     for ep, shard, gathering in itertools.product(experts, shards, _GATHERINGS):
         if shard is not None and shard >= world and shard != parallel.audio_shard:

@@ -178,8 +178,8 @@ def memory_model(
         work: The encoders' work in this topology, see `encoder_work`.
         packs: The LLM's packs in this topology.
         kernels: The settings that determine which kernels the ranks run.
-        known: The memory of stages that have been traced already, to which that of further stages is added. The model,
-            the optimizer settings and the kernels must always be the same.
+        known: A cache of the memory of traced stages, to which this function adds. All calls that share it must have
+            the same model, optimizer settings and kernels.
     """
     known = {} if known is None else known
     context = kernels.mechanisms.context

@@ -1,4 +1,4 @@
-"""Memory traffic of PyTorch operations whose time is that of their reads and writes.
+"""Memory traffic of PyTorch operations that take as long as their reads and writes.
 
 Matmuls, and convolutions that compute more than they read and write, are excluded: their time follows from their FLOPs.
 """
@@ -59,7 +59,7 @@ def _of_convolution(name: str, args: Sequence[Any], out: Any, ridge: float) -> t
             moved += sum(map(_bytes, (output, weight, data)))
         if out[1] is not None:  # the gradient of the weight
             moved += sum(map(_bytes, (output, data, weight)))
-    # Weights do not decide this, since a call of many clips reads them once.
+    # The bytes of the weight are ignored here, since a call with many clips reads the weight once.
     flops = 2 * output.numel() * math.prod(weight.shape[1:])
     return (moved if flops < ridge * (_bytes(output) + _bytes(data)) else 0), 1
 

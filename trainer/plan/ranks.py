@@ -44,7 +44,7 @@ class RankStates:
     def fullest(self, stage: int, place: int) -> States:
         """Return the model states of the fullest rank of `stage` at `place`.
 
-        Replicas differ by the padding of Megatron's buffers, and blocks by what they save.
+        Replicas differ in the padding of Megatron's buffers, and blocks in the tensors that they save in checkpoints.
         """
         audio = max(self.audio[place], key=lambda s: s.snapshot)
         return max(self.llm[stage], key=lambda s: s.total) + audio
@@ -68,8 +68,8 @@ def rank_states(
         precision: The value of `train.precision`.
         ds_json: The DeepSpeed JSON.
         reduction: The settings of the exchange of gradients and weights between replicas.
-        known: The states of stages that have been computed already, to which those of further stages are added. The
-            model and the optimizer settings must always be the same.
+        known: A cache of the states of stages, to which this function adds. All calls that share it must have the same
+            model and optimizer settings.
     """
     dtype = DTYPES[precision]
     stages: dict[int, tuple[States, ...]] = {}

@@ -1,4 +1,4 @@
-"""Ways to shorten the parts of a step or to save memory, without the ways that a recipe already uses."""
+"""Ways to shorten the parts of a step or to save memory, except those that a recipe already uses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def memory_remedy(part: str, recipe: Recipe, gathers_whole_weights: bool) -> str
         "LLM activations": [
             ("a smaller train.llm_tokens_per_microbatch", True),
             ("train.recompute_llm=full", train.recompute_llm != "full"),
-            ("for long samples a larger parallel.context", True),
+            ("a larger parallel.context for long samples", True),
         ],
         "encoder activations": [
             ("train.recompute_encoder_calls=true", not train.recompute_encoder_calls),

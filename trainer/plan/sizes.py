@@ -163,7 +163,7 @@ def sized_model(recipe: Recipe) -> SizedModel:
     A tokenizer given by `data.tokenizer.path` is assumed to be the LLM's own.
 
     Raises:
-        UserError: If the sizes of a model are unknown because it is a hub id without `config`.
+        UserError: If the sizes of a model are unknown because the recipe gives a hub id without `config`.
     """
     model = recipe.model
     llm = known_llm_config(model.llm)

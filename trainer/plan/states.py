@@ -50,7 +50,7 @@ class States:
     gradient_copies: int = 0
     """The fp32 copies of the rank's part of bf16 gradients. They exist from an update to the next pass of the LLM."""
     norm: int = 0
-    """The temporary bytes of the norm of gradients, which is computed tensor by tensor. A sum has the larger one."""
+    """The temporary bytes for the gradient norm, which is computed tensor by tensor. A sum has the larger value."""
 
     def __add__(self, other: States) -> States:
         return States(
@@ -169,7 +169,7 @@ def llm_states(
 
 
 def _spans(buffer: Any, dp: int, dp_size: int) -> Iterable[int]:
-    """Yield the number of elements that data-parallel rank `dp` updates of each parameter, if there are any."""
+    """Yield, for each parameter, the number of its elements that data-parallel rank `dp` updates, unless it is 0."""
     for start, end, bucket in buffer.param_index_map.values():
         first, last = buffer.bucket_indices[bucket]
         share = (last - first) // dp_size
@@ -181,9 +181,9 @@ def _spans(buffer: Any, dp: int, dp_size: int) -> Iterable[int]:
 def audio_states(
     tower: nn.Module, optim: OptimConfig, topology: Topology, dtype: torch.dtype, offload: Offload
 ) -> tuple[States, ...]:
-    """Return the audio side's states of a rank of every block that holds the partitions of the whole audio side.
+    """Return the audio side's states of one rank in each block that holds the partitions of the whole audio side.
 
-    The states of blocks differ only in what they save.
+    The blocks differ only in the tensors that they save in checkpoints.
 
     Args:
         tower: The audio tower, with only those encoder experts that the rank holds.

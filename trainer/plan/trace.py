@@ -52,7 +52,7 @@ def trace(
         forward: A function on meta tensors. All storages that it creates are counted.
         existing: Tensors that exist already and are not counted.
         device: The type of device whose kernels are counted, `cuda` or `cpu`.
-        ridge: The number of FLOPs per byte from which on a convolution's bytes do not count as traffic.
+        ridge: The number of FLOPs per byte above which a convolution's bytes do not count as traffic.
     """
     with (
         _Bytes(existing, ridge) as count,

@@ -16,7 +16,7 @@ from trainer.plan.mechanisms import Mechanisms
 
 @dataclass(frozen=True)
 class WhatIfBytes:
-    """The bytes of one layer on one rank that mechanisms change."""
+    """The bytes by which mechanisms change the memory of one layer on one rank."""
 
     kept: int
     """The change of the bytes that the layer keeps per micro-batch for the backward pass."""

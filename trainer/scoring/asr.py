@@ -21,7 +21,7 @@ def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages:
 
     `wer` is (S + D + I) / (S + D + H), where S, D, I and H are the numbers of substitutions, deletions, insertions and
     hits in all samples. It may exceed 1. `substitutions`, `deletions` and `insertions` are rates per reference word,
-    whose sum is `wer`. `cer` is the ratio of `wer` computed for the characters of the normalized text, including
+    whose sum is `wer`. `cer` is the same ratio as `wer`, computed for the characters of the normalized text, including
     spaces. `hallucination_rate` is the share of hypotheses that are far longer than their reference. `wer_audiobench`
     is the WER of the English samples with AudioBench's normalization, which expands numbers differently. `wer_former`
     is the WER with the normalization of versions before 0.2, for comparisons with older runs.
@@ -75,11 +75,11 @@ def alignment(reference: str, hypothesis: str, language: str = "en") -> list[tup
 
 
 def edits(references: Sequence[str], hypotheses: Sequence[str], characters: bool = False) -> NDArray[np.float64]:
-    """Count the edits in the best alignment of each reference and hypothesis.
+    """Count the edits in the best alignment of each hypothesis with its reference.
 
     Returns:
-        [N, 4] numbers of hits, substitutions, deletions and insertions, of words, or of characters if `characters` is
-        set.
+        The numbers [N, 4] of hits, substitutions, deletions and insertions. Words are counted, or characters if
+        `characters` is set.
     """
     import jiwer
 

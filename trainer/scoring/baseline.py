@@ -18,10 +18,10 @@ def majority_baseline(
 
     A question is identified by its subset and instruction. If it does not occur in the training data, the strategy uses
     all answers to the same type of question (`qtype`, `slot`) in the subset. If there are none, it uses all answers in
-    the subset, and otherwise all answers of the task. Answers are counted after normalization. Among equally frequent
-    answers, the first in alphabetical order is given. If the sample has choices, only training answers that are among
-    the choices are counted. Otherwise, the answer is given as it was first written. For a transcription task, the score
-    is the error rate of the most frequent transcript.
+    the subset and, as a last resort, all answers of the task. Answers are counted after normalization. Among equally
+    frequent answers, the first in alphabetical order is given. If the sample has choices, only training answers that
+    are among the choices are counted. Otherwise, the answer is given as it was first written. For a transcription task,
+    the score is the error rate of the most frequent transcript.
 
     Args:
         train_metas: The manifest fields of the training samples.

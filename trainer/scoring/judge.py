@@ -260,7 +260,7 @@ def _read_cached(path: Path, item: Judged) -> str:
     except (ValueError, KeyError, TypeError):
         reply = None
     if not isinstance(reply, str) or item.read(reply) is None:
-        raise UserError(f"{path}: not a cached rating, or a damaged one; delete the file and rerun the command")
+        raise UserError(f"{path}: is not a cached rating, or is damaged; delete the file and rerun the command")
     return reply
 
 

@@ -167,7 +167,7 @@ _TASKS = (
     Task("meeting", "meetings", (meetings,), ("cpwer",), higher_is_better=False),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
-"""The known tasks by name. Plug-ins of the group `earshot.tasks` and recipes (`declare_tasks`) add theirs."""
+"""The known tasks by name. Plug-ins of the group `earshot.tasks` and recipes (`declare_tasks`) add tasks to it."""
 
 
 def find_task(name: str) -> Task:

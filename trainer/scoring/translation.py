@@ -18,8 +18,8 @@ _BLEU_ORDER = 4
 _CHRF_ORDER = 8
 """The number of n-gram orders: character n-grams up to order 6, and word n-grams up to order 2."""
 _BY_CHARACTER = {"ja", "ko", "th", "lo", "my", "km", "bo"}
-"""Languages whose translations are compared by characters. sacrebleu has tokenizers for two of them, but they need
-dictionaries that are not installed."""
+"""Languages whose translations are compared by characters. sacrebleu has tokenizers for two of them, but these
+tokenizers need dictionaries that are not installed."""
 
 
 def translation_metrics(

@@ -39,13 +39,13 @@ from trainer.serving.service import TRANSCRIBE, Reply, Service, Stopped
 
 _PAGE = Path(__file__).with_name("page.html")
 MAX_WAITING = 16
-"""The largest number of requests that are being read, wait, or are answered. More requests are refused with status
-503."""
+"""The largest number of requests that are being read, are waiting or are being answered. More requests are refused with
+status 503."""
 MAX_UPLOAD_SEC = 60.0
 """The default time in seconds within which a request must arrive. A slower one is refused with status 408, because it
 would hold a place in the queue."""
 _POLL_SEC = 0.2
-"""The time in seconds between two checks whether a client has closed its connection."""
+"""The time in seconds between two checks of whether a client has closed its connection."""
 T = TypeVar("T")
 
 
@@ -61,7 +61,7 @@ def make_app(
     Args:
         service: The model.
         hosts: The names by which clients may address the server. Other names are refused, so that a web page cannot
-            reach a server on this machine through a host name of the web page (DNS rebinding).
+            reach a server on this machine through a host name that the page's owner controls (DNS rebinding).
         key: The key that clients must send as `Authorization: Bearer KEY`; None for no key.
         max_request_bytes: The largest size of a request's body.
         max_upload_sec: The maximum time that a request's body may take to arrive, in seconds.

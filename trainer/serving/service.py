@@ -43,8 +43,8 @@ class Reply:
     """The number of tokens of `text` if it is tokenized again."""
     compute_sec: float
     routing: tuple[dict[str, dict[str, float]], ...]
-    """For each clip or window in the order of encoding: gate → name of each chosen encoder expert → its weight. Empty
-    for a model without encoder experts."""
+    """For each clip or window in the order of encoding: gate → name of each chosen encoder expert → its weight. The
+    tuple is empty for a model without encoder experts."""
 
     @property
     def details(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class AlertConfig:
         "save_failed",
         "finished",
     )
-    """The events of `docs/operations.md` that are posted. `[]` posts none."""
+    """The events that are posted (see `docs/operations.md`). `[]` posts none."""
     skipped_updates: int = 5
     """The number of skipped updates between two alerts about `skip` in an attempt."""
     min_interval_sec: float = 60.0
@@ -64,7 +64,7 @@ class AlertConfig:
 
 
 def is_due(events: Sequence[Event], config: AlertConfig) -> bool:
-    """Return whether the last one of a run's events causes an alert."""
+    """Return whether the last of a run's events causes an alert."""
     last = events[-1]
     kind = last["event"]
     if kind not in config.events:

@@ -24,8 +24,8 @@ class Progress:
     """A display of a run's progress. It is a bar on a terminal, and otherwise a plain line per `every_steps` steps.
 
     The bar and the lines show the remaining time, the loss, the learning rate, the gradient norm, tokens per second,
-    the MFU or audio seconds per second (x real time), and the peak memory of rank 0. On a narrow terminal, only the
-    first of these values that fit are shown. Rates are moving averages over the last steps.
+    the MFU or audio seconds per second (x real time), and the peak memory of rank 0. On a narrow terminal, the last of
+    these values are omitted. Rates are moving averages over the last steps.
 
     Args:
         num_steps: The number of steps of the whole run.
@@ -89,7 +89,7 @@ class Progress:
         return name + "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} " + shown
 
     def _columns_left(self) -> int:
-        """Return the number of columns next to the shortest bar."""
+        """Return the number of columns that remain next to the shortest bar."""
         try:
             columns = os.get_terminal_size(self._stream.fileno()).columns
         except (OSError, ValueError):  # not a real terminal

@@ -1,4 +1,4 @@
-"""The history `token_load.jsonl` of the experts in the LLM's layers. Its size is limited however long a run is."""
+"""The history of the FFN experts' load, `token_load.jsonl`, whose size is limited even for long runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_BYTES = 64 << 20
 MIN_LINES = 32
 """The smallest number of lines that are merged, however long they are."""
 _KEPT = 8
-"""The reciprocal of the fraction of lines that are not merged. These lines are the newest."""
+"""The newest lines, which are one in `_KEPT` of all lines, are not merged."""
 
 
 class TokenHistory:
@@ -36,8 +36,8 @@ class TokenHistory:
     def __init__(self, path: Path, resume_step: int, max_bytes: int = MAX_BYTES) -> None:
         self.path = path
         self.saved_step = resume_step
-        """The step of the newest checkpoint. Lines before and after it are not merged, because a resume from the
-        checkpoint drops the later ones."""
+        """The step of the newest checkpoint. A line up to this step is never merged with a later line, because a resume
+        from the checkpoint drops the later lines."""
         self._log, self._max_bytes = StepLog(path, resume_step), max_bytes
 
     def append(self, record: Mapping[str, Any]) -> None:

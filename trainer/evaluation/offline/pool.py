@@ -87,10 +87,8 @@ def _outcomes(workers: Mapping[Connection, BaseProcess], jobs: Sequence[Sequence
 def _received(connection: Connection, process: BaseProcess) -> list[Outcome]:
     try:
         message: list[Outcome] | str = connection.recv()
-    except (
-        EOFError,
-        ConnectionResetError,
-    ):  # A connection is reset if the worker died before it had read all of its batches.
+    except (EOFError, ConnectionResetError):
+        # A connection is reset if the worker died before it had read all of its batches.
         raise _ended(process) from None
     if isinstance(message, str):
         raise UserError(message)

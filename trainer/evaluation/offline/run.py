@@ -61,7 +61,7 @@ def run_evaluation(
         with locked(folder / ".lock", wait=False):
             return _run(request, folder, num_processes, on_progress)
     except BlockingIOError:
-        raise UserError(f"{folder}: another evaluation writes it; wait for it, or give another --out") from None
+        raise UserError(f"{folder}: another evaluation is writing it; wait for it, or give another --out") from None
     except FileExistsError:
         raise UserError(f"{folder}: is a file, not a folder; give another --out") from None
 

@@ -81,7 +81,7 @@ def open_wanted(request: Request) -> tuple[StoredData, list[int]]:
     indices = [i for i, item in enumerate(stored.items) if not request.tasks or item.task in (*request.tasks, "")]
     if not indices:
         known = ", ".join(sorted({item.task for item in stored.items}))
-        raise UserError(f"--tasks {' '.join(request.tasks)}: {request.data} has no samples of these, only of: {known}")
+        raise UserError(f"--tasks {' '.join(request.tasks)}: {request.data} has samples only of the tasks {known}")
     if request.max_samples is not None and request.max_samples < len(indices):
         chosen = permutation(len(indices), "evaluation", request.split or "")[: request.max_samples]
         indices = [indices[i] for i in sorted(chosen.tolist())]

@@ -21,7 +21,7 @@ from trainer.scoring.tasks import find_task
 from trainer.telemetry.expert_load import BANDS, BANDS_SEC, UNNAMED
 
 MAX_LISTED = 3000
-"""The largest number of samples that the page lists. Each task has an equal part of it, for its worst samples."""
+"""The largest number of samples that the page lists. It is divided equally among tasks, each with its worst samples."""
 DIMENSIONS: Mapping[str, Callable[[Prediction], str]] = {
     "subset": lambda p: subset_of(p.meta),
     "language": lambda p: str(p.meta.get("language") or UNNAMED),
@@ -32,7 +32,7 @@ DIMENSIONS: Mapping[str, Callable[[Prediction], str]] = {
 
 ReadClips = Callable[[Sequence[str]], Iterable[tuple[str, Sequence[Any]]]]
 """A function that takes the keys of samples, and yields the key and the clips (`[T]` at 16 kHz) of each readable
-one."""
+sample."""
 
 
 @dataclass(frozen=True)

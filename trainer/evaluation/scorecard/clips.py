@@ -26,7 +26,7 @@ def to_flac(clip: NDArray[np.float32]) -> str:
 
 
 def read_clips(stored: StoredData, keys: Sequence[str]) -> Iterator[tuple[str, list[NDArray[np.float32]]]]:
-    """Yield the key and the clips (`[T]` at 16 kHz) of each sample in `keys`, in order. Skip unreadable samples."""
+    """Yield the key and the clips (`[T]` at 16 kHz) of each readable sample in `keys`, in order."""
     index_of = {item.key: index for index, item in enumerate(stored.items)}
     for start in range(0, len(keys), _BATCH_SAMPLES):
         part = keys[start : start + _BATCH_SAMPLES]

@@ -124,8 +124,8 @@ def add_files(run_dir: Path, files: Sequence[Path], folder: str) -> list[str]:
         folder: The folder within the store's run.
 
     Returns:
-        The stores to which the files could not be added, each with the reason, as text. Empty if the run's recipe
-        names no trackers.
+        The stores to which the files could not be added, each with the reason, as text. If the run's recipe names no
+        trackers, the list is empty.
     """
     ids = read_ids(run_dir)
     if not ids and _wants_none(run_dir):

@@ -38,9 +38,8 @@ class WandbTracker(BackgroundTracker):
         resumes = (run.resume_step > 0 or run.again) and id_file.exists()
         text = id_file.read_text(encoding="utf-8").strip() if resumes else f"{run.experiment}/{uuid.uuid4().hex}"
         project, _, run_id = text.rpartition("/")
-        write_atomically(
-            id_file, text + "\n"
-        )  # This precedes the slow import, so that the first checkpoint has the id.
+        # The id is written before the slow import, so that the first checkpoint contains it.
+        write_atomically(id_file, text + "\n")
         import wandb
 
         self._wandb_run = wandb.init(
