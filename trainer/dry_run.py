@@ -215,7 +215,7 @@ def _per_rank(recipe: Recipe, model: SizedModel, topology: Topology) -> list[str
         parts = (llm.weights, llm.gradients, llm.optimizer, audio.total, llm.total + audio.total)
         rows.append([f"stage {ranks_text(members)}", *map(bytes_text, parts)])
     return [
-        "Memory per rank for the LLM's weights, gradients and optimizer and the audio states, without activations.",
+        "Memory per rank for the LLM's weights, gradients and optimizer and for the audio side, without activations:",
         *table(rows),
     ]
 

@@ -36,7 +36,7 @@ def write_whole(
         OSError: If the file could not be written. In this case, the hidden file is deleted.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
-    # Unlike a file of `tempfile`, it has the permissions of any other new file of the user.
+    # Unlike a file of `tempfile`, the hidden file has the permissions of any other new file of the user.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -99,8 +99,8 @@ def sweep_leftovers(folder: Path, older_sec: float = _LEFTOVER_SEC) -> None:
 
     Args:
         folder: The folder, which need not exist.
-        older_sec: The age in seconds from which files are deleted, because another process may still be writing younger
-            files. Pass 0 if no other process writes to the folder.
+        older_sec: Only files of at least this age in seconds are deleted, because another process may still be writing
+            younger files. Pass 0 if no other process writes to the folder.
     """
     for path in folder.glob(f".*{_SUFFIX}"):
         if not _LEFTOVER.search(path.name):

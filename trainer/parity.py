@@ -97,11 +97,11 @@ class Difference:
     """The parameter whose gradient has the largest difference."""
     gap: float | None = None
     """The smallest difference, over all tokens, between the scores of the last chosen FFN expert and of the best expert
-    that was not chosen. Below about 1e-5, rounding may change the choice. None if the LLM has no FFN experts."""
+    that was not chosen. Below about 1e-5, rounding may change the choice. It is None if the LLM has no FFN experts."""
 
 
 def draw_projection(tower: AudioTower) -> None:
-    """Give the projection of added features random weights. With its initial zeros, experts would have no gradient.
+    """Give the projection of added features random weights. With its initial zeros, no gradient would reach experts.
 
     With the adapter `swiglu`, the projection keeps its zeros. Otherwise, the experts' gradients in fp32 would differ
     from those in fp64 by more than 1e-5, even in one process. `swiglu_post_norm` has the same parts in another order,

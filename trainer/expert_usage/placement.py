@@ -111,7 +111,7 @@ class PlacementAdvice:
     experts: tuple[str, ...]
     """The names of the encoder experts."""
     costs_sec: tuple[float, ...]
-    """[K] computing seconds of each encoder expert, summed over ranks, per step or for all data of a pass over data."""
+    """[K] computing seconds of each encoder expert, summed over ranks, per step, or over a whole pass over the data."""
     ep: int
     """The value of `parallel.expert`."""
     num_ranks: int

@@ -84,7 +84,7 @@ def write_adapter_config(source: Source, folder: Path) -> None:
     modules = {name: part for name, part in layers.items() if name not in within}
     parameters: dict[str, LoraConfig] = {}
     if mixture_of(source.hf_config()) is not None:
-        # As a module, peft would take a dense layer's projection for an expert's, so its parameter is listed instead.
+        # peft would take a dense layer's projection for an expert's if the projection were listed as a module.
         parameters = {f"{name}.weight": part for name, part in modules.items() if ".mlp." in name}
         modules = {name: part for name, part in modules.items() if ".mlp." not in name}
     ranks = {name: part.rank for name, part in (modules | parameters).items()}
@@ -112,7 +112,7 @@ def write_adapter_config(source: Source, folder: Path) -> None:
 
 
 def _adapted_layers(source: Source) -> dict[str, LoraConfig]:
-    """Return the settings of the adapter of each adapted layer of the LLM, by the layer's name in the checkpoint."""
+    """Return the adapter settings of each LLM layer that has an adapter, by the layer's name in the checkpoint."""
     adapters, found = Adapters(source.recipe.lora), {}
     for name in adapter_names(source).values():
         layer = name.removesuffix(".lora_A")
@@ -153,7 +153,7 @@ class _FactorPlace:
 def _places(
     projection: FusedProjection, layers: Mapping[str, LoraConfig]
 ) -> tuple[int, dict[str, dict[str, _FactorPlace]]]:
-    """Return R, and the place of the factor of each adapted layer, by the factor (A or B) and the layer's name.
+    """Return R, and for each of the factors A and B, the place of each adapted layer's factor by the layer's name.
 
     The gate and the up projection of an expert use different parts of R, since each has its own A.
     """

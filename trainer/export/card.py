@@ -1,4 +1,4 @@
-"""The model card of an exported model, with its use, recipe, scores and dropped encoders."""
+"""The model card of an exported model: how to use the model, its scores, its dropped encoders and its recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Findings:
     scores_whole: Mapping[str, float] | None = None
     """The dev scores of the model with all encoders; None if no encoder was dropped or no dev dataset was given."""
     scores_kept: Mapping[str, float] | None = None
-    """The dev scores of the exported model; None under the same conditions."""
+    """The dev scores of the exported model; None if `scores_whole` is None."""
 
 
 def model_card(source: Source, selection: Selection, summary: Mapping[str, Any], found: Findings, dtype: str) -> str:

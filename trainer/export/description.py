@@ -59,14 +59,14 @@ class Description:
 
 
 def read_description(tree: object, where: str) -> Description:
-    """Check a description that this or an earlier version wrote with `model.hub.configuration.describe`.
+    """Check and return a description that this or an earlier version wrote with `model.hub.configuration.describe`.
 
     Args:
         tree: The parsed JSON, which is not trusted.
         where: The file that contains the description, for error messages.
 
     Raises:
-        UserError: If a key is missing or unknown, or a value is not of the type of its field.
+        UserError: If a key is missing or unknown, or a value does not have the type of its field.
     """
     try:
         return _read(tree)

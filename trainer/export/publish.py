@@ -47,7 +47,7 @@ class Options:
     dtype: str = "bf16"
     """The dtype of the weights, as a key of `DTYPES`."""
     shard_bytes: int = 5 << 30
-    """The largest size of a file of weights, unless a single tensor is larger."""
+    """The largest size of a file of weights in bytes. A single tensor that is larger has a file of its own."""
     llm_only: bool = False
     """Whether to export only the LLM."""
     original: str | None = None

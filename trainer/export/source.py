@@ -195,7 +195,7 @@ class Source:
         return stacked_tensors(self.hf_config())
 
     def hf_config(self) -> PretrainedConfig:
-        """Return the LLM's config in transformers."""
+        """Return the transformers config of the LLM."""
         from transformers import AutoConfig
 
         config: PretrainedConfig = AutoConfig.for_model(**self.model.text_config)

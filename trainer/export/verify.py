@@ -72,7 +72,7 @@ def verify(
         source: The checkpoint that it was exported from.
         selection: The exported encoders.
         dtype: The type of the exported weights.
-        samples: The samples to compare on.
+        samples: The samples on which to compare.
 
     Returns:
         The largest differences.

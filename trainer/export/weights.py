@@ -85,7 +85,7 @@ def plan_targets(
     Args:
         reader: The checkpoint.
         names: Exported name → name in the checkpoint.
-        dtype: The type that floating-point tensors, other than biases that balance experts, are converted to.
+        dtype: The dtype to which floating-point tensors are converted, except the biases that balance experts.
         rows: The rows to export, by name in the checkpoint, for each tensor that is not exported as a whole.
         adapters: The adapters to merge, by name of the weight in the checkpoint.
     """

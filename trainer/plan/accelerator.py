@@ -15,7 +15,7 @@ GIB = 2**30
 # The fractions are estimates, neither measured nor fitted to bench/published.csv. `bench.calibrate` measures a device.
 H100_MATRIX = ((64.0, 0.17), (256.0, 0.50), (1024.0, 0.68), (4096.0, 0.74))
 A100_MATRIX = ((64.0, 0.35), (256.0, 0.66), (1024.0, 0.79), (4096.0, 0.84))
-"""The default fractions of the peak rate that bf16 matmuls reach, in the format of `Accelerator.matrix`."""
+"""The fractions of the peak rate that bf16 matmuls are assumed to reach on each device, as in `Accelerator.matrix`."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Accelerator:
     def ranging(self, change: float) -> Accelerator:
         """Return this accelerator with all assumed fractions multiplied, and all latencies divided, by 1 + `change`.
 
-        Fractions may exceed 1, because the rates that `bench.calibrate` measures have the fraction 1.
+        Fractions may then exceed 1, because `bench.calibrate` stores a measured memory bandwidth with the fraction 1.
         """
         factor = 1 + change
         return dataclasses.replace(

@@ -26,7 +26,7 @@ _MOST_TABLES = 32
 _MOST_HEADERS = 2000
 """The largest number of samples per dataset whose audio headers are read, if a manifest lacks durations."""
 _PROGRESS_POINTS = 200
-"""The number of points of a run at which the weights of datasets are evaluated, to compute their mean."""
+"""The number of points in a run at which the weights of datasets are evaluated, to compute their mean."""
 
 Seconds = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -34,15 +34,15 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Lengths:
-    """The number and the lengths of the training samples of one dataset that the recipe selects."""
+    """The number and the lengths of the training samples that the recipe selects from one dataset."""
 
     num_samples: int
     """The number of samples."""
     hours: float
     """The total duration of their audio in hours."""
     seconds: Seconds = field(repr=False)
-    """The total duration of each sample's clips in seconds, [n], in ascending order; 0 without audio. The n samples are
-    evenly selected, and samples with a clip longer than `data.max_audio_sec` are excluded."""
+    """The total duration of each sample's clips in seconds, [n], in ascending order; 0 for a sample without audio. The
+    n samples are an even selection without the samples that have a clip longer than `data.max_audio_sec`."""
     num_clips: Ints = field(repr=False)
     """The number of clips of each of these n samples."""
     num_too_long: int

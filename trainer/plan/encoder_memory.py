@@ -179,7 +179,7 @@ def _forget(parameter: Tensor) -> None:
 
 
 def _owner_of_layers(encoder: Any) -> Any:
-    """Return the module with the list `layers` of an encoder; None if there is none, as in some `auto` encoders."""
+    """Return the module of an encoder that has the list `layers`; None if there is none, as in some `auto` encoders."""
     inner = encoder.encoder
     for owner in (inner, getattr(inner, "encoder", None)):
         if isinstance(getattr(owner, "layers", None), nn.ModuleList):

@@ -1,4 +1,4 @@
-"""Computation time of the encoders on the rank that computes the most."""
+"""Computation time of the encoders on the busiest rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.plan.workload import EncoderWork
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """The costs of all encoder calls of a step on the busiest rank, in both passes and including recomputation."""
+    """The costs of all encoder calls of a step on the busiest rank, forward and backward, including recomputation."""
 
     flops: float
     """The FLOPs of matmuls, convolutions and attention."""

@@ -33,7 +33,7 @@ _MAX_LISTED = 200_000
 _LEAST_GAIN = 1.01
 """The factor by which a layout with bf16 gradients must be faster than one with fp32 gradients to be preferred."""
 _BOUND = 0.95
-"""The factor that turns traced activations into a lower bound, since kinds of stages differ."""
+"""The factor by which traced activations are multiplied to get a lower bound, since stages differ."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Forecast:
     high_sec: float
     """The upper end of the step time's range, in seconds."""
     parts_sec: Mapping[str, float]
-    """The seconds of the encoders with the exchange of clips and embeddings, of the LLM, and of the update."""
+    """The seconds of the encoders (with the exchange of clips and embeddings), of the LLM, and of the update."""
     peak_bytes: int
     """The peak memory of the fullest rank."""
     tokens: int

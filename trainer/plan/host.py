@@ -18,7 +18,7 @@ _RANK_BYTES = 600 << 20
 _WORKER_BYTES = 45 << 20
 """The resident memory of a decoding process before it reads data. 43 MB were measured."""
 _SAMPLE_BYTES = 4
-"""The size of a sample of audio, which is float32."""
+"""The size of an audio sample in bytes. Audio samples are float32."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class HostMemory:
     """The host memory that a node needs, in bytes, without the page cache."""
 
     processes: int
-    """The memory of the ranks and their decoding processes, without the memory of the other fields."""
+    """The memory of the ranks and their decoding processes, except the memory that the other fields count."""
     loading: int
     """Encoded audio that is read in advance, decoded clips in caches, and data to be written to the node's cache."""
     shared: int

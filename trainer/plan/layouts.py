@@ -40,7 +40,7 @@ def llm_layouts(recipe: Recipe, config: PretrainedConfig, per_node: int) -> Iter
     """Yield copies of `recipe` with all legal settings of the LLM that the search considers.
 
     They differ in tensor parallelism and context parallelism (each within a node), pipeline parallelism, virtual
-    stages, the overlap and dtype of the reduction of gradients, the tokens per micro-batch, and recomputation.
+    stages, the overlap and the dtype of the gradient reduction, the tokens per micro-batch, and recomputation.
 
     Args:
         recipe: The recipe. It is one of the results.
@@ -133,7 +133,7 @@ def _is_legal(recipe: Recipe) -> bool:
 
 
 def _reductions(recipe: Recipe, has_experts: bool) -> list[dict[str, Any]]:
-    """Return the settings of the reduction of gradients to try: those of the recipe, overlapping, and in bf16."""
+    """Return the settings of the gradient reduction to try: those of the recipe, with overlap, and in bf16."""
     parallel = recipe.parallel
     overlaps = dict.fromkeys([(parallel.overlap_grad_reduce, parallel.overlap_param_gather), (True, True)])
     if has_experts or recipe.stages:  # Overlap is not allowed.
@@ -165,8 +165,8 @@ def _with_packs(
 def _virtual_stages(num_layers: int, pp: int, current: int) -> list[int]:
     """Return the numbers of virtual stages to try.
 
-    These are 1, the recipe's own number, and the numbers that lead to chunks of 2 or 4 layers, where at most the first
-    and the last chunk have fewer layers. If no number leads to such chunks, chunks of one layer are tried.
+    These are 1, the recipe's own number, and the numbers that lead to chunks of 2 or 4 layers. Only the first and the
+    last chunk may then have fewer layers. If no number leads to such chunks, chunks of one layer are tried.
     """
     if pp == 1:
         return [1]

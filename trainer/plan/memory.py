@@ -25,7 +25,7 @@ from trainer.plan.workload import EncoderWork, Workload
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The memory of the ranks of one kind at its peak, in bytes."""
+    """The peak memory of the ranks of one kind, in bytes."""
 
     stages: tuple[int, ...]
     """The pipeline stages whose ranks are of this kind."""

@@ -100,7 +100,7 @@ def _options(part: str, recipe: Recipe) -> list[tuple[str, bool]]:
                 train.gather_audio_weights != "per_update",
             ),
             ("a larger parallel.expert", parallel.expert < len(recipe.model.experts)),
-            ("parallel.audio_shard, the ranks of one node", per_update and parallel.audio_shard is None),
+            ("parallel.audio_shard set to the ranks per node", per_update and parallel.audio_shard is None),
             (_LARGER_BATCH, per_update),
         ],
         "exchanging clips and embeddings": [],

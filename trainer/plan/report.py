@@ -204,7 +204,7 @@ def _memory(plan: Plan) -> list[str]:
         whole = _wrapped(
             f"Buffers include the whole weights of the audio side ({gib(plan.worst.whole_weights)} GiB) and, in the "
             f"backward pass, their whole gradients ({gib(plan.worst.whole_gradients)} GiB). "
-            "train.gather_audio_weights=per_module saves them, but gathers the weights of each module in every "
+            "train.gather_audio_weights=per_module avoids both, but gathers the weights of each module in every "
             "encoder call."
         )
     return [

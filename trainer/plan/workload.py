@@ -48,7 +48,7 @@ class Workload:
     data: DataSummary | None = None
     """The datasets from which the lengths were read; None if the lengths are assumed."""
     num_clips: Ints | None = None
-    """The number of clips of each sample, [n], which are equally long; None if no sample has several."""
+    """The number of clips of each sample, [n], which are taken to be equally long; None if no sample has several."""
 
     @cached_property
     def clips(self) -> tuple[Ints, Ints]:

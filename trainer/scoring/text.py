@@ -47,11 +47,13 @@ def normalise(text: str, language: str = "en") -> str:
     `normalise_audiobench`. British and American spellings ("colour", "color") differ, because transformers does not
     include Whisper's table of spellings.
 
-    Text in other languages is normalized with the steps of Whisper's basic normalizer, except that marks are kept in
-    scripts in which they are letters (Whisper's normalizer turns the vowel signs of Hindi into spaces), and the points
-    that Arabic and Hebrew text may omit are removed. Chinese, Cantonese, Japanese, Thai, Lao and Burmese text is split
-    into one word per character, as in Whisper's own evaluation. In all languages, typographic apostrophes are replaced
-    by plain ones, and invisible characters and runs of dots are removed.
+    Text in other languages is normalized with the steps of Whisper's basic normalizer, with two exceptions. Marks are
+    kept in scripts in which they are letters, whereas Whisper's normalizer turns, for example, the vowel signs of Hindi
+    into spaces. The points that are optional in Arabic and Hebrew text are removed. Chinese, Cantonese, Japanese, Thai,
+    Lao and Burmese text is split into one word per character, as in Whisper's own evaluation.
+
+    In all languages, typographic apostrophes are replaced by plain ones, and invisible characters and runs of dots are
+    removed.
 
     Args:
         text: The text.

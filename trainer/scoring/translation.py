@@ -28,8 +28,8 @@ def translation_metrics(
     """Return `chrf` (chrF++) and `bleu` of translations, from 0 to 100; higher is better.
 
     chrF++ comes first, because BLEU says little about a single sentence. Both equal the corpus scores of sacrebleu
-    (Post 2018): `BLEU(tokenize=…)` and `CHRF(word_order=2)`. The tokenizer of BLEU is `zh` for Chinese, `char` for the
-    other languages in `tokenizer_of` that are compared by characters, and `13a` otherwise.
+    (Post 2018): `BLEU(tokenize=…)` and `CHRF(word_order=2)`. The tokenizer of BLEU is `zh` for Chinese, `char` for
+    other languages that are compared by characters (see `tokenizer_of`), and `13a` otherwise.
 
     Args:
         references: The correct translations of each sample, at least one.

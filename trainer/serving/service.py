@@ -104,7 +104,7 @@ class Service:
             max_new_tokens: The largest number of tokens in the answer. It is limited to the value of the service, which
                 is also the default.
             emit: A function that is called with each part of the text when it is generated. Together, the parts are the
-                whole text. A transcript of several windows is one part. None if the text is not needed in parts.
+                whole text. A transcript of several windows is one part. Pass None if no parts are needed.
             unwanted: A function that says whether the answer is no longer wanted. It is called after every token.
 
         Raises:

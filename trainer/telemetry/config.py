@@ -36,7 +36,7 @@ class TelemetryConfig:
     """The name under which trackers group runs. MLflow uses it as the experiment, and W&B as the project."""
 
     alerts: AlertConfig = AlertConfig()
-    """Which events are posted to a webhook (docs/operations.md)."""
+    """The events that are posted to a webhook (docs/operations.md)."""
 
     def __post_init__(self) -> None:
         check_least("telemetry", self, log_every_steps=1, straggler_stretch_sec=0)

@@ -71,7 +71,7 @@ class EventLog:
     Args:
         run_dir: The run's folder, which is created if it does not exist.
         rank: The rank of this process; None if it is not a rank.
-        attempt: The attempt to which the events belong. None for the current attempt at the time an event is written.
+        attempt: The attempt to which the events belong; None for the attempt that is current when an event is written.
         notify: A function that is called with every event that was written, such as `trainer.telemetry.alerts.Alerts`.
     """
 

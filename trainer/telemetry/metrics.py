@@ -52,16 +52,14 @@ class StepReport:
     load: LoadInterval | None = None
     """The load of the encoders in the logging interval that ends with this step.
 
-    None if no interval ends with this step, and on ranks other than 0.
+    It is None if no interval ends with this step, and on ranks other than 0.
     """
     token_load: TokenLoad | None = None
-    """The load of the LLM's FFN experts in the same interval. None in the same cases, and if the LLM has no FFN
-    experts."""
+    """The load of the LLM's FFN experts in the same interval; None if `load` is None or the LLM has no FFN experts."""
     ranks: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the ranks' work in the logging interval that ends with this step; empty if `load` is None."""
     plan: Mapping[str, float] = field(default_factory=dict)
-    """Metrics of the comparison with the run's plan. Empty if there is no plan, or if no interval ends with this step.
-    """
+    """Metrics of the comparison with the run's plan; empty if there is no plan or no interval ends with this step."""
     epochs: Mapping[str, float] = field(default_factory=dict)
     """The number of epochs of each dataset that have been read since the run began, by the dataset's name. It may be
     fractional."""
@@ -201,7 +199,7 @@ class PhaseTimer:
         synchronise: A function that waits for the device. While there is a listener, it is called at the start and the
             end of each phase, so that the time of asynchronous work is assigned to the phase that launched it. The work
             then no longer overlaps with other phases. Without a listener, its time is assigned to the phase in which
-            the host next waits for the device. None to measure only time on the host.
+            the host next waits for the device. If it is None, only time on the host is measured.
     """
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:

@@ -67,7 +67,7 @@ class Evaluator:
     ) -> None:
         self.config, self.prepared, self.step, self.folder, self.heartbeat = config, prepared, step, folder, heartbeat
         self.meteor: Meteor | None = None
-        """The METEOR metric; None if no WordNet folder was found. In this case, the first evaluation of captions logs a
+        """The METEOR metric. It is None if no WordNet folder was found; the first evaluation of captions then logs a
         warning."""
         self._no_meteor = ""
         try:

@@ -117,8 +117,8 @@ class Loop:
             False if a signal ended the run before its last step.
 
         Raises:
-            EndError: If the data, the loss or an evaluation ended the run. The state of the run has been saved, unless
-                the run diverged.
+            EndError: If a problem with the data, the loss or an evaluation ended the run. The state of the run has been
+                saved, unless the run diverged.
             FaultError: If a rank failed for an external reason, such as a killed data worker. The state has been saved.
         """
         recipe, num_steps = self.recipe, self.recipe.train.steps

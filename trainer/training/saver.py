@@ -66,7 +66,7 @@ class Saver:
 
         Collective: every rank of the world must call it.
 
-        If the run has no checkpoint yet, the weights that `checkpoint.start_from` names are loaded, if it is set.
+        If the run has no checkpoint yet and `checkpoint.start_from` is set, the weights that it names are loaded.
 
         Returns:
             The number of steps already done, and the contents of the checkpoint other than the state of the engines.
@@ -74,7 +74,7 @@ class Saver:
 
         Raises:
             UserError: If all checkpoints are damaged, if the checkpoint belongs to another model, if its adapters were
-                trained with other factors, or if the weights of `checkpoint.start_from` cannot be used.
+                trained with other scaling factors, or if the weights of `checkpoint.start_from` cannot be used.
         """
         latest = self._checkpoints.latest()
         if latest is None:

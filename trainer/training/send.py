@@ -1,4 +1,4 @@
-"""The exchange that sends tokens and audio embeddings to the ranks whose packs contain them (line 6 of a step)."""
+"""The exchange that sends tokens and audio embeddings to the ranks whose packs contain them (line 6 in step.py)."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class Step:
 
     Args:
         model: The model's config.
-        optim: The recipe's section `optim`.
+        optim: The settings of the optimizers, including the stages of the run.
         audio: The engine of the audio side.
         llm: The engine of the LLM.
         groups: The process groups of this rank.
@@ -389,7 +389,7 @@ class Step:
         sums = torch.stack([term.sum.detach().float() for term in terms])
         everything = torch.cat([sums, sample_losses.float()])
         dist.all_reduce(everything, group=self.groups.world)
-        totals, by_sample = everything.cpu().split([len(terms), len(whole)])  # One copy from the device reads both.
+        totals, by_sample = everything.cpu().split([len(terms), len(whole)])  # A single copy from the device.
         means = {t.name: total / max(1, whole.counts[t.name]) for t, total in zip(terms, totals.tolist(), strict=True)}
         return StepReport(
             step=step + 1,

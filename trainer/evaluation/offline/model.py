@@ -42,9 +42,9 @@ class Origin:
     digest: str
     """A digest that changes with the weights or their description."""
     max_audio_sec: float | None
-    """The longest clip in training, in seconds; None if it is not known."""
+    """The length of the longest clip in training, in seconds; None if it is not known."""
     max_new_tokens: int
-    """The longest answer in the evaluations of the training run, in tokens."""
+    """The length of the longest answer in the evaluations of the training run, in tokens."""
 
     @property
     def name(self) -> str:
@@ -167,8 +167,8 @@ def _check_tokenizer(path: Path, wanted: str | None, found: str) -> None:
     """Check that the tokenizer has the digest `wanted`, which is None if the export contains no digest."""
     if wanted not in (None, found):
         raise UserError(
-            f"{path}: its tokenizer or its {PROCESSOR} is not what its weights were trained with (digest {found[:12]} "
-            f"instead of {str(wanted)[:12]}); export it again"
+            f"{path}: its weights were trained with another tokenizer or another {PROCESSOR} (digest "
+            f"{str(wanted)[:12]} instead of {found[:12]}); export it again"
         )
 
 

@@ -74,7 +74,7 @@ class Architecture:
 
 
 LLM_PREFIXES = (("language_model.", "llm."),)
-"""The prefix of the LLM's tensors, which is the same for all architectures."""
+"""The prefix of the LLM's tensors in most architectures."""
 
 
 def whisper_encoder(

@@ -24,7 +24,7 @@ def read_original(source: Source, folder: Path) -> Published:
 
     Args:
         source: The checkpoint.
-        folder: The folder of the published model. Its weights need not be there.
+        folder: The folder of the published model. It need not contain the weights.
 
     Raises:
         UserError: If the checkpoint has parts that the published model does not have, or tensors of other shapes.
@@ -56,8 +56,8 @@ def read_original(source: Source, folder: Path) -> Published:
     for part in ("primary", "adapter"):
         if getattr(source.model.audio, part) != getattr(described.audio, part):
             raise UserError(
-                f"{where}: model.{part} of the run does not compute the same as that of the published model; give the "
-                "folder that the run was imported from, or export without --original"
+                f"{where}: model.{part} of the run differs from that of the published model; give the folder that the "
+                "run was imported from, or export without --original"
             )
     return published
 

@@ -1,6 +1,6 @@
-"""The conversion of a published speech LLM to the layout of exports, from which runs start.
+"""The conversion of a published speech LLM to the layout of an export, from which a run can start.
 
-Tensors keep their values and types. Only their names change, file by file.
+Tensors keep their values and dtypes. Only their names change. The files of weights are converted one by one.
 """
 
 from __future__ import annotations

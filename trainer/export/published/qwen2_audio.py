@@ -20,7 +20,7 @@ _CHAT = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""A chat template that gives the prompts of `Qwen2AudioProcessor.default_chat_template` for messages that are text."""
+"""A chat template that produces the same prompts as `Qwen2AudioProcessor.default_chat_template` for text messages."""
 
 
 def _audio(audio: Any, _config: Mapping[str, Any]) -> Audio:

@@ -1,6 +1,6 @@
 """The exported model in vLLM, with the export's own code for the audio tower and vLLM's code for the LLM.
 
-An export contains this file. It therefore imports only torch, transformers and vLLM, and nothing of this project. It
+An export contains this file. It therefore imports only torch, transformers and vLLM, and nothing from this project. It
 follows the interface of multimodal models of vLLM 0.32 and 0.33 (`SupportsMultiModal`, `BaseMultiModalProcessor`).
 
 Shapes: C clips, T audio samples (16 kHz), S audio tokens, P instruction tokens, H width of the LLM.
@@ -99,7 +99,7 @@ class Processor(BaseMultiModalProcessor[Info]):  # type: ignore[misc]
 
         Args:
             inputs: The request, whose prompt has one placeholder per clip.
-            timing_ctx: vLLM's stopwatch.
+            timing_ctx: vLLM's timer.
 
         Raises:
             ValueError: If the router reads the instruction, and the instruction cannot be determined from the request.
@@ -167,7 +167,7 @@ def _instruction(processor: Any, prompt: list[int], num_clips: int) -> str:
         num_clips: The number of clips.
 
     Raises:
-        ValueError: If no instruction gives this prompt.
+        ValueError: If no instruction produces this prompt.
     """
     # The tokens at the beginning and the end that the prompt shares with two other prompts surround the instruction.
     prompts = [prompt, *(processor.prompt_ids(text, num_clips) for text in ("What is said?", "Answer yes or no."))]
@@ -179,14 +179,14 @@ def _instruction(processor: Any, prompt: list[int], num_clips: int) -> str:
         fits = False
     if not fits:
         raise ValueError(
-            "the router reads the instruction, and the prompt differs from the prompts of training; pass the "
+            "the router reads the instruction, and the prompt does not have the form used in training; pass the "
             f"instruction of each clip as mm_processor_kwargs.{KEY}"
         )
     return str(text)
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """Return the number of equal tokens at the beginning of prompts."""
+    """Return the number of tokens at the beginning that all prompts have in common."""
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
 
 
