@@ -20,8 +20,8 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> l
 
     The mean over all hypotheses is the score that coco-caption reports, except that the tokenizer differs. Here, words
     are the lower-case tokens of `tokenise` without punctuation marks, whereas coco-caption uses the Stanford tokenizer.
-    The value is ten times the mean, over n from 1 to 4 and over references, of the cosine between the tf-idf vectors of the
-    n-grams in the hypothesis and the reference. Counts are clipped, and a Gaussian factor penalizes a difference in
+    The value is ten times the mean, over n from 1 to 4 and over references, of the cosine between the tf-idf vectors of
+    the n-grams in the hypothesis and the reference. Counts are clipped, and a Gaussian factor penalizes a difference in
     length. The document frequency of an n-gram is the number of samples with the n-gram in any reference. A value
     therefore depends on all samples, and a single sample scores 0.
 
