@@ -131,7 +131,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
 """The config fields of families with FFN experts. One layer of the Qwen2-MoE and of the Qwen3-MoE has no experts. The
 gates of GPT-OSS are bounded so tightly that some values are clamped. `mixture` is a Llama in which the recipe adds
 experts to every second layer. `mixture_balanced` also has shared experts, null experts, jitter, and biases that change
-so much per step that they affect which experts are chosen. In `mixture_qwen3_5`, one layer with experts has linear attention."""
+so much per step that they affect which experts are chosen. In `mixture_qwen3_5`, one layer with experts has
+linear attention."""
 MIXTURES = tuple(name for name, fields in EXPERTS.items() if "ffn_experts" in fields)
 """The entries of `EXPERTS` in which the recipe adds experts to a dense LLM."""
 
