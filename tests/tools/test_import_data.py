@@ -325,7 +325,7 @@ def test_a_table_with_one_split_is_pointed_out(tmp_path: Path, capsys: pytest.Ca
     [
         (
             "audio,said",
-            "give its column with --map answer=NAME, for transcripts with --set task=asr (the row has audio, said)",
+            "give its column with --map answer=NAME, and add --set task=asr for transcripts (the row has audio, said)",
             ["--map", "answer=said", "--set", "task=asr"],
         ),
         ("clip,text", "give its column with --map audio=NAME (the row has clip, text)", ["--map", "audio=clip"]),

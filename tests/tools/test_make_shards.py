@@ -95,7 +95,7 @@ def test_existing_folder_is_not_changed(tmp_path: Path, capsys: pytest.CaptureFi
     out.mkdir()
     (out / "mine").write_text("x")
     assert main([str(write_manifest(tmp_path, clip_rows(tmp_path, 1))), str(out)]) == 2
-    assert "is not empty, and not an unfinished build" in capsys.readouterr().err
+    assert "is neither empty nor an unfinished build" in capsys.readouterr().err
     assert contents(out) == {"mine": b"x"}
 
 

@@ -201,8 +201,8 @@ def test_tokens_that_control_the_model_are_refused_by_name(tmp_path: Path, text:
     [
         ("{{ raise_exception('a system message is needed') }}", "fails: TemplateError: a system message is needed"),
         ("{{ messages[1]['content'] }}", "fails: UndefinedError"),
-        ("{{ messages[0]['content'][:5] }}", "does not contain the message once"),
-        ("{{ messages[0]['content'] * 2 }}", "does not contain the message once"),
+        ("{{ messages[0]['content'][:5] }}", "does not contain the message exactly once"),
+        ("{{ messages[0]['content'] * 2 }}", "does not contain the message exactly once"),
         ("{% for m in %}", "fails: TemplateSyntaxError"),
     ],
 )

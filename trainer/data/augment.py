@@ -19,8 +19,8 @@ def augment(
 
     Args:
         clip: `[T]` float32 at 16 kHz; it is not modified.
-        config: The settings, which give the largest change of each kind at full strength.
-        strength: The factor in [0, 1] by which these changes are scaled.
+        config: The largest change of each kind, at full strength.
+        strength: The factor in [0, 1] that scales these changes.
         rng: The source of randomness. The same state gives the same result.
 
     Returns:
@@ -43,7 +43,7 @@ def augment(
             start = int(rng.uniform(0, len(clip) - width))
             clip[start : start + width] = 0
     if config.noise_snr_db is not None:
-        # Weak augmentation raises the ratio by up to 30 dB, at which noise is hardly audible.
+        # At low strength, the ratio is raised by up to 30 dB, so that the noise is hardly audible.
         snr_db = config.noise_snr_db + rng.uniform(0, 20) + 30 * (1 - strength)
         level = float(np.sqrt(np.mean(np.square(clip)))) * 10 ** (-snr_db / 20)
         clip = clip + level * rng.standard_normal(len(clip), dtype=np.float32)
@@ -55,7 +55,7 @@ def augment(
 def _mask_frequencies(
     clip: NDArray[np.float32], config: AugmentConfig, strength: float, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    # The clip is padded with zeros, because a transform whose length is a large prime takes ten times as long.
+    # The clip is padded with zeros, because an FFT whose length is a large prime takes ten times as long.
     size = -(-len(clip) // _FFT_STEP) * _FFT_STEP
     spectrum = np.fft.rfft(clip, size)
     bins_per_hz = size / SAMPLE_RATE

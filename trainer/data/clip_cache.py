@@ -15,7 +15,8 @@ Decoded = tuple[dict[str, Any], tuple[Clip, ...]]
 class ClipCache:
     """A thread-safe cache of decoded samples, which evicts the least recently used ones when it is full.
 
-    A key consists of the id of the sample's reader, the shard and the index of the sample (see `SampleSource`).
+    A key consists of the id of the sample's reader, the number of its shard, and its index in the shard (see
+    `SampleSource`).
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -35,7 +36,7 @@ class ClipCache:
         return key in self._items
 
     def put(self, key: tuple[int, int, int], metadata: dict[str, Any], clips: tuple[Clip, ...]) -> None:
-        """Add a sample, unless it is larger than the cache. Its metadata and clips must not be modified afterwards."""
+        """Add a sample, unless it is larger than the cache. The caller must not modify it afterwards."""
         size = sum(c.nbytes for c in clips)
         if size > self.max_bytes:
             return

@@ -12,7 +12,7 @@ PLACEHOLDER = "<SpeechHere>"
 """The default placeholder, from the prompt that was released with MoWE-Audio."""
 
 MOWE_TEMPLATE = "Given the following speech tokens: \n<speech>{audio}</speech>\n\n{instruction}"
-"""The default prompt template, from the wrapper that was released with MoWE-Audio."""
+"""The default prompt template, from the code that was released with MoWE-Audio."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class DatasetConfig:
     weight piecewise constant over the training's progress (0 to 1). For example, with [[0, 0], [0.4, 1]], no samples
     are drawn from the dataset during the first 40 % of the training."""
     augment_strength: float = 1.0
-    """The factor, from 0 to 1, on the strength of `data.augment` for this dataset; 0 disables augmentation."""
+    """The factor, from 0 to 1, that scales the strength of `data.augment` for this dataset; 0 disables
+    augmentation."""
 
     def __post_init__(self) -> None:
         where = f"data.datasets '{self.name}'"
@@ -75,7 +76,7 @@ class AugmentConfig:
 
     Each setting is the largest change at full strength; all changes are off by default. The strength increases from 0
     to 1 while the training's progress goes from `start` to `end`. In training from scratch on little data, augmentation
-    lowers the error if its strength increases gradually, but raises it if it is applied from the first step.
+    lowers the error if its strength increases gradually, but raises the error if it is applied from the first step.
     """
 
     start: float = 0.2
@@ -99,7 +100,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end <= 1:
-            raise UserError(f"data.augment: start = {self.start}, end = {self.end}: must be 0 <= start <= end <= 1")
+            raise UserError(f"data.augment: start = {self.start}, end = {self.end}: 0 <= start <= end <= 1 must hold")
         if not 0 <= self.speed <= 0.5:
             raise UserError(f"data.augment.speed = {self.speed}: must be in [0, 0.5]")
         check_least("data.augment", self, gain_db=0, num_time_masks=0, time_mask_sec=0, num_freq_masks=0)
@@ -128,7 +129,7 @@ class JoinConfig:
     """
 
     probability: float = 0.0
-    """The probability that an ASR sample is joined with other clips of the same subset and chunk (`data.read_kib`);
+    """The probability that an ASR sample is joined with others of the same subset and chunk (see `data.read_kib`);
     0 disables joining."""
     max_clips: int = 3
     """The largest number of clips that are joined into one, at least 2."""
@@ -137,7 +138,7 @@ class JoinConfig:
     gap_sec: float = 0.2
     """The longest silence between two joined clips, in seconds."""
     start: float = 0.0
-    """The progress of the training (0 to 1) from which clips are joined."""
+    """The progress of the training (0 to 1) at which joining starts."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
@@ -155,7 +156,8 @@ class TokenizerConfig:
     """A SentencePiece `.model` file, a Hugging Face `tokenizer.json`, a directory with either, or the id of a model on
     the Hugging Face hub. If null, a SentencePiece model is trained on the text of the training samples."""
     train_vocab_size: int = 512
-    """The largest vocabulary of the trained tokenizer if `path` is null. A small corpus may yield fewer pieces."""
+    """The largest number of pieces of the tokenizer that is trained if `path` is null. A small corpus may yield
+    fewer."""
     placeholder: str = PLACEHOLDER
     """The token that marks the positions of audio embeddings. A prompt contains it once per audio token of a clip."""
     template: str = MOWE_TEMPLATE
@@ -190,22 +192,23 @@ class DataConfig:
     datasets: tuple[DatasetConfig, ...] = ()
     """The datasets to train on, mixed by their weights."""
     temperature: float | None = None
-    """The temperature with which the sizes of datasets affect the mixture. If null, samples are drawn in proportion to
-    each dataset's weight. Otherwise, they are drawn in proportion to weight · num_samples ** (1 / temperature), where
-    temperature >= 1. With temperature 1 and equal weights, every sample is drawn equally often. Larger temperatures
-    favor small datasets."""
+    """The temperature, which determines how the sizes of the datasets affect the mixture. If null, each dataset is
+    drawn in proportion to its weight. Otherwise, it is drawn in proportion to
+    weight · num_samples ** (1 / temperature), where temperature >= 1. With temperature 1 and equal weights, every
+    sample is drawn equally often. Larger temperatures favor small datasets."""
     eval_splits: tuple[str, ...] = ("test",)
     """The splits that evaluation may read. Each split must have samples in at least one dataset."""
     cache_dir: str = "runs/cache"
-    """The folder for shards that are built from manifests and for trained tokenizers. A hash of the input is part of
-    each name. A recipe that does not set this key uses the folder `cache` in `train.run_dir`."""
+    """The folder for shards that are built from manifests and for trained tokenizers. Their names contain a hash of
+    their input. A recipe that does not set this key uses the folder `cache` in `train.run_dir`."""
     global_batch_samples: int = 32
     """The number of samples per step over all ranks; a multiple of `num_lanes`."""
     num_lanes: int = 16
     """The number of lanes, which are logical sample streams. It cannot change within a run, unlike the number of ranks.
     If there are more ranks than lanes, some ranks load nothing."""
     shuffle: bool = True
-    """Whether shards and the samples within each shard are read in a new order every epoch, instead of as stored."""
+    """Whether shards and the samples within each shard are read in a new order every epoch; otherwise they are read in
+    stored order."""
     min_audio_sec: float = 0.0
     """The shortest clip, in seconds. Shorter clips are padded with silence at their end."""
     max_audio_sec: float | None = None
@@ -227,8 +230,7 @@ class DataConfig:
     """The memory per rank for encoded audio that is read in advance, in MiB. In addition, each lane needs memory for
     one chunk per dataset. With 0, only these chunks are read."""
     buffer_mib: int = 256
-    """The shared memory per rank that passes decoded audio from the decoding processes to the training process, in
-    MiB."""
+    """The shared memory per rank, in MiB, through which decoding processes pass audio to the training process."""
     retry_sec: float = 120.0
     """The number of seconds for which a bucket may be unreachable before the run saves its state and stops."""
     node_cache_gib: float = 0.0
@@ -241,8 +243,8 @@ class DataConfig:
     """The memory per rank for a cache of decoded clips, in MiB; 0 disables the cache. With the cache, a small dataset
     need not be decoded again in every epoch."""
     loss_turns: Literal["all", "last"] = "all"
-    """The answers of a conversation that are learned: all, or only the last one. The field `loss` of a message
-    overrides this key for that message. Earlier answers can be learned only if the chat template keeps them
+    """The answers of a conversation that the model learns: all, or only the last one. The field `loss` of a message
+    overrides this key for that message. The model can learn earlier answers only if the chat template keeps them
     unchanged."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Waveform augmentation."""

@@ -1,4 +1,4 @@
-"""The places of a recipe's data, and a check of its files that is quick enough for the start of a command."""
+"""The location of a recipe's data, and a check of its manifests that is quick enough for the start of a command."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def check_files(config: DataConfig) -> None:
         if not path.is_file():
             root = config.root if Path(config.root).is_dir() else f"{config.root}, which is not a folder"
             raise UserError(
-                f"data.datasets '{part.name}': {path}: no such file; check data.root = {root}, and data.datasets, "
-                "which names the manifests"
+                f"data.datasets '{part.name}': {path}: no such file; check data.root = {root}, and the dataset's "
+                "manifest"
             )

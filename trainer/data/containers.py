@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from trainer.data.errors import SampleError
 
 MIN_SHARE = 0.95
-"""The fraction of the declared audio that a file must contain. A file with less counts as truncated."""
+"""The smallest fraction of the declared audio that a file must contain. A file with less counts as truncated."""
 
 _STREAMED_BYTES = 0x7FFF0000
-"""The smallest value that stands for an unknown size. sox writes 0x7FFFF000 if it does not know the size of the audio,
-and other programs write 0x7FFFFFFF or 0xFFFFFFFF."""
+"""The smallest value in a WAV header that stands for an unknown size. sox writes 0x7FFFF000 if it does not know the
+size of the audio, and other programs write 0x7FFFFFFF or 0xFFFFFFFF."""
 _FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 _OGG_PAGE = re.compile(rb"OggS")
 _MP3_INFO = re.compile(rb"Xing|Info")
@@ -46,7 +46,7 @@ def whole_files(data: bytes | memoryview) -> list[bytes | memoryview]:
 
 
 def declares_length(data: bytes | memoryview) -> bool:
-    """Return whether the file contains its length. Otherwise, libsndfile's number of frames is an estimate."""
+    """Return whether a file contains its length. If it does not, the number of frames in libsndfile is an estimate."""
     if bytes(data[:4]) in (b"RIFF", b"RF64", b"OggS", b"fLaC"):
         return True
     header = _mp3_info(data, 0)
@@ -61,7 +61,10 @@ def _split(data: bytes | memoryview, starts: list[int]) -> list[bytes | memoryvi
 
 
 def _whole_wav(data: bytes | memoryview) -> bytes | memoryview:
-    """Return the WAV file. An audio size of 0, which means unknown, becomes the value that libsndfile takes as unknown.
+    """Return a WAV file in a form that libsndfile reads completely.
+
+    If the header gives the size 0 although there is audio, the size is replaced by the value that libsndfile takes as
+    unknown.
 
     Raises:
         SampleError: If the file is truncated (`broken`).
@@ -85,10 +88,10 @@ def _whole_wav(data: bytes | memoryview) -> bytes | memoryview:
 
 
 def _ogg_links(data: memoryview) -> Iterator[int]:
-    """Yield the offset of the first byte of every link of a chained Ogg file.
+    """Yield the offset of each of the files that are concatenated in a (chained) Ogg file.
 
     Raises:
-        SampleError: If a page is truncated, or a stream has no first or no end page.
+        SampleError: If a page is truncated, there is no first page, or a stream has no end page.
     """
     at, was_first, num_links = 0, False, 0
     unended: set[int] = set()
@@ -125,7 +128,7 @@ def _check_ended(unended: set[int]) -> None:
 
 
 def _mp3_starts(data: bytes | memoryview) -> Iterator[int]:
-    """Yield the offset of the first byte of every MP3 file that the headers with lengths (Xing, Info) reveal."""
+    """Yield the offset of each concatenated MP3 file, as far as Xing and Info headers show where files begin or end."""
     start = 0
     while True:
         yield start
@@ -160,7 +163,7 @@ def _mp3_info(data: bytes | memoryview, start: int) -> tuple[int, int] | None:
 
 
 def _mp3_side_bytes(data: bytes | memoryview, at: int) -> int:
-    """Return the size of the side information of the layer III frame at `at`, or 0 if there is no such frame."""
+    """Return the size in bytes of the side information of the layer III frame at `at`, or 0 if no frame is there."""
     head = int.from_bytes(data[at : at + 4], "big")
     version, layer, rate, mode = head >> 19 & 3, head >> 17 & 3, head >> 10 & 3, head >> 6 & 3
     if head >> 21 != 0x7FF or version == 1 or layer != 1 or rate == 3 or head >> 12 & 15 == 15:

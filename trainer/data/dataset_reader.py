@@ -19,8 +19,8 @@ Received = dict[int, memoryview]
 """Index of a sample → its bytes, which have not been checked yet."""
 
 _GRACE_SAMPLES = 200
-"""The smallest number of samples to which the allowed fraction of skipped samples is applied, so that a few early skips
-do not stop a run."""
+"""The smallest number of samples for which the fraction of skipped samples is computed, so that a few early skips do
+not stop a run."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class DatasetReader:
         return {index: found[entries[index]] for index in indices}
 
     def read_unchecked(self, shard: int, indices: Sequence[int]) -> Received:
-        """Read samples without comparing them with the index. Callers must pass each sample to `checked`.
+        """Read samples without comparing them with their hashes. Callers must pass each sample to `checked`.
 
         Returns:
             Index → bytes. The mapping is empty if the shard is missing or altered; `read` reports the reason.
@@ -122,9 +122,9 @@ class DatasetReader:
         return {index: found[entries[index]] for index in indices}
 
     def _parts(self, shard: int, indices: Sequence[int]) -> list[Sequence[int]]:
-        """Return the groups of samples to read at once.
+        """Divide samples into groups, each of which is read at once.
 
-        With a node cache, these are whole chunks, so that the cache is asked for the same byte ranges each time.
+        With a node cache, the groups are whole chunks, so that the cache is asked for the same byte ranges each time.
         """
         if self.shards.cache is None:
             return [indices]
@@ -133,7 +133,7 @@ class DatasetReader:
         return [range(start, min(start + size, num_here)) for start in starts]
 
     def checked(self, shard: int, index: int, data: memoryview) -> RawSample | SampleError | None:
-        """Return the sample in `data`, the reason why it cannot be used, or None if its bytes differ from the index."""
+        """Return the sample in `data`, the reason why it cannot be used, or None if its bytes do not match its hash."""
         return checked(self.shards, self.shards.table(shard)[self.selected(shard)[index]], data)
 
     def metadata(self) -> Iterator[dict[str, Any]]:

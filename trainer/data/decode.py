@@ -23,11 +23,11 @@ MIN_RATE, MAX_RATE = 1_000, 768_000
 MAX_SEC = 6 * 3600.0
 """The length of the longest clip that is decoded if the caller sets no limit, in seconds."""
 MAX_VALUES_PER_BYTE = 4096
-"""The largest number of values per byte of a file. It limits both the decoded values (frames times channels) and the
+"""The largest number of decoded values per byte of a file. The limit applies to frames times channels, and to the
 samples after resampling. FLAC and Opus reach about 3000 for digital silence. A file that exceeds the limit was probably
 made to exhaust the memory."""
 _FREE_VALUES = 1 << 16
-"""The number of values that a file of any size may contain after decoding."""
+"""The number of decoded values that a file of any size may contain in addition to this limit."""
 MAX_LEVEL = 100.0
 """The largest absolute value of audio. Full scale is 1; floating-point files may exceed it a little."""
 _BLOCK_VALUES = 1 << 20
@@ -37,13 +37,13 @@ _BLOCK_VALUES = 1 << 20
 def decode_audio(data: bytes | memoryview, max_sec: float | None = None) -> NDArray[np.float32]:
     """Decode one clip, average its channels, and resample it to 16 kHz (soxr HQ).
 
-    The clip is decoded and resampled in blocks, so that the result needs most of the memory. Concatenated files are
-    decoded as one clip.
+    The clip is decoded and resampled in blocks, so that little memory is needed in addition to the result. Concatenated
+    files are decoded as one clip.
 
     Args:
         data: The content of a FLAC, WAV, MP3, OGG or Opus file.
-        max_sec: The length of the longest clip that is allowed, in seconds; longer clips are rejected, if possible
-            before they are decoded. None for `MAX_SEC`.
+        max_sec: The largest length of the clip, in seconds; None for `MAX_SEC`. A longer clip is rejected, before it is
+            decoded if possible.
 
     Returns:
         `[T]` float32 with T > 0; all values are finite.
@@ -129,7 +129,7 @@ def _blocks_of_file(data: bytes | memoryview, start_sec: float, max_sec: float) 
         rate, channels = file.samplerate, file.channels
         if not MIN_RATE <= rate <= MAX_RATE:
             raise SampleError("broken", f"the sampling rate is {rate} Hz, but must be {MIN_RATE} to {MAX_RATE} Hz")
-        # A FLAC file that was written to a pipe has no number of frames, and a damaged header may have any number.
+        # A FLAC file that was written to a pipe states no number of frames, and a damaged header may state any number.
         declared = file.frames if file.frames * channels <= most_values and declares_length(data) else None
         if declared is not None and declared > (max_sec - start_sec) * rate:
             seconds = start_sec + declared / rate

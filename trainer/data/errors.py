@@ -1,4 +1,4 @@
-"""The reasons why a sample may be skipped."""
+"""The error that causes a sample to be skipped, and its possible reasons."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class SampleError(Exception):
 def sample_errors(key: str) -> Iterator[None]:
     """Turn unexpected errors while a sample is processed into SampleError, so that one sample cannot end a run.
 
-    The traceback is logged. OSError and UserError are raised unchanged, because files or the store cause them, rather
-    than the sample.
+    The traceback is logged. OSError and UserError are raised unchanged, because they are caused by files or the store,
+    not by the sample.
 
     Args:
         key: The key of the sample.

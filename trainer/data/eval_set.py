@@ -20,8 +20,8 @@ from trainer.data.prepare import PreparedData
 from trainer.data.source import SampleSource
 
 _READERS = 4
-"""The minimum number of threads that read and decode. It exceeds the default of `data.num_workers`, because the threads
-may mostly wait for a bucket."""
+"""The minimum number of threads that read and decode. It exceeds the default of `data.num_workers`, because threads
+that read from a bucket spend most of their time waiting."""
 
 
 def eval_samples(

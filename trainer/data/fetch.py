@@ -1,8 +1,9 @@
 """Fetching of encoded samples from the store with a small number of large ranged reads.
 
-The size of the shard and the XXH3 hash of each received sample are compared with the index. Samples that differ are
-fetched again. If they still differ, they are skipped with reason `altered`, and their shard is logged. If the store is
-unreachable, UserError is raised instead, and no shard is quarantined.
+The size of the shard is compared with the index, and each received sample with its XXH3 hash. Samples that differ are
+fetched again. If they still differ, they are skipped with reason `altered`, and a warning is logged. A shard that is
+missing or has the wrong size is quarantined, which means that it is not read again. If the store is unreachable,
+UserError is raised, and nothing is skipped or quarantined.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MAX_READ_BYTES = 32 << 20
 """The size limit of one read, unless a single sample is larger. It is well above the usual `data.read_kib`, so that a
 chunk of large samples still takes one read."""
 REFETCH_AFTER_SEC = (0.1, 1.0)
-"""The delays before samples that differ from the index are fetched again, in seconds."""
+"""The delays, in seconds, before samples that do not match their hashes are fetched again."""
 _JOIN_SEC = 1.0
 """The longest time that `ReadAhead.close` waits for its threads, in seconds."""
 
@@ -48,7 +49,7 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
         indices: The positions of the samples in the shard's offset table.
 
     Returns:
-        The samples. Those that cannot be used are replaced by the reason.
+        Position in the offset table → sample, or the reason why the sample cannot be used.
 
     Raises:
         MissingError: If the offset table is missing.
@@ -104,7 +105,7 @@ def read_table(shards: ShardSet, shard: int) -> tuple[Entry, ...]:
 def read_unchecked(
     shards: ShardSet, shard: int, indices: Sequence[int], *, fresh: bool = False
 ) -> dict[int, memoryview]:
-    """Read samples of one shard without comparing them with the index. Callers must pass each sample to `checked`.
+    """Read samples of one shard without comparing them with their hashes. Callers must pass each sample to `checked`.
 
     Args:
         shards: The shards to read from.
@@ -130,7 +131,7 @@ def read_unchecked(
 
 
 def checked(shards: ShardSet, entry: Entry, data: memoryview) -> RawSample | SampleError | None:
-    """Return the sample in `data`, the reason why it cannot be used, or None if its bytes differ from the index."""
+    """Return the sample in `data`, the reason why it cannot be used, or None if its bytes do not match its hash."""
     if xxhash.xxh3_64_hexdigest(data) != entry.xxh3:
         return None
     try:
@@ -176,7 +177,7 @@ class ReadAhead:
 
         Args:
             work: The read.
-            num_bytes: The estimated size of its result.
+            num_bytes: The estimated size of its result, in bytes.
             required: If true, the read starts even if it exceeds the budget.
 
         Returns:

@@ -126,9 +126,10 @@ class DatasetOrder:
         return range(start, min(start + self.chunk_samples, int(self.num_per_shard[shard])))
 
     def _start(self, block: int) -> int:
-        """Return the index in the epoch of the first sample of `block`.
+        """Return the index of the first sample of `block` in the sequence of an epoch.
 
-        Block `num_lanes` + b denotes the same block as b, and its start is larger by the number of samples.
+        Block numbers may exceed `num_lanes` - 1. Block `num_lanes` + b stands for block b of a second pass over the
+        sequence, so its start is larger by the number of samples.
         """
         return block * self.num_samples // self.num_lanes
 
@@ -139,7 +140,7 @@ class DatasetOrder:
         return order, np.cumsum(self.num_per_shard[order])
 
     def _rest_of_chunk(self, epoch: int, shard: int, offset: int) -> NDArray[np.int64]:
-        """Return the indices of the samples from place `offset` of the shuffled shard to the end of their chunk."""
+        """Return the indices of the samples from position `offset` of the shuffled shard to the end of their chunk."""
         num_chunks = -(-int(self.num_per_shard[shard]) // self.chunk_samples)
         order = permutation(num_chunks, self.seed, self.name, epoch, shard, "chunks") if self.shuffle else None
         # All chunks have the same size, except the one that is stored last.
@@ -157,7 +158,7 @@ class DatasetOrder:
 
 
 class DatasetMixture:
-    """The rule that chooses the dataset for each draw.
+    """The rule that chooses the dataset from which each sample is drawn.
 
     After only a few batches, the fraction of draws from each dataset is close to its normalized weight.
 

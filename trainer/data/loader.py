@@ -28,9 +28,10 @@ log = logging.getLogger(__name__)
 class Loader:
     """An iterable over this rank's part of every global batch, as `(Batch, State)` pairs.
 
+    Like its stream, a loader can be iterated only once. It raises the same errors as the stream.
+
     Args:
-        stream: The samples as arrays. Like the stream, a loader can be iterated only once. It raises the same errors as
-            the stream.
+        stream: The stream of samples, whose arrays the loader converts to tensors.
     """
 
     def __init__(self, stream: SampleStream) -> None:
@@ -48,7 +49,7 @@ class Loader:
 
     @property
     def epochs(self) -> dict[str, float]:
-        """The fraction of each dataset that this rank's lanes have read; see `SampleStream.epochs`."""
+        """The number of samples that this rank's lanes have read from each dataset, divided by the dataset's size."""
         return self.stream.epochs
 
     def __enter__(self) -> Loader:

@@ -2,7 +2,7 @@
 
 Each line is an object with the fields `id`, `audio`, `task`, `split`, `instruction` and `answer`. `audio` is a path
 relative to the manifest's folder, a list of these paths, or null. A conversation has `messages` in place of
-`instruction` and `answer`, and its messages may contain the paths of audio files as blocks. All other fields are kept.
+`instruction` and `answer`, and its messages may contain blocks with paths of audio files. All other fields are kept.
 Samples are sorted by a hash of their id, so that every shard is a random mixture of the samples, regardless of the
 order of the manifest.
 """
@@ -72,7 +72,7 @@ def read_manifest(path: Path, split: str | None = None) -> list[Row]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or not allowed
+    except (OSError, ValueError):  # The name is too long or not allowed.
         return False
 
 

@@ -59,7 +59,7 @@ def turns_of(metadata: Mapping[str, Any], num_clips: int) -> tuple[Turn, ...]:
 
 
 def earlier_texts(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the non-empty texts of a conversation before its last question; an empty list if there is none."""
+    """Return the non-empty texts of a conversation before its last question; an empty list if there are none."""
     try:
         turns = read_turns(metadata.get("messages"))
     except ConversationError:
@@ -104,7 +104,7 @@ def check_metadata(metadata: dict[str, Any], num_clips: int) -> None:
     if TASKS[metadata["task"]].needs_audio and not num_clips:
         other = next((name for name in _OTHER_NAMES if metadata.get(name)), None)
         hint = f"; the field {other} must be called audio" if other else ""
-        raise SampleError("no_audio", f"there is no audio, which the task {metadata['task']} needs{hint}")
+        raise SampleError("no_audio", f"the task {metadata['task']} needs audio, but the sample has none{hint}")
     if num_clips > MAX_CLIPS:
         raise SampleError("too_many_clips", f"there are {num_clips} clips, but the limit is {MAX_CLIPS}")
 

@@ -38,7 +38,7 @@ class NodeCache:
     Args:
         folder: A folder that belongs to this user alone; it is created if it is missing.
         max_bytes: The size limit. It may be exceeded by 64 MiB per process.
-        queue_bytes: The memory for ranges that wait to be written. A single range may wait even if it is larger.
+        queue_bytes: The memory for ranges that wait to be written, in bytes. A single range may exceed it.
     """
 
     def __init__(self, folder: Path, max_bytes: int, queue_bytes: int = QUEUE_BYTES) -> None:
@@ -76,7 +76,7 @@ class NodeCache:
             thread.join(0.01)
 
     def _prepare(self) -> bool:
-        """Create the folder, and return whether no other user can write to it."""
+        """Create the folder, and return whether it can be used: no other user can write to it."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self.folder.lstat()

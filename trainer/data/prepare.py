@@ -161,7 +161,7 @@ def prepare(
 
 
 def check_loss_turns(config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Check whether earlier answers of conversations can have labels, if the recipe asks for them.
+    """Check that earlier answers of conversations can have labels, if the recipe asks for these labels.
 
     Only the first samples of each dataset are checked here. Later samples are checked when they are loaded.
 
@@ -198,9 +198,8 @@ def check_stored(config: DataConfig) -> None:
     """Check that manifests and shards contain the samples that the recipe reads. Nothing is built.
 
     Raises:
-        UserError: If a manifest or an index is missing or cannot be read, a dataset contains no samples to train on, or
-            an evaluation split has no samples in any dataset, or too many rows of a manifest have fields that cannot be
-            used.
+        UserError: If a manifest or an index is missing or cannot be read, a dataset contains no samples to train on, an
+            evaluation split has no samples in any dataset, or too many rows of a manifest have unusable fields.
     """
     _check_datasets(config)
     check_files(config)
@@ -319,7 +318,7 @@ def _rows_by_split(part: DatasetConfig, manifest: Path) -> dict[str, list[Row]]:
     if found and not rows:
         first = min(found, key=lambda row: row.line)
         raise UserError(
-            f"{manifest}, line {first.line}: {first.error}; no line of the manifest can be used, correct it"
+            f"{manifest}, line {first.line}: {first.error}; no line of the manifest can be used, so correct its lines"
         )
     if part.split not in rows:
         raise UserError(f"data.datasets '{part.name}': {manifest} has no split '{part.split}'; it has {sorted(rows)}")
@@ -338,7 +337,7 @@ def _reason(where: str, line: bytes) -> str:
     try:
         return str(parse_json(line)["reason"])
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{where}: damaged; delete its folder and rerun the same command to build it again") from None
+        raise UserError(f"{where}: damaged; delete its folder and rerun the same command to build new shards") from None
 
 
 def _check_skipped_samples(config: DataConfig, manifest: Path, url: str, index: ShardIndex) -> None:
@@ -352,7 +351,7 @@ def _check_skipped_samples(config: DataConfig, manifest: Path, url: str, index: 
     if num_skipped_samples > config.max_skipped_fraction * total:
         raise UserError(
             f"data.max_skipped_fraction = {config.max_skipped_fraction}: {num_skipped_samples} of {total} samples of "
-            f"{manifest} cannot be used ({counts}), see {url}/{SKIPPED_NAME}; fix them or raise the fraction"
+            f"{manifest} cannot be used ({counts}), see {url}/{SKIPPED_NAME}; fix the samples or raise the fraction"
         )
 
 

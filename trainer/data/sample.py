@@ -23,7 +23,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.scoring.tasks import TASKS
 
 _MAX_TOKEN_CHARACTERS = 64
-"""Text with more than this number of characters per allowed token is rejected before it is tokenized."""
+"""The largest number of characters per allowed token. Longer text is rejected before it is tokenized."""
 
 IGNORE = -100
 """The label of positions without a loss. It equals `model.batch.IGNORE`, which is not imported here since it loads
@@ -49,11 +49,11 @@ class EncodedSample:
     audio_mask: NDArray[np.bool_]
     """`[L]`: true at placeholders."""
     labels: NDArray[np.int64]
-    """`[L]`: the next token at each position that predicts an answer with a loss. These positions begin with the last
-    token of the answer's prompt, and the last of them predicts the end token. All other labels are `IGNORE`, and so are
-    all labels of a sample for evaluation."""
+    """`[L]`: the next token, at each position that predicts a token of an answer with a loss. For each such answer, the
+    first of these positions is the last token of its prompt, and the last one predicts the end token. All other labels
+    are `IGNORE`. In a sample for evaluation, all labels are `IGNORE`."""
     instruction_ids: NDArray[np.int64]
-    """The tokens of the instruction alone; in a conversation, of the last question."""
+    """The tokens of the instruction alone, or of the last question of a conversation."""
     clip_instruction_ids: tuple[NDArray[np.int64], ...]
     """For each clip, the tokens of the instruction in the turn that contains the clip."""
     texts: dict[str, NDArray[np.int64]]
@@ -83,7 +83,7 @@ def make_sample(
         key: The key of the sample, unique within its dataset.
         metadata: The fields of the manifest, checked by `check_metadata`.
         clips: The decoded clips.
-        tokenizer: The tokenizer of prompt and answer.
+        tokenizer: The tokenizer of the prompt and the answers.
         rate: The adapter's rule for the number of placeholders per clip.
         text_fields: The additional fields of the metadata to tokenize. A field that is absent or null is ignored.
         max_tokens: The largest number of tokens of prompt and answer, audio tokens included; None for no limit.

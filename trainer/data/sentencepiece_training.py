@@ -22,7 +22,7 @@ def train_sentencepiece(
 
     Args:
         texts: The corpus.
-        vocab_size: The number of pieces.
+        vocab_size: The number of pieces, or the largest number if `exact` is false.
         path: The file to write.
         placeholder: The text of the placeholder token.
         exact: Whether to raise an error if the corpus is too small for `vocab_size` pieces. If false, a small corpus

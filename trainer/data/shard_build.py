@@ -33,7 +33,7 @@ SKIPPED_NAME = "skipped.jsonl"
 _BUILDING_NAME = "building.json"
 _LOCK_NAME = ".building.lock"
 _CHECKED_AHEAD = 128
-"""The number of rows that are checked in advance. Memory holds the clips of these rows, and those of the open shard."""
+"""The number of rows that are checked in advance. The clips of these rows and of the open shard are held in memory."""
 
 Checked = tuple[list[tuple[str, bytes]], float] | SampleError
 """Either the clips of a row as (type, content) with their total length in seconds, or the reason to skip the row."""
@@ -162,7 +162,7 @@ def _claim(store: Store, digest: str) -> None:
         UserError: If other shards are being built there, or have been finished in the meantime.
     """
     if not store.put_if_absent(_BUILDING_NAME, json.dumps({"source": digest}).encode()):
-        raise UserError(f"{store.url}: another build writes other shards there; choose another path")
+        raise UserError(f"{store.url}: another build is writing other shards there; choose another path")
     if store.exists(INDEX_NAME):
         store.delete(_BUILDING_NAME)
         raise UserError(f"{store.url}: contains finished shards ({INDEX_NAME}); delete them or choose another path")
@@ -298,7 +298,7 @@ def _check_share(manifest: str, skipped: Sequence[SkippedRow], num_rows: int, ma
     examples = "; ".join(f"line {s.line} id {s.key}: {s.detail}" for s in sorted(first.values(), key=lambda s: s.line))
     raise UnusableError(
         f"{manifest}: {len(skipped)} of {num_rows} samples cannot be used ({counts}), more than max_skipped_fraction = "
-        f"{max_skipped_fraction}; first of each reason: {examples}; fix them or raise it"
+        f"{max_skipped_fraction}; first of each reason: {examples}; fix the samples or raise the fraction"
     )
 
 
@@ -316,7 +316,7 @@ def _finished_parts(store: Store, digest: str) -> list[_Part]:
     known = _json_object(store, _BUILDING_NAME) if _BUILDING_NAME in names else {}
     if known.get("source") != digest:
         raise UserError(
-            f"{store.url}: is not empty, and not an unfinished build of this manifest; delete it or choose another path"
+            f"{store.url}: is neither empty nor an unfinished build of this manifest; delete it or choose another path"
         )
     parts: list[_Part] = []
     while (name := _part_name(len(parts))) in names:

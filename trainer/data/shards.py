@@ -4,14 +4,14 @@ A shard is a tar file. For each sample it contains `<key>.json` with the fields 
 the clip. Several clips are named `<key>.0.<type>`, `<key>.1.<type>` and so on. A text sample has no clip. Two kinds of
 files are stored next to the shards:
 
-- `shards.json`, the index, contains the name, size and SHA-256 of every shard, and its number of samples and seconds
-  per (task, subset, split, language, source).
+- `shards.json`, the index, contains the name, size and SHA-256 of every shard. For each (task, subset, split, language,
+  source), it contains the number of samples and the seconds of audio in the shard.
 - `<shard>.idx.json`, the offset table of a shard, contains for every sample its key, task, subset, split, length in
   seconds, the byte ranges of its members, and an XXH3-64 hash. The hash covers all bytes from the first member's data
   to the last member's, so that a sample that was fetched by a ranged read can be checked.
 
-`earshot shards inspect --build-index` writes an index for tar files that other programs wrote. The `defaults` of the
-index are the values of fields that are missing in `<key>.json`, and the content of `<key>.txt` is the answer.
+`earshot shards inspect --build-index` writes an index for tar files that other programs wrote. In such files,
+`<key>.txt` contains the answer, and the `defaults` of the index are the values of fields that `<key>.json` lacks.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class ShardIndex:
     digest: str
     """The SHA-256 of the index file. Shards with the same digest contain the same samples."""
     defaults: dict[str, str] = field(default_factory=dict)
-    """The values of fields that are missing in a sample's metadata."""
+    """The values of fields that a sample's metadata lacks."""
 
     @property
     def num_samples(self) -> int:
@@ -188,8 +188,8 @@ class ShardSet:
         self.quarantined: dict[int, str] = {}
         """Number of each shard that is not read because it differs from the index → the reason."""
         self.altered: set[tuple[int, int]] = set()
-        """The samples that differed from the index each time they were fetched, although their shard is not
-        quarantined. Each is a pair of the shard and the position in its offset table."""
+        """The samples that did not match their hashes each time they were fetched, although their shard is not
+        quarantined. Each is a pair of the shard's number and the position in its offset table."""
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -300,7 +300,7 @@ def read_shard(line: Mapping[str, Any]) -> Shard:
     groups = tuple(_group(**group) for group in line["groups"])
     num_samples = _whole(line["num_samples"])
     if sum(group.num_samples for group in groups) != num_samples:
-        raise ValueError(f"{name}: the samples of its groups are not {num_samples}")
+        raise ValueError(f"{name}: the samples of its groups do not add up to {num_samples}")
     return Shard(name, _whole(line["num_bytes"]), num_samples, _text(line["sha256"]), groups)
 
 
@@ -336,13 +336,13 @@ def _text(value: Any) -> str:
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise TypeError(f"{value!r} is not a whole number from 0")
+        raise TypeError(f"{value!r} is not a non-negative integer")
     return value
 
 
 def _amount(value: Any) -> float:
     if not is_amount(value):
-        raise TypeError(f"{value!r} is not a number from 0")
+        raise TypeError(f"{value!r} is not a non-negative number")
     return value
 
 

@@ -113,7 +113,7 @@ class SampleSource:
         key = (id(reader), shard, index)
         if (found := self._cache.get(key)) is not None:
             return found
-        # The hash is checked here, not in the reading thread, so that the bytes are in the core's cache for decoding.
+        # The hash is checked here, not in the reading thread, so that the CPU's cache holds the bytes for decoding.
         raw = reader.checked(shard, index, received[index]) if index in received else None
         if raw is None:
             raw = reader.read(shard, [index])[index]
@@ -150,7 +150,7 @@ class SampleSource:
         progress: float,
         rng: np.random.Generator,
     ) -> Decoded:
-        """Join the sample with others from its chunk with the configured probability; otherwise return it unchanged."""
+        """Join the sample with others from its chunk, with the configured probability, or return it unchanged."""
         join, reader, shard = self.config.join, cursor.reader, cursor.shard
         if not is_joinable(metadata) or len(clips) != 1 or join.probability == 0 or progress < join.start:
             return metadata, clips

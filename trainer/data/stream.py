@@ -28,8 +28,8 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.data.workers import Workers
 
 _MAX_SKIPS_IN_A_ROW = 1000
-"""A lane that skips this many samples in a row stops the run. The limit is higher for large shards and lower for small
-datasets."""
+"""The number of consecutive skips after which a lane stops the run. The limit is higher for large shards and lower for
+small datasets."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LaneBatch:
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """The values that a decoding process needs to serve lanes. All of them can be pickled."""
+    """The values that a decoding process needs to prepare the samples of its lanes. All of them can be pickled."""
 
     config: DataConfig
     datasets: tuple[tuple[DatasetConfig, str, ShardIndex, Selection], ...]
@@ -164,7 +164,7 @@ class _Lane:
         )
 
     def _check_progress(self, cursor: Cursor, skips_in_a_row: int, last: Skip) -> None:
-        # A lane must be able to pass a quarantined shard. At twice the size of a dataset, all its samples have failed.
+        # A lane must be able to pass a quarantined shard. Twice as many skips as samples mean that no sample is usable.
         max_skips = max(_MAX_SKIPS_IN_A_ROW, 2 * max(cursor.reader.num_per_shard))
         if skips_in_a_row >= min(2 * cursor.order.num_samples, max_skips):
             raise UserError(

@@ -1,4 +1,4 @@
-"""The samples of WebDataset tars that other programs wrote, and the order of a sample's files.
+"""Detection of the samples in WebDataset tars that other programs wrote, and of the role of each file of a sample.
 
 A sample consists of neighboring files that have the same name up to the first dot. This module refuses ambiguous
 names, so that it never merges two samples and never splits one.
@@ -142,7 +142,7 @@ def metadata_of(defaults: Mapping[str, Any], json_text: bytes | None, answer_tex
 
 
 def _infos(data: bytes | memoryview, where: str) -> list[list[tarfile.TarInfo]]:
-    """Return the headers of the files in each of several concatenated tars. The file of the last one may be truncated.
+    """Return the headers of the files in each of several concatenated tars. The very last file may be truncated.
 
     Raises:
         UserError: If the content is not a tar.
@@ -157,7 +157,7 @@ def _infos(data: bytes | memoryview, where: str) -> list[list[tarfile.TarInfo]]:
         infos: list[tarfile.TarInfo] = []
         parts.append(infos)
         try:
-            # tarfile ends without an error at a damaged header, unless it is the first one.
+            # tarfile stops without an error at a damaged header, unless it is the first header.
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
                     if info.size < 0 or infos and info.offset <= infos[-1].offset:
@@ -226,7 +226,7 @@ def _beginnings(stem: str) -> list[str]:
 
 def _unclear(group: Sequence[_File]) -> tuple[int, TarSample]:
     sample = _sample(group, group[0].key, "")
-    return group[0].place, _refused(sample, "names that do not show to which sample each file belongs")
+    return group[0].place, _refused(sample, "the names do not show to which sample each file belongs")
 
 
 def _sample(files: Sequence[_File], key: str, end: str) -> TarSample:
@@ -235,7 +235,7 @@ def _sample(files: Sequence[_File], key: str, end: str) -> TarSample:
     if found is not None:
         return TarSample(key, members, found)
     if files[-1].place - files[0].place != len(files) - 1:
-        return _refused(TarSample(key, members), "files that are not next to each other; sort the tar by name")
+        return _refused(TarSample(key, members), "its files are not next to each other; sort the tar by name")
     names = [extension for extension, _, _ in members]
     kinds = [_kind(name) for name in names]
     problem = None

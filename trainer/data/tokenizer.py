@@ -1,6 +1,6 @@
-"""A common interface to SentencePiece and Hugging Face tokenizers, which also tokenizes the prompt around the audio.
+"""A common interface to SentencePiece and Hugging Face tokenizers, and the tokenization of prompts with audio.
 
-The prompt is rendered as text with one placeholder per clip, tokenized as a whole, and cut at the placeholder token.
+A prompt is rendered as text with one placeholder per clip, tokenized as a whole, and cut at the placeholder token.
 Answers are tokenized separately, so that a prompt has the same tokens in training and generation. `model.conversation`
 explains how conversations are divided.
 """
@@ -27,7 +27,7 @@ _MAX_RENDERED = 4096
 """The largest number of prompts that a tokenizer keeps as rendered by its chat template."""
 _UNREADABLE = (OSError, ValueError, LookupError, ImportError, TypeError, RecursionError, MemoryError)
 UNKNOWN_ID_TEXT = "\ufffd"
-"""The text of ids that are not in the vocabulary. They occur because an LLM may have more embedding rows than its
+"""The text of ids that are not in the vocabulary. Such ids occur because an LLM may have more embedding rows than its
 tokenizer has pieces."""
 
 
@@ -261,12 +261,12 @@ class HuggingFaceTokenizer(Tokenizer):
             text = prompt.render(template, "What is said?", self.config.placeholder, num_clips)
             try:
                 rendered = self._render([{"role": "user", "content": text}], True)
-                problem = None if rendered.count(text.strip()) == 1 else "does not contain the message once"
+                problem = None if rendered.count(text.strip()) == 1 else "does not contain the message exactly once"
             except ChatError as error:
                 problem = error.reason
             if problem is not None:
                 raise UserError(
-                    f"data.tokenizer.path = {path}: the chat template of a single user message {problem}; set "
+                    f"data.tokenizer.path = {path}: the chat template, for a single user message, {problem}; set "
                     "data.tokenizer.chat_template: false, or correct the template"
                 )
 

@@ -78,8 +78,8 @@ def save_without_code(inner: Any, folder: str | Path) -> None:
         folder: The folder.
 
     Raises:
-        UserError: If the name of a chat template contains other characters than letters, digits, `-` and `_`.
-            transformers uses it as a file name.
+        UserError: If the name of a chat template, which transformers uses as a file name, contains characters other
+            than letters, digits, `-` and `_`.
     """
     names = inner.chat_template if isinstance(inner.chat_template, dict) else {}
     for name in names:

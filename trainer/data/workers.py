@@ -27,7 +27,10 @@ _ALIGN_BYTES = 64
 
 
 class LostWorkerError(RuntimeError):
-    """Raised when a decoding process died. A retry may succeed, since the kernel may have killed it to free memory."""
+    """Raised when a decoding process has died.
+
+    A retry may succeed, because the kernel may have killed the process to free memory.
+    """
 
 
 class Workers:
@@ -141,7 +144,7 @@ class _Inbox:
                 at += _aligned(size)
             found = pickle.loads(header, buffers=buffers)
         with suppress(BrokenPipeError, ConnectionResetError):  # If the process has died, the next call reports it.
-            self._connection.send(None)  # This frees the memory.
+            self._connection.send(None)  # The process then reuses the memory.
         return found
 
     def close(self) -> None:

@@ -1,9 +1,10 @@
 """Preparation of the audio of imported samples.
 
-Whole files are only checked. Parts of files are written as 16-bit FLAC.
+Whole files are only checked if shards may contain their type. Other files, and parts of files, are written as 16-bit
+FLAC.
 
-Parts of floating-point files with values above full scale, which FLAC cannot represent, are written as WAV. Lossy audio
-is decoded to 16 bits, which clips such values to full scale.
+Floating-point audio with values above full scale, which FLAC cannot represent, is written as WAV. Lossy audio is
+decoded to 16 bits, which clips such values to full scale.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from trainer.importers.av_audio import av_audio, av_format, opus_of
 from trainer.importers.row import Clip, RowError
 
 MAX_FILE_BYTES = 2 << 30
-"""The largest file that is read into memory as a whole."""
+"""The size in bytes of the largest file that is read into memory as a whole."""
 _SYSTEM_ERROR = 2
 """libsndfile's error code for a system call that failed."""
 _HEAD_BYTES = 256
@@ -104,7 +105,7 @@ class Recordings:
             raise _broken(clip, error) from None
 
     def _copied_opus(self, clip: Clip) -> Made | None:
-        """Return the Opus audio of a WebM or Matroska file as an Ogg file, without re-encoding it; None otherwise."""
+        """Return the Opus audio of a WebM or Matroska file as an Ogg file without re-encoding it; None for others."""
         form = av_format(_head(clip), clip.path)
         if form is None:
             return None
@@ -263,7 +264,8 @@ def _broken(clip: Clip, error: Exception) -> RowError:
     reason: object = error
     if isinstance(error, soundfile.LibsndfileError):
         reason = error.error_string
-        if error.code == _SYSTEM_ERROR and clip.data is None:  # A damaged file may have caused an invalid seek.
+        # This error may come from the disk, or from an invalid seek in a damaged file. Reading the file shows which.
+        if error.code == _SYSTEM_ERROR and clip.data is None:
             with open(clip.path, "rb") as file:
                 while file.read(_BLOCK_VALUES):
                     pass

@@ -49,9 +49,9 @@ def records(
     """Yield the records of a CSV file. Empty records have no cells.
 
     A quotation mark that is never closed, or that is closed by a mark in a later row, would join rows. Such a record is
-    detected if the text after the mark is malformed, or if one of its lines looks like a separate row. This is the case
-    if the line has all cells, and has a file name with the same extension in the same column as the record. Then only
-    the lines with misplaced marks are reported.
+    detected if the text after the mark is malformed, or if one of its lines looks like a separate row. A line looks
+    like a separate row if it has one cell per column, and the record either does not, or has a file name with the same
+    extension in the same column. Only the lines with misplaced marks are then reported as problems.
 
     Args:
         lines: The number and the text of each line, with line breaks.
@@ -78,9 +78,8 @@ def records(
             problem = f"a quotation mark is missing or misplaced{_joined(len(source.taken))}"
             yield Record(source.taken[0][0], problem=problem)
             number, last = source.taken[-1]
-            if (
-                last.count('"') % 2
-            ):  # This line contains the misplaced mark that closed the record, so it is not read again.
+            # If the last line has an odd number of marks, one of them closed the record. The line is not read again.
+            if last.count('"') % 2:
                 source.taken.pop()
                 yield Record(number, problem="a quotation mark is misplaced")
             source.retry()

@@ -29,7 +29,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "start": ("offset", "begin", "start_time", "begin_time"),
     "end": ("end_time",),
 }
-"""Common names of fields in other formats. If a row lacks a field, the first of these names that it has is used."""
+"""Field of the manifest → its common names in other formats. If a row lacks the field, the first of these names that
+occurs in the row is used."""
 TRANSCRIPT_NAMES = ("text", "transcript", "transcription", "sentence", "txt", "normalized_text")
 """The names of the answer that imply that it is a transcript. A row without a task then gets the task `asr`."""
 DEFAULT_INSTRUCTION = "Transcribe the speech."
@@ -50,11 +51,11 @@ class Naming:
     names: Mapping[str, str] = field(default_factory=dict)
     """Field of the manifest → its name in the source (`--map`)."""
     defaults: Mapping[str, str] = field(default_factory=dict)
-    """The values of fields for rows that lack them (`--set`)."""
+    """Field of the manifest → its value in rows that lack the field (`--set`)."""
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Split → the fraction of recordings that it gets. This applies to rows without a split (`--divide`)."""
+    """Split → the fraction of the recordings without a split that it gets (`--divide`)."""
     drawn: Mapping[str, str] = field(default_factory=dict)
-    """Recording → its split, for the recordings of splits that would otherwise get none."""
+    """Recording → its split, for recordings that are assigned to splits that would otherwise get none."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ class Sample:
     fields: dict[str, Any]
     """The fields of the manifest except `id` and `audio`."""
     recording: str | None = None
-    """A text that identifies the recording from which the split follows; None if the source gives the split."""
+    """A text that identifies the recording and determines its split; None if the source gives the split."""
 
 
 class Ids:
-    """The ids that have been assigned, so that no id is assigned twice. Each id uses about 65 bytes of memory."""
+    """The set of assigned ids, which prevents duplicates. Each id uses about 65 bytes of memory."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
@@ -255,7 +256,7 @@ def _set_defaults(fields: dict[str, Any], naming: Naming, is_transcript: bool, r
     if is_transcript:
         fields.setdefault("task", "asr")
     if not has_messages and "answer" not in fields:
-        given = "" if "task" in fields else ", for transcripts with --set task=asr"
+        given = "" if "task" in fields else ", and add --set task=asr for transcripts"
         raise RowError(
             "empty_answer", f"answer is missing; give its column with --map answer=NAME{given} ({_names(row)})"
         )
@@ -290,7 +291,7 @@ def _check_text(value: Any) -> None:
 def _default_id(clips: tuple[Clip, ...], number: int) -> str:
     """Return an id for a row that has none.
 
-    It consists of the name and the start of its first clip, or of its number.
+    The id consists of the name and the start of the row's first clip, or of the row's number if the clip has no name.
     """
     if not clips or not clips[0].path:
         return f"row-{number:08d}"

@@ -24,8 +24,8 @@ class Clip:
     """A reference to audio, which is stored in a file, in a part of a file, or in memory."""
 
     path: str = ""
-    """The path of the file, absolute or relative to the folder of the audio. If `data` is set, only a name that shows
-    the type of the audio."""
+    """The path of the file, absolute or relative to the folder of the audio. If `data` is set, it is only a name that
+    shows the type of the audio."""
     data: bytes | None = None
     """The content of an audio file that was stored within another file; None if the audio is read from `path`."""
     span: tuple[int, int] | None = None

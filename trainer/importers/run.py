@@ -1,4 +1,7 @@
-"""The import of a source. Rows become samples, several processes prepare their audio, and they are written in order."""
+"""The import of a source.
+
+Rows are converted to samples, several processes prepare the audio, and the samples are written in order.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from trainer.importers.work import Item, outcomes
 _CHUNK_ROWS, _MOST_CHUNK_ROWS = 32, 1024
 _CHUNK_BYTES = 16 << 20
 _FEW_ROWS = 1000
-"""The number of rows up to which each split of `--divide` is checked to get a recording."""
+"""The largest number of rows with which an import makes sure that each split of `--divide` gets a recording."""
 _CHANGED = "the source has changed since the import began; delete the output, then rerun the same command"
 
 
@@ -82,17 +85,17 @@ def run_import(
 
 
 def _drawn(rows: Iterator[Row], source: Source, naming: Naming) -> dict[str, str]:
-    """Return the recordings that splits of `--divide` get in addition, if the source has only a few rows."""
+    """Return recordings for the splits of `--divide` that would otherwise get none, if the source has few rows."""
     recordings: dict[str, None] = {}
     if not naming.shares:
         return {}
     for number, row in enumerate(rows):
-        if number == _FEW_ROWS:  # Every split gets some of so many recordings.
+        if number == _FEW_ROWS:  # With more rows, every split is expected to get recordings anyway.
             return {}
         try:
             sample = to_sample(row, number, source, naming, Ids())
         except RowError:
-            continue  # The import itself reports it.
+            continue  # The import itself reports this row.
         if sample.recording is not None:
             recordings[sample.recording] = None
     return draw_for_empty_splits(recordings, naming.shares)

@@ -104,7 +104,7 @@ class ManifestSink(Sink):
             raise UserError(f"{self.folder}: contains {MANIFEST_NAME}; delete it or choose another path")
         others = [p.name for p in self.folder.iterdir() if p.name != _LOCK_NAME]
         if others and not path.exists():
-            raise UserError(f"{self.folder}: is not empty, and not an unfinished import; choose another path")
+            raise UserError(f"{self.folder}: is neither empty nor an unfinished import; choose another path")
         num_bytes = 0
         if path.exists():
             with open(path, "rb") as file:
@@ -168,7 +168,7 @@ class ShardSink(Sink):
         if INDEX_NAME in names and _CLAIM_NAME not in names:
             raise UserError(f"{self.store.url}: contains finished shards; delete them or choose another path")
         if names and _CLAIM_NAME not in names:
-            raise UserError(f"{self.store.url}: is not empty, and not an unfinished import; choose another path")
+            raise UserError(f"{self.store.url}: is neither empty nor an unfinished import; choose another path")
         if not self.store.put_if_absent(_CLAIM_NAME, json.dumps(dict(identity), sort_keys=True).encode()):
             raise UserError(
                 f"{self.store.url}: is an unfinished import of other data or with other options; delete it "
@@ -236,12 +236,12 @@ def alone(folder: Path) -> Iterator[None]:
                 sweep_leftovers(folder, older_sec=0)
             yield
     except BlockingIOError:
-        raise UserError(f"{folder}: another import writes there; wait for it or choose another path") from None
+        raise UserError(f"{folder}: another import is writing there; wait for it or choose another path") from None
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}; check the path and its permissions") from None
     finally:
         if is_new:
-            with suppress(OSError):  # It is not empty.
+            with suppress(OSError):  # A folder that is not empty is kept.
                 folder.rmdir()
 
 

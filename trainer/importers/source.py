@@ -28,7 +28,7 @@ MAX_LINE_BYTES = 64 << 20
 """The longest allowed line in a text file, in bytes. Lines may contain audio as base64."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-"""The error numbers that mean that there is no file with a given name."""
+"""The error numbers that mean that a file does not exist."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 COMMAND = "is a command, and commands are never run; run it yourself, and give the path of a file with its output"
 """The end of messages about a command in place of a path."""
@@ -54,7 +54,7 @@ class Source:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder of the source. It is `path` if this is a folder, and otherwise the folder that contains it."""
+        """The folder of the source: `path` itself if it is a folder, and otherwise the folder that contains it."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
@@ -166,7 +166,8 @@ class Source:
 
         Args:
             path: The file.
-            delimiter: The character between cells; None to use the one that is most frequent in the first line.
+            delimiter: The character between cells; None to use the most frequent of tab, comma, semicolon and `|` in
+                the first line.
             quoting: Whether quotation marks enclose cells.
         """
         lines = (line for _, line in self.lines(path))
@@ -219,7 +220,7 @@ class Source:
     def _inside(self, path: Path, text: str) -> Path:
         try:
             real = path.resolve()
-        except (ValueError, RuntimeError):  # a name that is not allowed, or a loop of links
+        except (ValueError, RuntimeError):  # The name is not allowed, or its links form a loop.
             raise RowError("no_file", f"there is no file {short(text)}") from None
         if not self.follow and not any(real.is_relative_to(root) for root in self.roots):
             raise RowError("outside", f"{short(text)} is outside of {self.roots[0]}; allow it with --follow")
@@ -232,12 +233,12 @@ def _is_plain_file(path: Path) -> bool:
     """Return whether `path` is an existing regular file.
 
     Raises:
-        UserError: If this cannot be checked because of a disk error or missing permissions. It is not a RowError,
-            because such a failure must stop the import instead of skipping the row.
+        UserError: If this cannot be checked because of a disk error or missing permissions. This failure is not a
+            RowError, because it must stop the import instead of skipping the row.
     """
     try:
         return stat.S_ISREG(path.stat().st_mode)
-    except ValueError:  # a name that is not allowed
+    except ValueError:  # The name is not allowed.
         return False
     except OSError as error:
         if error.errno in _ABSENT:
@@ -282,7 +283,7 @@ def _header(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
     header = tuple(cell.strip() for cell in cells)
     if "" in header or len(set(header)) < len(header):
         raise UserError(
-            f"{path}: its columns are {short(list(header))}, but each must have a name of its own; "
+            f"{path}: its columns are {short(list(header))}, but each must have a unique name; "
             "name them with --columns if the first line is not a header"
         )
     return header

@@ -1,4 +1,4 @@
-"""The split of a recording for which the source gives none."""
+"""The choice of a split for recordings to which the source assigns none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def recording_of(clip: Clip, source: Source) -> str:
 
 
 def split_of(recording: str, shares: Mapping[str, float]) -> str:
-    """Return the split of a recording. It does not depend on other recordings."""
+    """Return the split of a recording. The result does not depend on other recordings."""
     place = _place(recording)
     for split, share in shares.items():
         if place < share:
@@ -32,14 +32,14 @@ def split_of(recording: str, shares: Mapping[str, float]) -> str:
 
 
 def draw_for_empty_splits(recordings: Iterable[str], shares: Mapping[str, float]) -> dict[str, str]:
-    """Return one recording for each split that would otherwise get none, with this split.
+    """Return recording → split, with one recording for each split that would otherwise get none.
 
-    In a small source, `split_of` may choose no recording for a split. Of the recordings in splits that have others, the
-    one whose hash is closest to the middle of the split's range of hashes is then drawn.
+    In a small source, `split_of` may assign no recording to a split. Such a split gets one recording from the splits
+    that have several, namely the one whose hash is closest to the middle of the split's range of hashes.
 
     Args:
-        recordings: All recordings of the source that have no split.
-        shares: The fraction of the recordings that each split gets.
+        recordings: All recordings to which the source assigns no split.
+        shares: Split → the fraction of the recordings that it gets.
     """
     splits = {recording: split_of(recording, shares) for recording in recordings}
     counts = Counter(splits.values())

@@ -1,4 +1,4 @@
-"""Reading of tar files, which may be compressed or concatenated, in one pass and without loading a whole file.
+"""Reading of tar files in one pass, without loading a whole tar. The tars may be compressed or concatenated.
 
 tarfile stops without an error at a damaged header and at the first end mark. `tar_members` reports a damaged header,
 and continues after an end mark.
@@ -37,8 +37,8 @@ def tar_members(
 
     Yields:
         The number of the tar among the concatenated tars, the name of the file, and its content. The content is empty
-        if it is not wanted. If the file is a link, sparse, special, or larger than `MAX_FILE_BYTES`, an error takes the
-        place of the content.
+        if it is not wanted. If the file is a link, a sparse or special file, or larger than `MAX_FILE_BYTES`, an error
+        takes the place of the content.
 
     Raises:
         RowError: If the rest of the tar is damaged, or the tar does not end with an end mark (`broken`).
@@ -84,7 +84,7 @@ class _Forward:
         return self._place
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= MAX_FILE_BYTES:  # Headers with long names also have a size.
+        if not 0 <= size <= MAX_FILE_BYTES:  # The size may come from a damaged header of a long name.
             raise tarfile.ReadError(f"damaged header before byte {self._place}")
         back = self._end - self._place
         known = self._last[len(self._last) - back :][:size]

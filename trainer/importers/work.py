@@ -33,7 +33,7 @@ class Item:
     """The place of the row in the source, for messages."""
     sample: Sample | None
     error: RowError | None
-    """The reason why there is no sample."""
+    """The reason why there is no sample; None if there is one."""
     digest: str
     """A hash of this and all earlier rows."""
     number: int
@@ -42,11 +42,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An item whose audio has been prepared."""
+    """The result of preparing the audio of an item."""
 
     item: Item
     error: RowError | None
-    """The reason why the row is skipped."""
+    """The reason why the row is skipped; None if it is imported."""
     audio: tuple[str, ...] = ()
     """The paths of the clips for a manifest."""
     clips: tuple[tuple[str, bytes], ...] = ()

@@ -18,7 +18,7 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield one row for each row of the metadata files, or for each audio file if there are none.
+    """Yield one row for each row of the metadata files, or for each audio file if there are no metadata files.
 
     Paths in a metadata file are relative to its folder. Without metadata, the answer of a file is the name of its
     folder. A folder with a name such as `train` or `validation` determines the split.

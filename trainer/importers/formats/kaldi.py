@@ -12,7 +12,7 @@ from trainer.importers.row import Clip, Row, RowError
 from trainer.importers.source import COMMAND, Source
 
 _TABLES = {"utt2spk": "speaker", "utt2lang": "language", "text": "text", "utt2gender": "gender"}
-"""The field that each table of utterances provides."""
+"""Name of a table of utterances → the field that it provides."""
 _OPTIONS_WITHOUT_VALUE = {
     "sph2pipe": {"-p", "-u", "-a"},
     "flac": {"-d", "-c", "-s", "-dc", "-cd", "-dcs", "-cds", "--decode", "--stdout", "--silent"},
@@ -100,7 +100,9 @@ def recording_clip(entry: str, source: Source) -> Clip:
     """Return the recording that an entry in `wav.scp` specifies by a path, a command, or a position in an ark file.
 
     Raises:
-        RowError: If the entry is a command that does more than decode one file (`pipe`), or a position without audio.
+        RowError: If the entry is a command that does more than decode one file (`pipe`), or there is no audio at its
+            position in an ark file (`wrong_type`).
+        UserError: If an ark file cannot be read.
     """
     if entry.endswith("|"):
         return _decoded_file(entry)
@@ -136,7 +138,7 @@ def _decoded_file(entry: str) -> Clip:
 def _ark_clip(source: Source, path: str, first: int) -> Clip:
     """Return the audio at a position in an ark file.
 
-    At this position, kaldiio writes either a WAV file, or the marker `AUDIO`, the size of an audio file, and this file.
+    At this position, kaldiio writes either a WAV file, or the marker `AUDIO`, the size of an audio file, and the file.
     """
     real = source.audio_file(path)
     try:

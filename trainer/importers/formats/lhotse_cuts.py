@@ -1,4 +1,4 @@
-"""lhotse cuts as JSON lines, and Shar folders. The JSON is read directly, because lhotse itself would run commands."""
+"""lhotse cuts as JSON lines, and Shar folders. The JSON is read without lhotse, which would run the commands in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Manifests of NeMo's speech recognition: JSON lines with `audio_filepath`, `duration`, `text` and `offset`."""
+"""NeMo's manifests for speech recognition: JSON lines with `audio_filepath`, `duration`, `text` and `offset`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The common form of conversations in several formats.
+"""The common form to which conversations in several formats are converted.
 
-It consists of roles, text with a tag for each clip, and the clips.
+It consists of messages, whose text has a tag for each clip, and a list of the clips.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Message:
     text: str
     """The text, with `AUDIO_TAG` in place of each clip."""
     loss: bool | None = None
-    """Whether the model is trained on the answer; None if the source does not specify it."""
+    """Whether the model is trained on the message; None if the source does not specify it."""
 
 
 def fields_of_messages(messages: Sequence[Message], audio: Sequence[Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _members(members: Iterable[tuple[int, str, bytes | RowError]]) -> Iterator[d
                 yield {}  # A sample cannot continue in the next tar.
                 key, number = "", part
             folder, slash, base = name.removeprefix("./").rpartition("/")
-            if base.startswith("._") or _IGNORED.match(name):  # companion files of macOS
+            if base.startswith("._") or _IGNORED.match(name):  # Names of macOS companion files begin with "._".
                 continue
             stem, _, extension = base.partition(".")
             if folder + slash + stem != key:
