@@ -26,6 +26,7 @@ export PREFLIGHT_MIN_DISK_GIB="${PREFLIGHT_MIN_DISK_GIB:-50}"   # in the run's f
 
 # ---- rarely changed
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-# trainer/parallel/environment.py sets CUDA's and gloo's variables for every way to start ranks; exports here override it.
+# trainer/parallel/environment.py sets variables of CUDA and gloo for every way to start ranks. Exports here override
+# them.
 # Ranks must not all query the Hugging Face hub. Download weights and tokenizers once before the job.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Train one run per combination of values as a job array, and print a table of all runs at the end:
 #   slurm/sweep.sh [sbatch options] slurm/train_8b.sh RECIPE optim.lr=1e-4,3e-4 seed=0,1 data.root=/data
-# Options of sbatch must have the form --name=value. At most four runs train at a time; SWEEP_AT_ONCE changes that.
+# Options of sbatch must have the form --name=value. At most SWEEP_AT_ONCE runs (default 4) train at a time.
 set -euo pipefail
 options=()
 while [[ "${1:-}" == -* ]]; do

@@ -134,7 +134,7 @@ def test_credentials_that_expire_while_they_are_used(server: Swift, swift: Swift
             store.get("x")
         assert "access refused (403 SignatureDoesNotMatch" in one_line(swift, caught.value)
         text = str(caught.value)
-        assert "is correct, has not expired, and has the permission" in text and old not in text
+        assert "is correct, has not expired, and grants access" in text and old not in text
     finally:
         server.kill_proxy()
         server.start_proxy(secret=old)

@@ -261,7 +261,7 @@ def test_another_model_is_named() -> None:
     reader.check(Shard("audio.a", (2, 3), Rect(0, 0, 2, 3), whole, None))
     with pytest.raises(UserError, match="holds no audio.b"):
         reader.check(Shard("audio.b", (2, 3), Rect(0, 0, 2, 3), whole, None))
-    with pytest.raises(UserError, match=r"audio.a has shape \(2, 3\), the model's is \(3, 2\)"):
+    with pytest.raises(UserError, match=r"audio.a has shape \(2, 3\), but the model's is \(3, 2\)"):
         reader.check(Shard("audio.a", (3, 2), Rect(0, 0, 3, 2), whole, None))
     with pytest.raises(UserError, match="was frozen"):
         reader.check(Shard("audio.a", (2, 3), Rect(0, 0, 2, 3), whole, 0))

@@ -43,7 +43,7 @@ def num_updates(optimizer: Any, parameter: Tensor) -> int:
 def set_num_updates(optimizer: Any, parameter: Tensor, step: int) -> None:
     """Set the number of updates of a parameter to `step`."""
     if isinstance(optimizer, _PER_PARAMETER):
-        # The value is set in place. If parameters shared a new tensor, each of their updates would advance it.
+        # The value is set in place, so that every parameter keeps a counter of its own.
         optimizer.state[parameter]["step"].fill_(float(step))
     else:
         _group_of(optimizer, parameter)["step"] = step

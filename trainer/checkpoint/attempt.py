@@ -1,4 +1,4 @@
-"""Attempts of a run. An attempt is one start of the run's ranks. Only the newest attempt may commit checkpoints."""
+"""Attempts of a run. An attempt is one start of its processes. Only the newest attempt may commit checkpoints."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Access to the tensors of the audio side (`AudioTower`) in the memory of DeepSpeed ZeRO-3.
 
 ZeRO-3 flattens each parameter and cuts it into slices of equal size, one for each rank of the parameter's own group
-(`ds_process_group`). The last slices are padded. Ranks outside the group hold no part of the
-parameter, or a copy of a slice if the ranks are divided into several blocks (`parallel.audio_shard`). The slices of
-trainable parameters are stored one after another in the fp32 buffer of their sub-group, and Adam's moments in buffers
-of the same layout. A frozen parameter is not in these buffers, and its slice is the tensor `ds_tensor`.
+(`ds_process_group`). The last slices are padded. Ranks outside the group hold no part of the parameter, unless the
+ranks are divided into several blocks (`parallel.audio_shard`), which hold copies. The slices of trainable parameters
+are stored one after another in the fp32 buffer of their sub-group. Adam's moments are stored in buffers with the same
+layout. A frozen parameter is not in these buffers, and its slice is the tensor `ds_tensor`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def shards(engine: AudioEngine) -> list[Shard]:
     """
     zero = engine.zero
     if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
-        raise UserError("zero_optimization.offload_*.device = nvme: checkpoints cannot save it; set it to cpu or none")
+        raise UserError(
+            "zero_optimization.offload_*.device = nvme: checkpoints cannot save state on NVMe; set it to cpu or none"
+        )
     slices: dict[int, tuple[dict[str, Tensor], int | None]] = {}
     for i, parameters in enumerate(zero.fp16_groups):
         slices |= _slices_of_group(zero, i, parameters)

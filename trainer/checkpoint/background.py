@@ -245,7 +245,7 @@ class Save:
         Collective: every rank of `Place.group` must call it.
 
         Returns:
-            The reason why the save failed on this rank; None if it did not.
+            The reason why the save failed on this rank; None if it did not fail.
         """
         rank = self.place.rank
         written = all_gather_numbers(np.array([failure is None]), self.place.group).all()

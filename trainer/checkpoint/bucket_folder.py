@@ -1,4 +1,4 @@
-"""The files of a checkpoint in a bucket. They are read in blocks. While one block is used, the next is fetched."""
+"""The files of a checkpoint in a bucket, which are read in blocks. While one block is used, the next is fetched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.storage.store import ChangedError, MissingError, Store
 
 BLOCK_BYTES = 8 << 20
 _NUM_BLOCKS = 12
-"""The number of blocks that are kept in memory."""
+"""The largest number of blocks that are kept in memory."""
 _NUM_READERS = 4
 
 

@@ -123,7 +123,7 @@ def checkpoints_of(url: str) -> Checkpoints:
         url: The run's folder, or the folder of its checkpoints.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are no checkpoints at `url`.
     """
     for place in (join_url(url, SUBFOLDER), url):
         found = open_checkpoints(place)
@@ -136,7 +136,7 @@ def find_checkpoint(url: str) -> Folder:
     """Return the checkpoint at `url`, or the newest checkpoint if `url` is a run.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no checkpoint at `url`.
     """
     above, _, name = url.rstrip("/").rpartition("/")
     step = step_of(name)

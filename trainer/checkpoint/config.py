@@ -18,7 +18,7 @@ class CheckpointConfig:
     """The number of steps between two checkpoints; 0 saves only at the end. The end of a run is always saved."""
     root: str | None = None
     """The folder or `s3://BUCKET/PREFIX` in which the checkpoints are stored as `<name>/checkpoints`; null for
-    `train.run_dir`. Set it to store checkpoints in a bucket or on another file system than the rest of the run."""
+    `train.run_dir`. Set it to store checkpoints in a bucket, or on a different file system from the run's folder."""
     retry_sec: float = 120.0
     """The number of seconds for which an unreachable bucket is retried before a save or a load fails. A failed save
     does not stop the run, and the next checkpoint is saved as scheduled."""
@@ -34,11 +34,11 @@ class CheckpointConfig:
     keep_last: int = 2
     """The number of most recent checkpoints to keep, at least 1."""
     keep_every_steps: int = 0
-    """The interval in steps of the checkpoints that are kept permanently: those whose step is a multiple of it; 0 keeps
-    none."""
+    """The interval, in steps, between checkpoints that are kept permanently; 0 for none. Their steps are the multiples
+    of this number."""
     best_metric: str | None = None
-    """The metric of the best checkpoint, which is kept in addition; null for none. It is named as in metrics.jsonl, for
-    example `eval/test/asr/wer`. Only steps that were both saved and evaluated are compared."""
+    """The metric that determines the best checkpoint, which is kept as well; null for none. Its name is that in
+    metrics.jsonl, for example `eval/test/asr/wer`. Only steps that were both saved and evaluated are compared."""
     best_is: Literal["lowest", "highest"] = "lowest"
     """Whether the lowest or the highest value of `best_metric` is the best."""
 
@@ -46,7 +46,7 @@ class CheckpointConfig:
         if self.every_steps < 0:
             raise UserError(f"checkpoint.every_steps = {self.every_steps}: must be 0 (only at the end) or positive")
         if self.start_optimizer and self.start_from is None:
-            raise UserError("checkpoint.start_optimizer = true: needs checkpoint.start_from; set it, too")
+            raise UserError("checkpoint.start_optimizer = true: needs checkpoint.start_from; set that key as well")
         if self.retry_sec <= 0:
             raise UserError(f"checkpoint.retry_sec = {self.retry_sec}: must be positive")
         for key, url in (("root", self.root), ("start_from", self.start_from)):

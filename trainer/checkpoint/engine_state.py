@@ -1,4 +1,4 @@
-"""The state of both engines as shards of named tensors."""
+"""The state of the audio engine and of the LLM's engine, as shards of named tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EngineState:
         return audio | {name for name, _ in engines.audio.named_parameters()} | llm_state.tensor_names(engines.llm)
 
     def set_steps(self, engines: Engines, steps: dict[str, int]) -> None:
-        """Set the number of updates of each trainable parameter. `steps` contains it by the name of the tensor."""
+        """Set the number of updates of each trainable parameter. `steps` contains the numbers by tensor name."""
         audio_state.set_steps(engines.audio, steps)
         llm_state.set_steps(engines.llm, steps)
 

@@ -34,7 +34,7 @@ class Folder(Protocol):
         ...
 
     def replace(self, name: str, text: str) -> None:
-        """Replace a text file as a whole."""
+        """Replace the content of a text file atomically."""
         ...
 
 

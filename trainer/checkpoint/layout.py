@@ -84,7 +84,10 @@ class Shard:
     """The slices that the tensor is cut into, if this rank's slice contains `rect`; None for any other division."""
 
     def changed(self, values: Mapping[str, Tensor], step: int | None) -> Shard:
-        """Return the shard with other values and another number of updates, much faster than `dataclasses.replace`."""
+        """Return a copy of the shard with other values and another number of updates.
+
+        This is much faster than `dataclasses.replace`.
+        """
         return Shard(self.name, self.shape, self.rect, values, step, self.saved_here, self.frozen, self.slices)
 
 
@@ -102,8 +105,8 @@ class TensorEntry:
     slices: Slices | None = None
     """The slices that the tensor is cut into, or None if its pieces are listed."""
     family: str = ""
-    """The family of the files that contain the slices. If the tensor is frozen, the family is
-    preceded by the folder of frozen weights."""
+    """The family of the files that contain the slices. If the tensor is frozen, the folder of frozen weights precedes
+    the family."""
 
     def pieces(self, wanted: Rect | None = None) -> Iterator[tuple[str, Rect]]:
         """Return the file and the rectangle of each piece that overlaps a rectangle of the tensor.
@@ -292,7 +295,7 @@ def is_frozen(entry: TensorEntry) -> bool:
 def entries_of(shards: Sequence[Shard], family: str, rank: int) -> dict[str, TensorEntry]:
     """Return the manifest's entries for the shards that one rank wrote to its file of a family.
 
-    For a tensor that is cut into slices, the first rank of the slices returns the entry, and the others return none.
+    For a tensor that is cut into slices, only the result on the first rank of the slices contains the entry.
     """
     file = file_of(family, rank)
     entries = []

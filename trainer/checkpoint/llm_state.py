@@ -57,7 +57,7 @@ def shards(engine: LLMEngine) -> list[Shard]:
                 saved_here = saved_here and engine.copy_index(name) == 0
             views = {kind: flat.data.view(-1) for kind, flat in flats.items()}
             cut = list(_shards_of(engine, name, parameter, start, views, step, saved_here))
-            if name.endswith(SCORE_BIAS):  # It has no gradient, but every step changes it.
+            if name.endswith(SCORE_BIAS):  # This bias has no gradient, but every step changes it.
                 cut = [replace(shard, frozen=False) for shard in cut]
             known = _Cut(addresses, cut)
             cache[name] = known

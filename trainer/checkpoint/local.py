@@ -53,7 +53,7 @@ class LocalDraft:
 class JoinedDraft(LocalDraft):
     """A draft folder in which all ranks of a node write their tensors to one file.
 
-    Each rank writes a separate part of it.
+    Each rank writes a separate part of the file.
 
     Args:
         path: The folder.
@@ -92,7 +92,7 @@ class JoinedDraft(LocalDraft):
 class LocalCheckpoints:
     """The checkpoints of a run in a folder that all ranks share.
 
-    Implements `trainer.checkpoint.catalog.Checkpoints`.
+    This class implements `trainer.checkpoint.catalog.Checkpoints`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -203,7 +203,7 @@ class LocalCheckpoints:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            return None  # A power failure interrupted the write. The next attempt writes the file again.
+            return None  # A power failure may have damaged the file. The next attempt writes it again.
 
     def _replace(self, name: str, text: str, suffix: str) -> None:
         part = self.path / f"{name}.{suffix}"

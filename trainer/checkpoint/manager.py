@@ -1,4 +1,4 @@
-"""The manager that saves, finds and loads checkpoints of both engines."""
+"""The manager that saves, finds and loads checkpoints of the audio engine and the LLM's engine."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ class CheckpointManager:
         return urls
 
     def failed(self) -> list[Outcome]:
-        """Return the saves that failed since the last call, if `finished` has been called before.
+        """Return the saves that failed since the last call. This is not collective.
 
-        This is not collective.
+        A save that has just ended is included only after a call of `finished`.
         """
         failures, self._failures = self._failures, []
         return failures

@@ -1,6 +1,6 @@
 """Access to the weights from which a new run can start: a checkpoint, the newest checkpoint of a run, or an export.
 
-They may be stored in a folder or in a bucket.
+The weights may be stored in a folder or in a bucket.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.checkpoint.tensor_file import TensorFile
 from trainer.storage.open import open_store, scheme_of
 
 if TYPE_CHECKING:
-    from model.llm.stacked import Part  # imports transformers
+    from model.llm.stacked import Part  # This module imports transformers.
 
 CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,7 +60,7 @@ class Origin(Protocol):
     experts: tuple[str, ...]
     """The names of the encoder experts, in order."""
     lora: tuple[LoraConfig, ...]
-    """The settings of the adapters among the weights. They are empty if there are none, or if the settings are
+    """The settings of the low-rank adapters in the weights; empty if there are no adapters, or if their settings are
     unknown."""
 
     def names(self) -> Collection[str]:
@@ -130,7 +130,7 @@ class ExportOrigin:
         if signing_key() is not None:
             raise UserError(f"{self.url}: exports are not signed; start from a signed checkpoint, or unset {VARIABLE}")
         config = read_export_config(url)
-        self.lora: tuple[LoraConfig, ...] = ()  # an export contains the products of the adapters
+        self.lora: tuple[LoraConfig, ...] = ()  # In an export, the adapters are merged into the weights.
         self.experts = _expert_names(config, self.url)
         above, _, name = self.url.rpartition("/")
         remote = bool(scheme_of(url))
@@ -147,7 +147,8 @@ class ExportOrigin:
                 self._shapes[key], self._files[key] = span.shape, file
                 file.spans[key] = replace(span, shape=(matrix.rows, matrix.cols))
         self._parts: dict[str, tuple[str, Part]] = {}
-        """The exported tensor that contains each tensor of an expert, for LLMs whose experts are stored together."""
+        """Name of a tensor of an expert → the name of the exported tensor that contains it, and its part in that
+        tensor. The mapping is empty unless the LLM's experts are stored together."""
         self._separate_experts(config.get("text_config", {}))
 
     def _separate_experts(self, text_config: Mapping[str, Any]) -> None:
@@ -206,7 +207,7 @@ def _expert_names(description: Any, where: str) -> tuple[str, ...]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{where}: does not describe its encoders ({error!r}); use another checkpoint") from None
     if not all(isinstance(name, str) for name in names):
-        raise UserError(f"{where}: names encoders {names!r:.80}, which are not texts; use another checkpoint")
+        raise UserError(f"{where}: names encoders {names!r:.80}, which are not strings; use another checkpoint")
     return names
 
 

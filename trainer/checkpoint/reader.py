@@ -18,7 +18,7 @@ from trainer.checkpoint.signing import SHA256_CHARACTERS, new_digest, signing_ke
 from trainer.checkpoint.tensor_file import TensorFile
 
 MANIFEST, STATE = "manifest.json", "state.json"
-_CHUNK_BYTES = 1 << 19  # A chunk of this size is still in the core's cache when it is hashed.
+_CHUNK_BYTES = 1 << 19  # A chunk of this size is still in the CPU's cache when it is hashed.
 _NUM_HASHERS = 4
 _ON_ITS_OWN = FileEntry(0, "")
 """The entry of a file that is stored under its own name."""
@@ -164,7 +164,7 @@ class Reader:
             )
         if entry.shape != shard.shape:
             raise UserError(
-                f"{self.folder.url}: {shard.name} has shape {entry.shape}, the model's is {shard.shape}; "
+                f"{self.folder.url}: {shard.name} has shape {entry.shape}, but the model's is {shard.shape}; "
                 "restore the recipe"
             )
         if shard.step is not None and entry.step is None:

@@ -63,7 +63,7 @@ def fill_weights(
     """Fill this rank's shards with the weights of `origin`.
 
     Args:
-        origin: The weights to start with.
+        origin: The weights to start from.
         shards: This rank's shards of the new run's model.
         model: The configuration of the new run's model.
         heartbeat: A function that is called with a description of each shard before it is read.
@@ -138,8 +138,8 @@ def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig, l
         lora: The section `lora` of the new run.
 
     Raises:
-        UserError: If the new model lacks an adapter, whose training would otherwise be lost without a message, or
-            multiplies an adapter by another factor, which is not stored in tensors.
+        UserError: If the new model lacks an adapter, whose training would otherwise be lost without a message. The same
+            error is raised if the new model scales an adapter by another factor, because no tensor stores the factor.
     """
     former, own = Adapters(origin.lora), Adapters(tuple(lora))
     kept = ("llm.", "audio.primary.", *(f"audio.experts.{e.name}." for e in model.experts))
@@ -173,7 +173,7 @@ def _rows(
     """Return a tensor with one row for each current encoder expert, based on the rows of the original experts.
 
     Args:
-        origin: The weights to start with.
+        origin: The weights to start from.
         shard: A shard of the tensor.
         before: The names of the original encoder experts.
         now: The names of the current encoder experts.

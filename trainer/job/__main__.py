@@ -147,7 +147,7 @@ class Job:
             print_timed(f"job: the event '{event}' could not be written: {error}")
 
     def _note_start(self) -> None:
-        """Append the event `submitted`, after the reason for a restart if the previous attempt did not report it."""
+        """Append the event `submitted`. If the previous attempt gave no reason for the restart, append it first."""
         job = self.allocation
         if job.restarts:
             fields = [e for e in read_events(self.log.run_dir) if e["event"] in ("submitted", "requeued", "refused")]
@@ -159,7 +159,7 @@ class Job:
         self._emit("submitted", job=job.job_id, nodes=",".join(job.nodes), restarts=job.restarts)
 
     def _step(self, command: Sequence[str]) -> int:
-        # Only the ranks of this start know the names under which they meet (trainer/parallel/meeting.py).
+        # The secret keeps other processes from joining the ranks of this start (trainer/parallel/meeting.py).
         environment = {**os.environ, "EARSHOT_JOB_SECRET": secrets.token_hex(32)}
         self.signals.step = step = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
         if self.signals.received:  # The signal arrived while srun was being started.
@@ -182,7 +182,7 @@ class Job:
             return code
         if self._note_cancelled(state, code):
             if not state.is_ending:
-                slurm.cancel(self.allocation.job_id)  # so that its state in Slurm is CANCELLED as well
+                slurm.cancel(self.allocation.job_id)  # The job's state in Slurm then becomes CANCELLED as well.
             return code
         decide = [sys.executable, "-m", "trainer.restart", str(self.log.run_dir), f"--exit-code={code}"]
         again = subprocess.run(decide).returncode == 0
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="earshot job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", metavar="RECIPE", help="the name or the file of a recipe")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that override the recipe's")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that override those of the recipe")
     options = parser.parse_args(arguments)
     try:
         if "SLURM_JOB_ID" not in os.environ:
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _outside(recipe: str, overrides: Sequence[str]) -> int:
-    """Check what needs no nodes, and whether the ranks fit on the nodes for which `slurm/submit.sh` will ask."""
+    """Check what needs no nodes, and whether the ranks fit on the nodes that `slurm/submit.sh` will request."""
     asked = slurm.Allocation.asked(os.environ)
     facts = check(recipe, overrides, per_node=None if asked is None else asked.tasks_per_node, smaller=True)
     if asked is not None:

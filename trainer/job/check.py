@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--per-node",
         type=int,
         metavar="N",
-        help="check also the smaller layouts of restart.min_nodes, with N ranks a node",
+        help="also check the smaller layouts that restart.min_nodes allows, with N ranks per node",
     )
     options = parser.parse_args(arguments)
     try:
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(name: str, overrides: Sequence[str], retry_sec: float, per_node: int | None) -> None:
     from trainer.config.load import load_recipe
 
-    recipe = load_recipe(name, overrides)  # before modules that import torch
+    recipe = load_recipe(name, overrides)  # The modules below import torch, which takes seconds.
     from trainer.data.prepare import check_stored
     from trainer.storage.open import join_url, scheme_of
     from trainer.telemetry.trackers.table import TRACKERS, check_trackers
@@ -116,7 +116,8 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float, per_node: int 
     if per_node is not None and recipe.restart.min_nodes is not None:
         facts = replace(facts, ranks_per_node=min(per_node, recipe.parallel.num_ranks))
         facts = replace(facts, fewer_ranks=fewer_ranks(recipe, facts.ranks_per_node))
-    print(json.dumps(asdict(facts)), flush=True)  # The caller records a failure of the checks in the run's folder.
+    # If a check below fails, the caller records the failure in the run's folder, which these facts name.
+    print(json.dumps(asdict(facts)), flush=True)
     check_weights(recipe, os.environ)
     check_stored(replace(recipe.data, retry_sec=retry_sec))
 
@@ -150,8 +151,8 @@ def fewer_ranks(recipe: Recipe, per_node: int) -> tuple[int, ...]:
     if why and not found:
         nodes = f"{most} nodes" if least == most else f"any of {least} to {most} nodes"
         raise UserError(
-            f"restart.min_nodes = {least}: the recipe is not valid on {nodes} of {per_node} ranks ({why}); change it, "
-            "or set restart.min_nodes=null"
+            f"restart.min_nodes = {least}: the recipe is not valid on {nodes} of {per_node} ranks ({why}); change the "
+            "recipe, or set restart.min_nodes=null"
         )
     return tuple(found)
 

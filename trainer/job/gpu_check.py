@@ -1,6 +1,6 @@
 """The check of a node's GPUs with their vendor's tool. This module does not import torch.
 
-The vendor is known from torch's build. Without the tool, the GPUs are not checked, and the job continues.
+The installed build of torch determines the vendor. Without the tool, the GPUs are not checked, and the job continues.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def judge_nvidia(table: str, num_wanted: int, report: Report) -> None:
 
 
 def judge_amd(text: str, num_wanted: int, report: Report) -> None:
-    """Add faults and facts about AMD's GPUs to a report. This output of the tool does not contain memory errors.
+    """Add faults and facts about AMD's GPUs to a report. This output of rocm-smi does not contain memory errors.
 
     Args:
         text: The output of `rocm-smi --showproductname --showmeminfo vram --json`.

@@ -46,7 +46,8 @@ class Wanted:
     checkpoints: str = ""
     """The folder of the run's checkpoints; empty if they are not written to a disk."""
     checkpoints_gib: float = 0.0
-    """The disk space that the run's checkpoints take in addition to `min_disk_gib`, including those that exist."""
+    """The disk space that the run's checkpoints need in addition to `min_disk_gib`. Existing checkpoints are
+    included."""
 
 
 def look(wanted: Wanted) -> Report:

@@ -61,7 +61,7 @@ class Allocation:
 
     @staticmethod
     def asked(environ: Mapping[str, str]) -> Allocation | None:
-        """Return the resources for which `slurm/submit.sh` will ask, if the variables that it sets name them.
+        """Return the resources that `slurm/submit.sh` will request, according to the variables that it sets.
 
         Args:
             environ: SUBMIT_NODES, SUBMIT_NTASKS_PER_NODE and SUBMIT_GPUS_PER_NODE have the values of sbatch's options
@@ -71,7 +71,7 @@ class Allocation:
         Returns:
             The resources, whose nodes have no names yet; None if the number of nodes or of tasks per node is unknown.
         """
-        most = environ.get("SUBMIT_NODES", "").rpartition("-")[2]  # the second number of a range such as 2-4
+        most = environ.get("SUBMIT_NODES", "").rpartition("-")[2]  # In a range such as 2-4, this is the second number.
         gpus = _num_gpus(environ.get("SUBMIT_GPUS_PER_NODE", ""))
         tasks = environ.get("SUBMIT_NTASKS_PER_NODE") or str(gpus)
         if not all(number.isascii() and number.isdigit() and int(number) for number in (most, tasks)):
@@ -269,8 +269,11 @@ def _ask(command: Sequence[str]) -> str:
 def _persist(command: Sequence[str], ended_is_done: bool = False) -> str:
     """Run a Slurm command until the controller answers, and return its output.
 
-    When Slurm ends the job's processes with SIGTERM, this may include the command itself. In this case, the command is
-    repeated unless `ended_is_done` is true. It is true for commands that cause the job to end.
+    When Slurm ends the job's processes with SIGTERM, the command itself may be one of them. It is then repeated, unless
+    `ended_is_done` is true, as for commands that cause the job to end.
+
+    Raises:
+        UserError: If Slurm refuses, or the controller has not answered for ten minutes.
     """
     deadline = time.monotonic() + _CONTROLLER_SEC
     while True:

@@ -85,7 +85,7 @@ def check(
 
 
 def keep_plan(facts: Facts, is_whole: bool = True) -> None:
-    """Write the plan of a job to the folder of its run, if there is a plan. The run is compared with it.
+    """Write the plan of a job to the folder of its run, if there is a plan. The run is later compared with its plan.
 
     Args:
         facts: The properties of the recipe.
@@ -118,7 +118,7 @@ def _start_plan(recipe: str, overrides: Sequence[str], per_node: int | None) -> 
     accelerator = os.environ.get("PLAN_ACCELERATOR", "h100")
     options = [f"--accelerator={accelerator}", "--json", "--no-advice"]
     if "per_node=" not in accelerator:
-        options += _per_node(per_node)  # Preflight requires the memory of that many ranks.
+        options += _per_node(per_node)  # The preflight requires the host memory that this many ranks need.
     return _start("tools.plan", recipe, *overrides, *options)
 
 
@@ -138,7 +138,7 @@ def _with_plan(facts: Facts, shown: str, numbers: str) -> Facts:
 
 
 def _check_fewer(recipe: str, overrides: Sequence[str], facts: Facts, per_node: int | None) -> None:
-    """Plan the smallest layouts on which a restarted job may continue, until one is possible.
+    """Plan the layouts on which a restarted job may continue, from the smallest up, until one is possible.
 
     Raises:
         RefusedError: If the smallest one is impossible. The message says what is possible.

@@ -29,7 +29,7 @@ def module_command(module: str, *arguments: str) -> list[str]:
 def rank_command(module: str, *arguments: str) -> list[str]:
     """Return the command of a rank, which is like `module_command`.
 
-    A Ctrl-C ends the rank without a traceback until the rank handles signals itself.
+    Until the rank handles signals itself, Ctrl-C ends it without a traceback.
     """
     quiet = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
     return [sys.executable, "-c", quiet + _RUN, str(_ROOT), module, *arguments]

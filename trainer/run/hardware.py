@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 def suspect_nodes(events: Sequence[Event]) -> dict[str, str]:
     """Return the nodes with a hardware fault, each with a description of its most recent fault.
 
-    A node is included if one of its GPUs reported an error after which the GPU must not be used, or if its ranks held
-    other weights than most replicas of the LLM. A node that is only slow is not included.
+    A node is included if one of its GPUs reported an error after which the GPU must not be used, or if the weights of
+    its ranks differed from those of most replicas of the LLM. A node that is only slow is not included.
 
     Args:
         events: Events of a run.

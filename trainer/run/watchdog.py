@@ -54,7 +54,7 @@ class Watchdog:
 
     Args:
         timeout_sec: The longest time between two heartbeats; 0 disables the watchdog.
-        events: The events of this rank. The folder `hang-<attempt>` is created next to them.
+        events: The event log of this rank. The folder `hang-<attempt>` is created in the same folder as the log.
         world: The number of ranks.
     """
 

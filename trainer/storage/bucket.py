@@ -37,8 +37,8 @@ class BucketStore:
         bucket: The name of the bucket (for Azure, of the container).
         prefix: The path below which all objects are stored; empty for the whole bucket.
         access: The endpoint and credentials.
-        retry_sec: The time in seconds for which a request is retried while the server does not answer or answers with
-            5xx.
+        retry_sec: The time in seconds for which a request is retried while the server does not answer, or answers with
+            a 5xx status.
 
     Raises:
         UserError: If obstore does not accept the endpoint or the credentials.
@@ -58,9 +58,8 @@ class BucketStore:
         client = {
             "allow_http": bool(access.endpoint and access.endpoint.startswith("http://")),
             "connect_timeout": timedelta(seconds=5),
-            "timeout": timedelta(
-                seconds=60
-            ),  # This is the limit of one attempt, which transfers only a small part or range.
+            # This is the limit of one attempt, which transfers only a small part or range.
+            "timeout": timedelta(seconds=60),
         }
         retry = {
             "max_retries": 1000,  # A high number makes retry_timeout the limit.
@@ -175,12 +174,14 @@ class BucketStore:
         ):
             return UserError(
                 f"{where}: access refused ({answer}; {source}); "
-                "check that the key is correct, has not expired, and has the permission"
+                "check that the key is correct, has not expired, and grants access"
             )
         if status and status[1] == "416":
             return _RangeError(f"{where}: the range ends beyond the object's last byte ({answer}; {source})")
         if status and status[1].startswith("4"):
-            return UserError(f"{where}: the store refused the request ({answer}; {source}); check URL and endpoint")
+            return UserError(
+                f"{where}: the store refused the request ({answer}; {source}); check the URL and the endpoint"
+            )
         return UnreachableError(
             f"{where}: no usable answer within {self._retry_sec:g} s ({answer or _reason(text)}; {source}); "
             "check that the store is running and the endpoint is correct"

@@ -63,7 +63,7 @@ def open_store(url: str, retry_sec: float | None = None) -> Store:
 
 
 def join_url(root: str, path: str) -> str:
-    """Return `path` relative to `root`, or `path` itself if it is a URL or absolute."""
+    """Append `path` to `root`. A `path` that is a URL or absolute is returned unchanged."""
     if scheme_of(path) or Path(path).is_absolute():
         return path
     return f"{root.rstrip('/')}/{path}" if scheme_of(root) else str(Path(root) / path)

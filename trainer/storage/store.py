@@ -204,7 +204,7 @@ class LocalStore:
 class _Buffers:
     """A thread-safe pool of read buffers. A buffer is reused when no view of it exists anymore.
 
-    Newly allocated memory causes a page fault for every 4 KiB, and these take as much time as reading the data.
+    Newly allocated memory causes a page fault for every 4 KiB, and the page faults take as long as reading the data.
     """
 
     LEAST_BYTES = 1 << 20
@@ -219,7 +219,7 @@ class _Buffers:
     def take(self, num_bytes: int) -> memoryview:
         """Return a writable view of `num_bytes` bytes.
 
-        Its buffer returns to the pool when the view and all views derived from it have been deleted.
+        The buffer returns to the pool when this view and all views derived from it have been deleted.
         """
         size = max(self.LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
         try:
