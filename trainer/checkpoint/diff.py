@@ -1,4 +1,4 @@
-"""Comparison of the weights of two checkpoints, which may have been written by different topologies."""
+"""Compare the weights of two checkpoints, which may have been written by different topologies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verification of checkpoints, and reading of rectangles of their tensors. No data is unpickled."""
+"""Verify checkpoints, and read rectangles of their tensors. No data is unpickled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initialization of a new run with the weights of another run, of one of its checkpoints, or of an export.
+"""Initialize a new run with the weights of another run, of one of its checkpoints, or of an export.
 
 The new run takes the weights, and Adam's moments if `checkpoint.start_optimizer` is true. The schedule, the random
 generators and the data start from the beginning. Some parts of the model may be new: encoders, the heads of losses such

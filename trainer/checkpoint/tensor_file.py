@@ -1,4 +1,4 @@
-"""Reading of parts of safetensors files. For the format, see https://github.com/huggingface/safetensors#format."""
+"""Read parts of safetensors files. For the format, see https://github.com/huggingface/safetensors#format."""
 
 from __future__ import annotations
 

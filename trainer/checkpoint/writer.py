@@ -1,4 +1,4 @@
-"""Writing of a checkpoint's safetensors and JSON files. Their checksums are computed while they are written."""
+"""Write a checkpoint's safetensors and JSON files. Their checksums are computed while they are written."""
 
 from __future__ import annotations
 

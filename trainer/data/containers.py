@@ -1,4 +1,4 @@
-"""Detection of truncated audio files, and division of concatenated ones.
+"""Detect truncated audio files, and split concatenated ones.
 
 libsndfile decodes a truncated file as if it were whole, and it decodes only the first of several concatenated files.
 The functions of this module therefore read the lengths and end marks that the file formats contain.

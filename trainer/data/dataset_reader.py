@@ -1,4 +1,4 @@
-"""The samples of one dataset: reading them by shard and index, checking them, and recording those that are skipped."""
+"""Read the samples of one dataset by shard and index, check them, and record those that are skipped."""
 
 from __future__ import annotations
 

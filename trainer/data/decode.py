@@ -1,4 +1,4 @@
-"""Decoding of audio to 16 kHz mono float32."""
+"""Decode audio to 16 kHz mono float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading of evaluation samples, which are prompts without answers. Exactly one rank loads each sample."""
+"""Load evaluation samples, which are prompts without answers. Exactly one rank loads each sample."""
 
 from __future__ import annotations
 

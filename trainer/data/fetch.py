@@ -1,4 +1,4 @@
-"""Fetching of encoded samples from the store with a small number of large ranged reads.
+"""Fetch encoded samples from the store with a small number of large ranged reads.
 
 The size of the shard is compared with the index, and each received sample with its XXH3 hash. Samples that differ are
 fetched again. If they still differ, they are skipped with reason `altered`, and a warning is logged. A shard that is

@@ -1,4 +1,4 @@
-"""Loading of training batches as tensors.
+"""Load training batches as tensors.
 
 Example:
     with Loader(SampleStream(prepared, seed=1, num_batches=1000, rank=r, world=w, state=saved)) as loader:

@@ -1,4 +1,4 @@
-"""Reading of manifests, which are JSONL files with one sample per line.
+"""Read manifests, which are JSONL files with one sample per line.
 
 Each line is an object with the fields `id`, `audio`, `task`, `split`, `instruction` and `answer`. `audio` is a path
 relative to the manifest's folder, a list of these paths, or null. A conversation has `messages` in place of

@@ -1,4 +1,4 @@
-"""Checks of a sample's fields. They are the same for samples in manifests and in shards."""
+"""Check a sample's fields, in the same way for manifests and for shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparation of a recipe's data for loading. It builds shards from manifests, and trains a tokenizer if needed."""
+"""Prepare a recipe's data for loading: build shards from manifests, and train a tokenizer if needed."""
 
 from __future__ import annotations
 

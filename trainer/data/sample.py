@@ -1,4 +1,4 @@
-"""Encoding of one sample from its decoded clips and metadata.
+"""Encode one sample from its decoded clips and metadata.
 
 The prompt contains one placeholder per audio token, and only answers have labels. The results are NumPy arrays, since
 decoding processes do not load torch; `trainer.data.loader` converts them to tensors.

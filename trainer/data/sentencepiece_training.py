@@ -1,4 +1,4 @@
-"""Training of SentencePiece tokenizers."""
+"""Train SentencePiece tokenizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building of shards from a manifest, in a folder or a bucket.
+"""Build shards from a manifest, in a folder or a bucket.
 
 Every sample is checked. The same manifest and audio files always give the same bytes. The index is written last,
 because shards without an index are not readable as a dataset. Until then, `building.json` identifies the build, and

@@ -1,4 +1,4 @@
-"""Checks of shards against their index, and the construction of an index for tars that other programs wrote."""
+"""Check shards against their index, and build an index for tars that other programs wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing of shards, offset tables and the index in the format of `trainer.data.shards`.
+"""Write shards, offset tables and the index in the format of `trainer.data.shards`.
 
 The same samples always give the same bytes.
 """

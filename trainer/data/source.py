@@ -1,4 +1,4 @@
-"""Loading of samples: reading in advance, decoding, joining, augmentation, padding and tokenization."""
+"""Load samples: read them in advance, decode, join, augment, pad and tokenize them."""
 
 from __future__ import annotations
 

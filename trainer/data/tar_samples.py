@@ -1,4 +1,4 @@
-"""Detection of the samples in WebDataset tars that other programs wrote, and of the role of each file of a sample.
+"""Find the samples in WebDataset tars that other programs wrote, and the role of each file of a sample.
 
 A sample consists of neighboring files that have the same name up to the first dot. This module refuses ambiguous
 names, so that it never merges two samples and never splits one.

@@ -1,4 +1,4 @@
-"""Preparation of the audio of imported samples.
+"""Prepare the audio of imported samples.
 
 Whole files are only checked if shards may contain their type. Other files, and parts of files, are written as 16-bit
 FLAC.

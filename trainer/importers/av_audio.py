@@ -1,4 +1,4 @@
-"""Decoding with PyAV of audio files that libsndfile cannot read (m4a, mp4, aac, 3gp, webm, mka, wma, amr).
+"""Decode, with PyAV, audio files that libsndfile cannot read (m4a, mp4, aac, 3gp, webm, mka, wma, amr).
 
 PyAV is an optional dependency. Its code has a BSD license, but its wheels contain FFmpeg and codecs under the LGPL and
 the GPL.

@@ -1,4 +1,4 @@
-"""Parsing of CSV text in which quotation marks may be misplaced."""
+"""Parse CSV text in which quotation marks may be misplaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conversion of an importer's rows to the fields of a manifest, including names, types, defaults and ids."""
+"""Convert an importer's rows to the fields of a manifest, including names, types, defaults and ids."""
 
 from __future__ import annotations
 

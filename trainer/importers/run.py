@@ -1,4 +1,4 @@
-"""The import of a source.
+"""Import a source.
 
 Rows are converted to samples, several processes prepare the audio, and the samples are written in order.
 """

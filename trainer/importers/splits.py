@@ -1,4 +1,4 @@
-"""The choice of a split for recordings to which the source assigns none."""
+"""Choose a split for recordings to which the source assigns none."""
 
 from __future__ import annotations
 

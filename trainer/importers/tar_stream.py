@@ -1,4 +1,4 @@
-"""Reading of tar files in one pass, without loading a whole tar. The tars may be compressed or concatenated.
+"""Read tar files in one pass, without loading a whole tar. The tars may be compressed or concatenated.
 
 tarfile stops without an error at a damaged header and at the first end mark. `tar_members` reports a damaged header,
 and continues after an end mark.

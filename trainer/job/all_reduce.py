@@ -1,4 +1,4 @@
-"""A test of whether all ranks can communicate, which also measures the bandwidth between them.
+"""Test whether all ranks can communicate, and measure the bandwidth between them.
 
     srun python -m trainer.job.all_reduce
 

@@ -1,4 +1,4 @@
-"""The decision whether a person has cancelled a Slurm job, which must then not run again.
+"""Decide whether a person has cancelled a Slurm job, which must then not run again.
 
 Slurm does not report this directly. While the processes of a cancelled job still run, its state is COMPLETING, as it is
 after a time limit. `scancel --signal` does not change the state at all. This module therefore combines the state of the

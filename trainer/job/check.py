@@ -1,4 +1,4 @@
-"""The check, before a job starts, that the data and weights of its recipe exist.
+"""Check, before a job starts, that the data and weights of its recipe exist.
 
     python -m trainer.job.check RECIPE key=value …
 

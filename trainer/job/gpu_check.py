@@ -1,4 +1,4 @@
-"""The check of a node's GPUs with their vendor's tool. This module does not import torch.
+"""Check a node's GPUs with their vendor's tool. This module does not import torch.
 
 The installed build of torch determines the vendor. Without the tool, the GPUs are not checked, and the job continues.
 """

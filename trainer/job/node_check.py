@@ -1,4 +1,4 @@
-"""The check that a node runs on itself before ranks are started on it. This module does not need torch.
+"""Check this node before ranks are started on it. This module does not need torch.
 
     python -m trainer.job.node_check JSON
 

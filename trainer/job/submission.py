@@ -1,4 +1,4 @@
-"""The checks of a job's recipe, data and plans, before its ranks start."""
+"""Check a job's recipe, data and plans before its ranks start."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def keep_plan(facts: Facts, is_whole: bool = True) -> None:
     Args:
         facts: The properties of the recipe.
         is_whole: Whether the job has all nodes of the recipe. If not, the plan is stored next to that of all nodes,
-            because a later attempt may have them again.
+            because a later attempt may have all nodes again.
     """
     if not facts.plan:
         return

@@ -1,4 +1,4 @@
-"""Reports about the exception that ends a rank. They contain the step, its samples, and whether another rank failed."""
+"""Report the exception that ends a rank, with the step and its samples, and whether another rank failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decision whether a batch script should run its job again after the ranks have ended.
+"""Decide whether a batch script should run its job again after the ranks have ended.
 
     python -m trainer.restart runs/mowe_70b --exit-code 137
 

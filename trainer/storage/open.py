@@ -1,4 +1,4 @@
-"""Opening of stores by URL or path."""
+"""Open stores by URL or path."""
 
 from __future__ import annotations
 
