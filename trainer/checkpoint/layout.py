@@ -31,8 +31,8 @@ _READABLE_VERSIONS = (3, 4, 5)
 """Version 4 added `TensorEntry.slices`, and version 5 `FileEntry.stored_in`."""
 PARAM, EXP_AVG, EXP_AVG_SQ = "param", "exp_avg", "exp_avg_sq"
 STEP, FROZEN = "step", "frozen"
-"""The prefixes of the names of folders that contain a checkpoint (`STEP`) and frozen weights (`FROZEN`). Several
-checkpoints share one folder of frozen weights."""
+"""The prefixes of the names of folders: `STEP` for a checkpoint, and `FROZEN` for frozen weights, which several
+checkpoints may share."""
 MOMENTS = "moments"
 """The name of the family of files that contain Adam's moments."""
 

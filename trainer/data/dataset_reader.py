@@ -25,7 +25,7 @@ not stop a run."""
 
 @dataclass(frozen=True)
 class Skip:
-    """A skipped sample and the reason."""
+    """A skipped sample, with the reason why it was skipped."""
 
     set: str
     shard: str

@@ -97,7 +97,7 @@ def check_metadata(metadata: dict[str, Any], num_clips: int) -> None:
     if (problem := field_problem(metadata)) is not None:
         raise SampleError("wrong_type", problem)
     if metadata["task"] not in TASKS:
-        others = "others are declared in the recipe (tasks) or by a plug-in (plugins)"
+        others = "declare others in the recipe (tasks) or in a plug-in (plugins)"
         raise SampleError("unknown_task", f"task = {metadata['task']!r}; known tasks are {known_tasks()}; {others}")
     if not metadata["answer"].strip():
         raise SampleError("empty_answer", "answer is empty")

@@ -169,7 +169,7 @@ def plain(value: Any) -> Any:
 
 def _named(fields: Mapping[str, Any], naming: Naming) -> tuple[dict[str, Any], bool]:
     """Return the fields under their names in a manifest, and whether the answer is known to be a transcript."""
-    # A field that the user maps is taken only from the mapped name, even if the source has a field of the same name.
+    # A field that the user maps is read only from the mapped column, even if the source has a column with its own name.
     used = {*naming.names, *naming.names.values(), *_LIBRARY_FIELDS}
     named = {k: v for k, v in fields.items() if v is not None and k not in used}
     named |= {new: fields[old] for new, old in naming.names.items() if fields.get(old) is not None}
