@@ -127,7 +127,8 @@ class Recordings:
             raise RowError("broken", f"the sampling rate is {rate} Hz, but must be {MIN_RATE} to {MAX_RATE} Hz")
         if clip.channel is not None and clip.channel >= file.channels:
             raise RowError(
-                "wrong_type", f"there is no channel {clip.channel}; the file has {file.channels}, counted from 0"
+                "wrong_type",
+                f"there is no channel {clip.channel}; the file has {file.channels} channels, counted from 0",
             )
         wanted = max(0, file.frames - first) if clip.seconds is None else round(clip.seconds * rate)
         here = min(wanted, file.frames - first)

@@ -96,7 +96,8 @@ def _audio(cut: Mapping[str, Any], stored: _Stored | None) -> tuple[Clip, float,
     if not isinstance(recording, dict):
         raise RowError("no_audio", "the cut has no recording")
     if recording.get("transforms"):
-        raise RowError("unsupported", f"the recording has transforms {short(recording['transforms'])}; store its audio")
+        transforms = short(recording["transforms"])
+        raise RowError("unsupported", f"the recording has transforms {transforms}; store the transformed audio")
     channel, sources = cut.get("channel", 0), recording.get("sources")
     if not isinstance(sources, list):
         raise RowError("wrong_type", "the recording has no list of sources")

@@ -67,5 +67,5 @@ def _clip(turn: dict[str, Any]) -> Clip:
     if start is None:
         return clip
     if not all(isinstance(v, int | float) and 0 <= v < 1e7 for v in (start, seconds or 0)):
-        raise RowError("wrong_type", f"offset = {short(start)}, duration = {short(seconds)}, but must be seconds")
+        raise RowError("wrong_type", f"offset = {short(start)}, duration = {short(seconds)}, but both must be seconds")
     return replace(clip, start=float(start), seconds=None if seconds is None else float(seconds))
