@@ -45,8 +45,13 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests below `SLOW_PLACES` as slow."""
+    """Mark the tests below `SLOW_PLACES` as slow, and move the files with slow tests before all others.
+
+    If several processes run the files in this order, none of them still runs a long file when the others have finished.
+    """
     slow = [TESTS / place for place in SLOW_PLACES]
     for item in items:
         if any(place in (item.path, *item.path.parents) for place in slow):
             item.add_marker(pytest.mark.slow)
+    slow_files = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow_files)

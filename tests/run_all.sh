@@ -10,7 +10,7 @@ report=(--durations=40 --durations-min=3)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Only the tests of this run are remembered.
 rm -rf .pytest_cache/v/cache/lastfailed
-"$python" -m pytest -n "$jobs" --dist loadfile "${report[@]}"
+"$python" -m pytest -n "$jobs" --dist loadfile --no-loadscope-reorder "${report[@]}"
 status=$?
 # 1: tests ran and some failed. All other codes are not about single tests.
 [ "$status" -eq 1 ] || exit "$status"
