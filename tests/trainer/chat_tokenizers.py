@@ -35,7 +35,7 @@ THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
-"""A template that opens only the new answer with an empty thought, as several reasoning models do."""
+"""A template that puts an empty thought only before the new answer, as those of several reasoning models do."""
 
 CHATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "chatml": (CHATML, "<|im_end|>", ("<|im_start|>", "<|im_end|>")),
@@ -44,11 +44,11 @@ CHATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "phi": (PHI, "<|endoftext|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
     "thinking": (THINKING, "<|im_end|>", ("<|im_start|>", "<|im_end|>")),
 }
-"""Name → template, end token, and the further tokens that control the model."""
+"""The template, the end token and the other control tokens of each tokenizer, by its name."""
 
 
 def write_chat_tokenizer(folder: Path, name: str) -> Path:
-    """Write one of `CHATS` to a folder, and return the folder."""
+    """Write the tokenizer `name` of `CHATS` to a folder, and return the folder."""
     chat, eos, special = CHATS[name]
     vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = RustTokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -63,5 +63,5 @@ def write_chat_tokenizer(folder: Path, name: str) -> Path:
 
 
 def chat_config(**fields: object) -> TokenizerConfig:
-    """Return the settings with which a turn has the same text as its message, apart from the placeholders."""
+    """Return tokenizer settings with which the text of a turn equals its message, apart from placeholders."""
     return TokenizerConfig(**{"template": TEMPLATE, **fields})  # type: ignore[arg-type]

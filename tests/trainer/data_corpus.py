@@ -1,4 +1,4 @@
-"""Small corpora for the data tests, with noise clips and text-only samples as manifests or shards."""
+"""Helpers that write small corpora of noise clips and text-only samples, as manifests or shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RATE = 16_000
 
 
 def audio_bytes(seconds: float, seed: int = 0, kind: str = "FLAC", rate: int = RATE, channels: int = 1) -> bytes:
-    """Return the audio file of a clip of noise."""
+    """Return the content of an audio file with noise."""
     noise = np.random.default_rng(seed).uniform(-0.5, 0.5, (round(seconds * rate), channels))
     buffer = io.BytesIO()
     subtype = {"OPUS": "OPUS"}.get(kind)
@@ -28,7 +28,7 @@ def audio_bytes(seconds: float, seed: int = 0, kind: str = "FLAC", rate: int = R
 
 
 def row(key: str, **fields: Any) -> dict[str, Any]:
-    """Return one line of a manifest; `audio` is null by default."""
+    """Return one row of a manifest. Its `audio` is None unless `fields` contain another value."""
     base = {"id": key, "audio": None, "task": "asr", "split": "train", "subset": "noise", "source": "tests"}
     return {**base, "instruction": f"What is said in {key}?", "answer": f"word {key}", "language": "en", **fields}
 
@@ -41,7 +41,7 @@ def write_manifest(folder: Path, rows: Iterable[dict[str, Any]], name: str = "se
 
 
 def clip_rows(folder: Path, num: int, *, prefix: str = "clip", seconds: float = 0.1, **fields: Any) -> list[dict]:
-    """Return `num` rows with one FLAC clip each, of different lengths, which are written to `folder`."""
+    """Write `num` FLAC clips of different lengths to `folder`, and return one row for each clip."""
     rows = []
     for i in range(num):
         name = f"{prefix}-{i}.flac"
@@ -53,7 +53,7 @@ def clip_rows(folder: Path, num: int, *, prefix: str = "clip", seconds: float = 
 def write_shards(
     folder: Path, samples: Iterable[tuple[dict[str, Any], list[tuple[str, bytes]]]], per_shard: int
 ) -> Path:
-    """Write shards of unchecked samples, as other programs may make them."""
+    """Write shards of unchecked samples, as other programs may write them, to a local folder, and return it."""
     write_shards_to(str(folder), samples, per_shard)
     return folder
 
@@ -73,7 +73,7 @@ def write_shards_to(
 
 
 def data_config(root: Path, *datasets: DatasetConfig, **fields: Any) -> DataConfig:
-    """Return a small data section with two lanes, two samples and a trained tokenizer of at most 64 pieces."""
+    """Return a data section with two lanes, batches of two samples, and a trained tokenizer of at most 64 pieces."""
     base: dict[str, Any] = {
         "root": str(root),
         "datasets": datasets,

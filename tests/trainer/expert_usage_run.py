@@ -1,4 +1,4 @@
-"""The folder of an imaginary run, with a recipe and a plausible routing history from random numbers."""
+"""Helpers that write the folder of an invented run, with a recipe and a random but plausible routing history."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ CLIPS_PER_RANK = 12
 
 
 def write_run(folder: Path, *overrides: str, num_ranks: int = 2) -> Path:
-    """Write a run of the recipe `kit_cpu` to `folder`/kit_cpu, whose third encoder expert is unused after step 100."""
+    """Write a run of the recipe `kit_cpu` to `folder`/kit_cpu, and return its folder.
+
+    Its third encoder expert is not used after step `TINY_DIES`.
+    """
     run = folder / "kit_cpu"
     run.mkdir(parents=True)
     recipe = load_recipe("kit_cpu", [f"parallel.num_ranks={num_ranks}", *overrides])
@@ -38,7 +41,7 @@ def write_run(folder: Path, *overrides: str, num_ranks: int = 2) -> Path:
 
 
 def make_history(num_ranks: int) -> list[LoadInterval]:
-    """Return a history with an interval for step 1, and one for every 10 steps."""
+    """Return a history that has an interval for step 1, and then one for every `EVERY_STEPS` steps."""
     rng = np.random.default_rng(5)
     ends = [1, *range(EVERY_STEPS, LAST_STEP + 1, EVERY_STEPS)]
     history = []
@@ -49,7 +52,7 @@ def make_history(num_ranks: int) -> list[LoadInterval]:
 
 
 def make_part(rng: np.random.Generator, rank: int, num_steps: int, step: int) -> RankLoad:
-    """Return the clips and costs of a rank in some steps; rank 1 computes longer."""
+    """Return the clips and costs of a rank in `num_steps` steps. Rank 1 computes longer than rank 0."""
     meter = LoadMeter(EXPERTS, "whisper")
     for _ in range(num_steps):
         meter.add_step({"whisper": (0.1, 0.01, 0, 0)} | {e: (0.05 + 0.04 * rank, 0.02, 1e4, 2e4) for e in EXPERTS}, 0.5)
@@ -66,5 +69,5 @@ def make_part(rng: np.random.Generator, rank: int, num_steps: int, step: int) ->
 
 
 def group(task: str, language: str | None, source: str, sec: float) -> ClipGroup:
-    """Return the group to which the trainer assigns a clip with these values in its manifest."""
+    """Return the group to which the trainer assigns a clip if its manifest has these values."""
     return group_of(task, {"language": language, "source": source}, sec)

@@ -1,4 +1,4 @@
-"""A small corpus in the formats of other programs, written according to the documentation of each format."""
+"""Functions that write a small corpus in the formats of other programs, according to the formats' documentation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ UTTERANCES = tuple(
 
 
 def joined() -> tuple[bytes, list[tuple[float, float]]]:
-    """Return one WAV file of all utterances, and the start and end of each in seconds."""
+    """Return the content of a WAV file with all utterances, and the start and end of each utterance in seconds."""
     import soundfile
 
     parts = [soundfile.read(io.BytesIO(u.data), dtype="int16")[0] for u in UTTERANCES]
@@ -178,7 +178,7 @@ def _lhotse(folder: Path) -> Path:
     (folder / "all.wav").write_bytes(data)
     whole = _recording("file", "all.wav", times[-1][1])
     cuts = [_cut(u, s, e - s, whole) for u, (s, e) in zip(UTTERANCES[:1], times, strict=False)]
-    # A cut with two supervisions, whose starts count from the start of the cut.
+    # The last cut has two supervisions, whose starts count from the start of the cut.
     last = _cut(UTTERANCES[1], times[1][0], times[2][1] - times[1][0], whole)
     last["supervisions"] = [
         {"id": u.key, "start": s - times[1][0], "duration": e - s, "text": u.text}
@@ -288,7 +288,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "nemo-chat": _nemo_chat,
     "slam": _slam,
 }
-"""The functions by format. Each one writes the corpus to a new folder and returns what is imported."""
+"""The functions by format. Each one writes the corpus to a new folder, and returns the path that is imported."""
 
 
 def heard(data: bytes) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""A small corpus for the tests of the loader, and functions that load it."""
+"""Helpers of the loader's tests, which write a small corpus and load it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def samples(prefix: str, num: int, *, audio: bool, broken: set[str] = frozenset(
 
 
 def small_corpus(root: Path) -> PreparedData:
-    """Write a dataset of clips, some of which are broken, and one of text, and prepare both."""
+    """Write a dataset of clips, some of them broken, and a dataset of text, and prepare both."""
     write_shards(root / "a", samples("a", 13, audio=True, broken=BROKEN), per_shard=4)
     write_shards(root / "b", samples("b", 5, audio=False), per_shard=3)
     datasets = (
@@ -51,7 +51,11 @@ def with_fields(prepared: PreparedData, **fields: Any) -> PreparedData:
 def run(
     prepared: PreparedData, num_batches: int, world: int = 1, state: State | None = None, stop: int | None = None
 ) -> tuple[list[list[Sample]], State]:
-    """Return the global batches until `stop`, in the order of ranks, and the merged state at `stop`."""
+    """Load on `world` ranks, one after another.
+
+    Returns:
+        The global batches up to `stop`, with samples in the order of ranks; and the merged data state at `stop`.
+    """
     stop = num_batches if stop is None else stop
     states, parts = [], []
     for rank in range(world):

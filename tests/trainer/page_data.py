@@ -1,4 +1,4 @@
-"""The data of two large reports, with five tasks, eight encoders and long names."""
+"""The data of two large reports: a scorecard, and the usage of eight encoder experts. Both have long names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONG = "a_very_long_name_of_a_subset_that_somebody_generated_from_a_path_without
 
 
 def large_card() -> dict[str, Any]:
-    """Return a scorecard of 60 samples of five tasks in four languages."""
+    """Return a scorecard of 60 samples, with five tasks and four languages."""
     rng = random.Random(3)
     found = []
     for i in range(60):
@@ -49,7 +49,7 @@ def large_card() -> dict[str, Any]:
 
 
 def large_usage(folder: Path) -> dict[str, Any]:
-    """Return the usage of eight encoder experts by five tasks in a run of 64 ranks."""
+    """Return the usage of eight encoder experts by five tasks, for a run on 64 ranks."""
     rng = random.Random(4)
     num = len(ENCODERS)
 

@@ -1,4 +1,4 @@
-"""Constructed predictions and sounds of every task, in two languages, with a name that contains HTML."""
+"""Constructed predictions and sounds of four tasks in two languages, with a name that contains HTML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAID = ("angry", "happy", "happy", "sad", "", "sad", "I think it is sad")
 
 
 def make_predictions() -> list[Prediction]:
-    """Return 17 predictions, of which the worst and the best are known."""
+    """Return 17 predictions whose scores are known."""
     found = []
     for i, (reference, said, subset, language, seconds) in enumerate(ASR):
         meta = {"task": "asr", "answer": reference, "subset": subset, "language": language, "source": "made"}
@@ -42,13 +42,13 @@ def make_predictions() -> list[Prediction]:
 
 
 def tones(keys: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
-    """Return a tone of one second for each key."""
+    """Yield each key with a tone of one second."""
     time_sec = np.arange(16000) / 16000
     for i, key in enumerate(keys):
         yield key, [(0.3 * np.sin(2 * np.pi * (220 + 40 * i) * time_sec)).astype(np.float32)]
 
 
 def make_tree(audio_bytes: int = 4 << 20) -> dict[str, Any]:
-    """Return the scorecard of the predictions, without METEOR."""
+    """Return the scorecard of `make_predictions`, without METEOR."""
     about = {"model": "none", "data": HOSTILE}
     return make_card(f"made up {HOSTILE}", about, make_predictions(), ["broken", "broken"], None, tones, audio_bytes)

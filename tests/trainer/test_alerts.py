@@ -22,7 +22,7 @@ from trainer.telemetry.events import EventLog
 
 @contextmanager
 def server(received: list[dict[str, Any]], delay_sec: float = 0.0, status: int = 200) -> Iterator[str]:
-    """Run an HTTP server that keeps what is posted to it, and yield its URL."""
+    """Run an HTTP server that appends what is posted to it to `received`, and yield its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the model as AudioBench calls it, with both forms of AudioBench's samples."""
+"""Tests of the functions that AudioBench calls, with both forms of AudioBench's samples."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(folder: Path) -> Any:
-    """A replacement of AudioBench's `Model` with everything that its hooks use."""
+    """Return a replacement for AudioBench's `Model`, with the attributes that the functions use."""
     model = SimpleNamespace(model_name=str(folder), dataset_name="librispeech_test_clean")
     earshot_model_loader(model)
     return model
 
 
 def sample(num: int, name: str, rate: int = 16000, task: str | None = "ASR") -> dict[str, Any]:
-    wave = 0.1 * np.random.default_rng(num).standard_normal(num)  # float64, as the package datasets returns it
+    wave = 0.1 * np.random.default_rng(num).standard_normal(num)  # float64, like the arrays of the package `datasets`
     made = {"audio": {"array": wave, "sampling_rate": rate, "path": None}, name: f"{INSTRUCTION} a", "reference": "x"}
     return made if task is None else {**made, "task_type": task}
 
@@ -67,7 +67,7 @@ def test_other_rates_are_resampled_and_long_speech_is_windowed(bench: Any, monke
 
 
 def test_a_sample_of_another_form_is_an_error(bench: Any) -> None:
-    with pytest.raises(ValueError, match="too_long"):  # instead of answering about its first seconds
+    with pytest.raises(ValueError, match="too_long"):  # an answer about only its first seconds would be wrong
         earshot_model_generation(bench, sample(40 * 16000, "instruction", task="SQA"))
     with pytest.raises(ValueError, match="must have audio"):
         earshot_model_generation(bench, {"audio": {"array": [0.0]}, "instruction": "x"})

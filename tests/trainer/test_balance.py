@@ -1,4 +1,7 @@
-"""Tests of balancing: every item gets a bin, and bins are about equally full, also with items of similar cost only."""
+"""Tests of balancing: every item gets a bin, and the bins are about equally full.
+
+`spread_alike` must also put items of similar cost into the same bin.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def test_few_items_follow_the_longest_processing_time_rule() -> None:
 def test_no_bin_exceeds_grahams_bound(costs: list[float], num_bins: int, spread_any: Callable[..., Any]) -> None:
     bins = spread_any(costs, num_bins)
     assert bins.shape == (len(costs),) and ((bins >= 0) & (bins < num_bins)).all()
-    # In any order, an item goes to the emptiest bin, which contains at most the mean (Graham 1969).
+    # Whatever the order, an item is put into the emptiest bin, whose load is at most the mean (Graham 1969).
     limit = sum(costs) / num_bins * (1 + TOLERANCE) + max(costs, default=0.0)
     assert loads_of(costs, bins, num_bins).max() <= limit + 1e-6
     assert (spread_any(costs, num_bins) == bins).all()

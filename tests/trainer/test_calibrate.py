@@ -1,4 +1,4 @@
-"""Tests of the calibration of a device, on this machine's CPU."""
+"""Tests of the calibration of an accelerator's rates, with this machine's CPU as the accelerator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_cpu_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(shares) == pytest.approx(1) and all(0 < share <= 1 for share in shares)
     assert 0 < found.attention_efficiency <= 1 and 0 < found.memory_tb_s < 10 and found.kernel_us > 0
     assert (found.memory_gib, found.node_gb_s) == (KNOWN["h100"].memory_gib, KNOWN["h100"].node_gb_s)
-    # The shares give back the measured rate of the middle product.
+    # For the shape of a measured product, the interpolation must return the measured share.
     assert found.matrix_share(64, 64, 64) == pytest.approx(shares[1], rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Tests of chains of recipes, in which later runs start from the weights of earlier runs."""
+"""Tests of chains of recipes, in which later runs start from weights of earlier runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that encoder experts on half of the ranks, whose ZeRO-3 slices are in groups, are saved completely and once."""
+"""Tests that every tensor of the audio side is saved completely and once, if each expert is on half of the ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.parallel.topology import Topology
 
 WORLD = 4
 GROUPS = {"everyone": (0, 1, 2, 3), "first": (0, 2), "second": (1, 3)}
-PARAMETERS = {  # name → (shape, group)
+PARAMETERS = {  # shape and group by name
     "audio.projector.weight": ((5, 7), "everyone"),
     "audio.experts.hubert.w": ((3, 5), "first"),
     "audio.experts.wavlm.w": ((11,), "second"),
@@ -37,13 +37,13 @@ def test_blocks_with_copies_save_every_tensor_once(monkeypatch: pytest.MonkeyPat
             if s.slices is not None and audio_state._is_saved_here(s.name, groups)
         ]
         blocks.append(moved)
-    assert all(any(blocks[first : first + 4]) for first in (0, 4)), "both blocks save"
+    assert all(any(blocks[first : first + 4]) for first in (0, 4)), "both blocks must save"
     entries = [entries_of(own, "audio", rank) for rank, own in enumerate(blocks)]
     assert merge_entries(entries, [sliced_elements(own) for own in blocks]).keys() == PARAMETERS.keys()
 
 
 def held_by(rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
-    """Return the shards of one rank, in which each element's value is its place in the flat tensor."""
+    """Return the shards of one rank. The value of an element is its place in the flat tensor."""
     monkeypatch.setattr(audio_state.dist, "get_rank", lambda group: GROUPS[group].index(rank))
     monkeypatch.setattr(audio_state.dist, "get_process_group_ranks", lambda group: list(GROUPS[group]))
     found = []

@@ -1,4 +1,4 @@
-"""Tests of rectangles, manifests and files of checkpoints, including reading rectangles other than those written."""
+"""Tests of rectangles, manifests and files of checkpoints. Rectangles that are read may differ from those written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHAPES = ((7, 5), (6,), (), (3, 2, 4), (1, 9))
 
 
 def cut(name: str, whole: torch.Tensor, cuts: list[int]) -> list[list[Shard]]:
-    """Return the shards of each part of a flat tensor that is cut at `cuts`."""
+    """Cut a flat tensor at `cuts`, and return the shards of each part."""
     shape, flat, bounds = tuple(whole.shape), whole.flatten(), [0, *sorted(cuts), whole.numel()]
     parts = []
     for start, stop in zip(bounds, bounds[1:], strict=False):
@@ -123,7 +123,7 @@ def test_ranks_of_a_node_share_a_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [frozen, "node-00003.joined"]
     assert [path.name for path in (tmp_path / frozen).iterdir()] == ["node-00003.joined"]
 
-    (tmp_path / frozen).rename(tmp_path.parent / frozen)  # as a commit does
+    (tmp_path / frozen).rename(tmp_path.parent / frozen)  # a commit does this
     manifest = Manifest.loads(Manifest(1, {}, files, {}).dumps())
     assert manifest.files == files
     folder = LocalFolder(tmp_path)
@@ -182,7 +182,7 @@ def test_pieces_must_cover_the_tensor_once() -> None:
 
 
 def sliced(shape: tuple[int, ...], ranks: range, numel: int) -> list[list[Shard]]:
-    """Return the shards of each rank of `ranks`, for a tensor that is cut into slices of `numel` elements."""
+    """Cut a tensor into slices of `numel` elements, one for each rank of `ranks`, and return each rank's shards."""
     whole, slices = torch.arange(float(math.prod(shape))), Slices(ranks, numel)
 
     def part(index: int, at: int, rect: Rect) -> torch.Tensor:

@@ -36,7 +36,7 @@ LEARNED, FROZEN = "audio", "llm"
 
 
 class PlainState(EngineState):
-    """The state of `engines` that are a dict with one tensor per family."""
+    """An engine state whose engines are a dict with one tensor per family."""
 
     def shards(self, engines: Any) -> dict[str, list[Shard]]:
         found = {}
@@ -59,7 +59,7 @@ class PlainState(EngineState):
 
 
 class PlainManager(CheckpointManager):
-    """A checkpoint manager for `PlainState`, which leaves the random generators alone."""
+    """A checkpoint manager for `PlainState` that does not restore random generators."""
 
     def __init__(self, url: str, config: CheckpointConfig, groups: Groups) -> None:
         super().__init__(url, config, groups, state=PlainState())
@@ -123,7 +123,7 @@ def latest(manager: PlainManager) -> Path | None:
 
 
 def names(checkpoints: Path) -> list[str]:
-    """Return the names in the folder, without bookkeeping and frozen weights."""
+    """Return the names of the folders in `checkpoints`, without those of frozen weights."""
     return sorted(p.name for p in checkpoints.iterdir() if p.is_dir() and not p.name.startswith("frozen-"))
 
 
@@ -198,7 +198,7 @@ def test_frozen_weights_are_written_once_and_verified_always(start: Start) -> No
     again = start(keep_last=1)
     assert loaded(again, path) == 2.0
     path = save(again, 3)
-    assert frozen_file(path) == once and names(path.parent) == [path.name], "still one copy, also after a restart"
+    assert frozen_file(path) == once and names(path.parent) == [path.name], "one copy, even after a restart"
     flip(once)
     with pytest.raises(UserError, match=r"frozen-.*/llm-00000.safetensors has another checksum"):
         start().load(LocalFolder(path), engines(0.0))
@@ -220,7 +220,7 @@ def test_retention(start: Start) -> None:
 
 def test_metric_that_evaluations_lack_is_logged(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     manager = start(best_metric="eval/dev/asr/werr")
-    manager.note_scores(1, {"eval/test/asr/wer": 0.5})  # of another split
+    manager.note_scores(1, {"eval/test/asr/wer": 0.5})  # a score of another split
     assert not caplog.records
     manager.note_scores(2, {"eval/dev/asr/wer": 0.5})
     assert "checkpoint.best_metric = eval/dev/asr/werr: the evaluation of step 2 has no such score" in caplog.text
@@ -300,7 +300,7 @@ def test_last_save_is_retried_once(start: Start, monkeypatch: pytest.MonkeyPatch
 def test_a_failed_draft_is_removed_before_other_ranks_know_of_the_failure(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They retry at once, and a draft that is removed later would take their new files with it."""
+    """Check the order. Other ranks retry at once, so a later removal would also remove their new files."""
     manager, seen = start(), list[list[str]]()
     write, calls = background.write_tensors, iter([None, OSError(5, "Input/output error")])
     broadcast = background.broadcast_value
@@ -326,7 +326,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, groups: Groups, caplog: pyte
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
-        pytest.skip(f"no tmpfs here: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
     try:
         manager = PlainManager(str(disk / "checkpoints"), CheckpointConfig(keep_last=1), groups)
         good = save(manager, 1)
@@ -353,7 +353,7 @@ def test_earlier_attempt_is_fenced(start: Start) -> None:
 
 
 def test_two_attempts_that_save_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old attempt is saving when the new one begins, and continues after the new one has saved."""
+    """Check an old attempt that is saving when a new one begins, and that continues after the new one has saved."""
     old, reached, go_on = start(), threading.Event(), threading.Event()
     write, mine = background.write_tensors, old._place.attempt.token
 
@@ -394,7 +394,7 @@ def test_killed_in_a_save(moment: str, start: Start) -> None:
 
 
 def save_and_die(folder: str, moment: str) -> None:
-    """Save in a process of its own, which is killed when the save of step 2 reaches `moment`."""
+    """Save step 2, and kill this process when the save calls the function `moment`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     manager = PlainManager(folder, CheckpointConfig(), make_groups())

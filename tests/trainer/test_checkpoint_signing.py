@@ -1,4 +1,4 @@
-"""Tests that with a key, only checkpoints that were signed with this key are loaded, even if all checksums match."""
+"""Tests that a process with a key only loads checkpoints signed with this key, even if all checksums match."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_signed_checkpoints_are_read_with_and_without_the_key(
     assert capsys.readouterr().out == f"step {STEP}: signed\n"
     assert damage_of(folder) is None and export.main([str(run), str(tmp_path / "a")]) == 0
     capsys.readouterr()
-    assert checkpoints.main([str(run), "sign"]) == 0 and capsys.readouterr().out == ""  # it is signed
+    assert checkpoints.main([str(run), "sign"]) == 0 and capsys.readouterr().out == ""  # it is already signed
     monkeypatch.setenv(VARIABLE, KEY[::-1])
     with pytest.raises(UserError, match="not signed"):
         read_manifest(folder)
@@ -82,7 +82,7 @@ def forged(manifest: Manifest, folder: LocalFolder, cryptographic: bool) -> str:
 def test_a_forged_manifest_is_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch, cryptographic: bool, keep_signature: bool
 ) -> None:
-    """The forger has changed the state and made all checksums fit, but has no key."""
+    """Check a checkpoint whose state was changed and whose checksums were updated, but without the key."""
     folder = sign(run, monkeypatch)
     before = json.loads((folder.path / MANIFEST).read_text())
     change_state(folder)
@@ -93,7 +93,7 @@ def test_a_forged_manifest_is_refused(
     with pytest.raises(UserError, match="not signed"):
         read_manifest(folder)
     monkeypatch.delenv(VARIABLE)
-    assert damage_of(folder) is None  # Without a key, a forger goes unnoticed.
+    assert damage_of(folder) is None  # without a key, the forgery is not detected
 
 
 def test_a_changed_file_is_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the weights of runs that start from a checkpoint or an export: equal values, new parts, and errors."""
+"""Tests of runs that start from a checkpoint or an export: which weights they read, which parts are new, and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INITIAL = 7.0
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """Return (a folder with a run and its export in several files, the run's tensors)."""
+    """Return a folder with a run and its export in several files, and the tensors of the run."""
     root = tmp_path_factory.mktemp("start")
     oracle = write_run(root / "run")
     assert export.main([str(root / "run"), str(root / "out"), "--dtype", "fp32", "--shard-gib", "3e-5"]) == 0
@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tens
 
 
 def shards_of(tensors: dict[str, Tensor]) -> list[Shard]:
-    """Return every tensor as the slices of three ranks, filled with `INITIAL`."""
+    """Return the slices of all tensors on three ranks, filled with `INITIAL`."""
     shards = []
     for name, tensor in tensors.items():
         whole = matrix_of(tuple(tensor.shape))
@@ -72,7 +72,7 @@ def test_every_weight_is_used_and_new_parts_are_listed(made: tuple[Path, dict[st
 
 
 def test_experts_that_an_export_stores_together_are_read_separately(tmp_path: Path) -> None:
-    """GPT-OSS: the exported tensors are those of transformers, and a run starts from the matrices within them."""
+    """Check GPT-OSS. Its exports have transformers' joined tensors, from which a run reads the experts' matrices."""
     tensors = tensors_of(write_run(tmp_path / "run", model=tiny_model("gpt_oss", num_layers=2)))
     assert export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
     stored = load_file(tmp_path / "out" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Tests of the report of keys that changed since the last attempt of a run."""
+"""Tests of the report on recipe keys that changed since the last attempt of a run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_changed_keys_are_reported_with_both_values(tmp_path: Path) -> None:
     assert "data.datasets.0.weight = 2" in said[0] and all(part in said[0] for part in wanted.split(", "))
     stored.write_text("[", encoding="utf-8")
     say_changes(stored, recipe, said.append)
-    stored.write_text("optim: {former: 1}", encoding="utf-8")  # of an older version
+    stored.write_text("optim: {former: 1}", encoding="utf-8")  # a recipe of an older version
     say_changes(stored, recipe, said.append)
     assert len(said) == 1

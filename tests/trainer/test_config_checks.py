@@ -222,7 +222,7 @@ def test_a_window_shorter_than_in_pre_training_is_one_warning() -> None:
         and "\n" not in warning
     )
     assert not warnings_of(load_recipe("mowe_8b", [*trim, "model.primary.trailing_silence_sec=1"]).model)
-    assert not warnings_of(load_recipe("debug").model), "random weights have not been pre-trained"
+    assert not warnings_of(load_recipe("debug").model), "random weights need no warning"
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -258,7 +258,7 @@ def test_a_missing_folder_is_named_before_the_hub_is_asked(tmp_path: Path) -> No
     overrides = [f"model.primary.weights={tmp_path}", f"model.llm.weights={tmp_path / 'llm'}"]
     with pytest.raises(UserError, match=f"model.llm.weights = {tmp_path / 'llm'}: no such folder; give a folder that"):
         check_folders(load_recipe("finetune_cpu", overrides))
-    check_folders(load_recipe("mowe_8b"))  # hub ids
+    check_folders(load_recipe("mowe_8b"))  # the weights are hub ids
 
 
 def test_a_file_is_no_folder_of_weights(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the checks of recipes for LLMs with experts before any rank starts."""
+"""Tests of the checks of recipes for LLMs with FFN experts, which are made before any rank starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the checks of recipes for LLMs with linear attention before any rank starts."""
+"""Tests of the checks of recipes for LLMs with linear attention, which are made before any rank starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the loading of recipes: conversion, overrides, inheritance and errors."""
+"""Tests of loading recipes: conversion, overrides, inheritance and errors."""
 
 from __future__ import annotations
 

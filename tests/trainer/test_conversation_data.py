@@ -42,7 +42,7 @@ def conversation_row(key: str, messages: list[Any], **fields: Any) -> dict[str, 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """A manifest with the same conversation as text with tags, and as blocks with paths; and two odd ones."""
+    """Write a manifest with the same conversation in two forms (tags and blocks), and with three wrong rows."""
     for i in range(2):
         (tmp_path / f"{i}.flac").write_bytes(audio_bytes(0.2 + 0.1 * i, seed=i))
     tags = [{"role": "user", "content": text} for text in ("<audio>What is this?", "And <audio>?")]
@@ -84,7 +84,7 @@ def test_manifests_shards_and_tars_give_the_same_samples(manifest: Path, capsys:
         ("order", "bad_messages"),
     ]
     assert "2 places" in skipped[0]["detail"] and "keep one of them" in skipped[1]["detail"]
-    # Another program wrote the tar, and its index is built here.
+    # The same samples in a tar of another program, whose index the trainer builds.
     stored = open_stored(str(root / "shards"))
     read = [item for item in stored.read(range(2)) if not isinstance(item, SampleError)]
     foreign = root / "foreign"

@@ -1,4 +1,4 @@
-"""Tests that conversations have the same tokens in training, the exported processor and transformers' rendering."""
+"""Tests that training, exported processors and transformers' templates give conversations the same tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.export.tokenizer import as_transformers, processor_settings
 
 RATE = TokenRate((2, 2))
 KEEPING = ("chatml", "llama", "gemma", "phi")
-"""The templates that keep earlier answers."""
+"""The tokenizers whose templates keep earlier answers unchanged."""
 CLIP_SAMPLES = (3000, 5000, 4000)
 ANSWERS = ("Rain.", "Ünïcode 日本", "Two words", "No", "It is: wind!")
 QUESTIONS = ("What is this?", "Are you sure?", "And this one?", "Why?", "Thanks, and?")
@@ -39,7 +39,7 @@ def assistant(text: str, **fields: object) -> dict[str, Any]:
 
 
 def conversation(num_turns: int) -> tuple[list[dict[str, Any]], tuple[np.ndarray, ...]]:
-    """Return messages with one clip in turn 1 and two in turn 3, and the clips."""
+    """Return the messages and the clips of a conversation, with one clip in turn 1 and two clips in turn 3."""
     messages = []
     for turn in range(num_turns):
         messages += [user(QUESTIONS[turn], {0: 1, 2: 2}.get(turn, 0)), assistant(ANSWERS[turn])]
@@ -67,7 +67,7 @@ def processor_of(tokenizer: Tokenizer) -> Any:
 
 
 def with_clips(messages: list[dict[str, Any]], clips: tuple[np.ndarray, ...]) -> list[dict[str, Any]]:
-    """Return the messages with the clips in their blocks, as transformers' processors read them."""
+    """Return the messages with the clips in their audio blocks, which is the form that processors read."""
     left = iter(clips)
     filled: list[dict[str, Any]] = []
     for message in messages:
@@ -79,7 +79,7 @@ def with_clips(messages: list[dict[str, Any]], clips: tuple[np.ndarray, ...]) ->
 
 
 def own_tokens(inner: Any, messages: list[dict[str, Any]], clips: tuple[np.ndarray, ...], prompt: bool) -> list[int]:
-    """Return the tokens of transformers' template, with as many placeholders as the clips have audio tokens."""
+    """Return the token ids of the template in transformers, with one placeholder per audio token of the clips."""
     left = iter(clips)
     plain: list[dict[str, str]] = []
     for message in messages:
@@ -110,7 +110,7 @@ def test_training_processor_and_transformers_agree(
     assert inputs["audio_mask"][0].tolist()[: len(ids)] == sample.audio_mask.tolist()
     assert sample.audio_mask.tolist() == [token == tokenizer.placeholder_id for token in ids]
 
-    # The labels are the answers and the token after each, at the places that the prompts leave for them.
+    # The labels are each answer and the token that ends its turn, at the positions that predict them.
     expected = [IGNORE] * len(ids)
     for place in range(1, len(messages), 2):
         start = len(own_tokens(tokenizer.inner, messages[:place], clips, prompt=True))
@@ -126,7 +126,7 @@ def test_training_processor_and_transformers_agree(
     assert prompt["input_ids"][0].tolist() == asked.token_ids.tolist() == ids[: asked.num_tokens]
     assert asked.num_targets == 0 and asked.answer_text == "" and asked.meta["answer"] == ANSWERS[num_turns - 1]
 
-    # Each clip is routed by the question of its own turn.
+    # Each clip is routed by the question in its own turn.
     texts = [QUESTIONS[0], QUESTIONS[2], QUESTIONS[2]][: len(clips)]
     found = Batch((sample,)).prompts
     assert [tokenizer.decode(part.tolist()) for part in found.split()] == texts
@@ -202,7 +202,7 @@ def test_without_a_chat_template_turns_follow_each_other(tokenizers: dict[str, H
 
 
 def learned(tokenizer: Tokenizer, messages: list[dict[str, Any]], loss_turns: Any) -> list[str]:
-    """Return the answers that have labels."""
+    """Return the texts of the answers that have labels."""
     clips = conversation(len(messages) // 2)[1]
     labels = make_sample("k", fields(messages), clips, tokenizer, RATE, loss_turns=loss_turns).labels
     ends = [-1, *np.flatnonzero(labels == tokenizer.turn_end_id).tolist()]

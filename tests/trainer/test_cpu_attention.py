@@ -1,4 +1,4 @@
-"""Attention of encoders on CPUs in bf16."""
+"""Tests of the attention of bf16 encoders on CPUs, which is computed in fp32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.engine.cpu_attention import use_fp32_attention
 
 @pytest.fixture
 def fp32_attention() -> Iterator[None]:
-    """Use it in this test only."""
+    """Switch fp32 attention on for one test."""
     use_fp32_attention()
     yield
     AttentionInterface.register("sdpa", sdpa_attention_forward)

@@ -1,4 +1,4 @@
-"""Tests of the decoding, metadata checks and augmentation of clips."""
+"""Tests of decoding clips, checking their metadata, and augmenting them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def wav_of(values: list[float]) -> bytes:
         (wav_of([0.0, float("inf")]), "nan"),
         (audio_bytes(2.0), "too_long"),
     ],
-    # Names must be the same in every process that collects the tests, but libsndfile writes the time into WAV files.
+    # Every process that collects the tests must give them the same names. Names from the data would differ, because
+    # libsndfile writes the time into WAV files.
     ids=["nothing", "text", "half-a-flac", "half-a-wav", "no-samples", "nan", "infinity", "two-seconds"],
 )
 def test_bad_audio_is_named(data: bytes, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Tests that samples that differ from the index are fetched again, and skipped if they still differ."""
+"""Tests that a sample that differs from the index is fetched again, and skipped if it still differs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recording(LocalStore):
-    """A store that records every read, and flips a bit in the results of the first `num_bad` reads."""
+    """A store that records every read, and flips one bit in each of the first `num_bad` reads."""
 
     def __init__(self, folder: Path, num_bad: int = 0) -> None:
         super().__init__(folder)
@@ -87,7 +87,7 @@ def test_samples_that_remain_bad_are_skipped(folder: Path, caplog: pytest.LogCap
     assert bad.reason == "altered" and "shard-000000.tar: sample k-" in bad.detail
     assert len(keys(found)) == NUM - 1
     assert caplog.text.count("the sample is skipped") == 1
-    store.num_bad = 99  # a sample known to be altered takes one read, and is not logged again
+    store.num_bad = 99  # a sample that is known to be altered is read once more, but not logged again
     num_reads = len(store.reads)
     index = next(i for i, raw in found.items() if isinstance(raw, SampleError))
     assert isinstance(read_samples(shards, 0, [index])[index], SampleError)
@@ -103,7 +103,7 @@ def test_a_shard_of_another_size_is_not_used_at_all(folder: Path, change) -> Non
     found = read_samples(shards, 0, [0, 1])
     assert {raw.reason for raw in found.values() if isinstance(raw, SampleError)} == {"altered"}
     assert list(shards.quarantined) == [0]
-    path.unlink()  # it is not read again
+    path.unlink()  # the shard must not be read again
     assert not keys(read_samples(shards, 0, [2]))
 
 
@@ -119,7 +119,7 @@ def test_an_unreachable_store_quarantines_nothing(folder: Path) -> None:
 
 
 def test_a_swapped_sample_is_detected(folder: Path) -> None:
-    """The bytes are intact but belong to another sample, because the table was altered."""
+    """Check bytes that are intact but belong to another sample, because the offset table was altered."""
     path = folder / "shard-000000.idx.json"
     table = json.loads(path.read_text())
     table["samples"][3][4], table["samples"][4][4] = table["samples"][4][4], table["samples"][3][4]

@@ -17,7 +17,7 @@ counts = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(sum)
 
 
 def walk(order: DatasetOrder, lane: int, num: int, start: int = 0) -> list[tuple[int, int, int]]:
-    """Return (epoch, shard, index) at `num` positions of a lane, which are computed independently."""
+    """Return (epoch, shard, index) at `num` positions of a lane, each of which is computed on its own."""
     spans = (order.span(lane, start + i) for i in range(num))
     return [(r.epoch, r.shard, r.indices[0]) for r in spans]
 
@@ -29,7 +29,7 @@ def test_every_epoch_contains_every_sample_once(
 ) -> None:
     order = DatasetOrder("s", per_shard, seed, num_lanes, shuffle, chunk)
     everything = {(shard, i) for shard, n in enumerate(per_shard) for i in range(n)}
-    # After num_lanes epochs every lane has read every sample, so that the total is a whole number of epochs.
+    # If every lane reads as many samples as the dataset has, the lanes together read num_lanes whole epochs.
     seen: dict[int, Counter] = {}
     for lane in range(num_lanes):
         places = walk(order, lane, order.num_samples)
@@ -77,7 +77,7 @@ def test_epochs_differ_if_shuffled_and_follow_storage_if_not() -> None:
 
 
 def test_the_order_is_that_of_every_machine_and_version() -> None:
-    """Compare with golden values: if they change, all existing checkpoints would resume with other samples."""
+    """Compare with golden values. If the order changed, all existing checkpoints would resume with other samples."""
     assert permutation(8, 7, "set", 3).tolist() == [7, 1, 6, 5, 0, 2, 4, 3]
     order = DatasetOrder("set", [5, 3], 7, 2, True, 2)
     assert [place[1:] for place in walk(order, 1, 6)] == [(0, 0), (1, 1), (1, 0), (1, 2), (0, 4), (0, 1)]

@@ -1,4 +1,4 @@
-"""Tests that the loader, resumed on any number of ranks, returns bit-identical samples in the uninterrupted order."""
+"""Tests that a loader that resumes on any number of ranks returns bit-identical samples in the same order."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_any_stop_points_and_ranks_give_the_same_batches(
 def test_any_shards_resumed_on_1_then_4_then_2_ranks(
     prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Check with random text datasets that resumed parts give the uninterrupted order, and each epoch exactly once."""
+    """Check with random text datasets that a resumed loader keeps the order, and draws no sample too often."""
     root = tmp_path_factory.mktemp("any")
     sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=3))
     weights = [1.0, *data.draw(st.lists(st.sampled_from([0.0, 0.3, 2.0]), min_size=2, max_size=2))]
@@ -113,7 +113,7 @@ def test_one_lane_draws_everything_once_per_epoch(prepared: PreparedData, tmp_pa
 
 
 class Counting(LocalStore):
-    """A store that counts requests by kind."""
+    """A store that counts its requests by kind."""
 
     requests: Counter[str] = Counter()
 
@@ -148,7 +148,10 @@ def test_resume_takes_the_same_number_of_reads_at_any_position(
 
 
 def test_processes_do_not_change_the_batches(prepared: PreparedData) -> None:
-    """Load on one rank with 1 process, on 4 with none, and on 2 with 2 each and little shared memory."""
+    """Load on 1 rank with 1 process, on 4 ranks without processes, and on 2 ranks with 2 processes each.
+
+    The last case has little shared memory.
+    """
     data = with_fields(prepared, num_lanes=4, global_batch_samples=8)
     expected, end = run(data, 12)
     first, state = run(with_fields(data, num_workers=1), 12, 1, None, 4)
@@ -159,7 +162,7 @@ def test_processes_do_not_change_the_batches(prepared: PreparedData) -> None:
 
 
 def test_every_usable_sample_comes_exactly_once_per_epoch(prepared: PreparedData) -> None:
-    """Dataset `a` with one lane has 13 positions per epoch, of which 3 are skipped."""
+    """Check dataset `a` with one lane. It has 13 positions per epoch, of which 3 are skipped."""
     data = with_fields(
         prepared, num_lanes=1, global_batch_samples=1, datasets=prepared.config.datasets[:1], join=JoinConfig()
     )

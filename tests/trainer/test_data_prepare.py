@@ -1,4 +1,4 @@
-"""Tests of the preparation of data: shards from manifests, evaluation splits and tokenizers."""
+"""Tests of preparing data: shards that are built from manifests, evaluation splits, and tokenizers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_prepare_is_idempotent_and_follows_changes(corpus: Path) -> None:
     assert (again.datasets, again.tokenizer_path) == (first.datasets, first.tokenizer_path)
     (corpus / "clip-0.flac").write_bytes((corpus / "clip-1.flac").read_bytes())
     changed = prepare(config, TokenRate((2,)), on_built=reports.append)
-    assert len(reports) == 3  # only the training split contains that clip
+    assert len(reports) == 3  # only the training split was built again
     assert changed.datasets[0].shards["test"] == first.datasets[0].shards["test"]
 
 
@@ -140,7 +140,7 @@ def test_a_wrong_path_is_reported_before_ranks_start(
 ) -> None:
     from trainer.__main__ import main
 
-    monkeypatch.setattr("trainer.run.launch.start_ranks", None)  # It would raise a TypeError.
+    monkeypatch.setattr("trainer.run.launch.start_ranks", None)  # a start of ranks would raise a TypeError
     assert main(["debug", f"data.root={tmp_path}", f"train.run_dir={tmp_path}", "--verbose"]) == 2
     assert capsys.readouterr().err.startswith(
         f"error: data.datasets 'demo': {tmp_path}/demo.jsonl: no such file; check"

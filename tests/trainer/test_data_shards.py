@@ -1,4 +1,4 @@
-"""Tests of the writing and reading of shards and their indexes."""
+"""Tests of writing and reading shards and their indexes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", PLACEHOLDER, "what", "is", "said", "?", "one", "two", "[U]", "[A]", "listen"]
-"""The words of the tests; their ids are what 5, is 6, said 7, ? 8, one 9, two 10, [U] 11, [A] 12, listen 13."""
+"""The vocabulary. The ids are what 5, is 6, said 7, ? 8, one 9, two 10, [U] 11, [A] 12 and listen 13."""
 
 CHAT = "{% for m in messages %}[U] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
 
@@ -52,12 +52,12 @@ META = {"task": "asr", "instruction": "what is said ?", "answer": "one two"}
 
 
 def tensors(key: str, meta: dict, clips: tuple[torch.Tensor, ...], *args: object, **kwargs: object) -> Sample:
-    """Return a sample as the model gets it."""
+    """Return a sample in the form that the model reads."""
     return to_sample(make_sample(key, meta, tuple(c.numpy() for c in clips), *args, **kwargs))  # type: ignore[arg-type]
 
 
 def clip(num_audio_tokens: int) -> torch.Tensor:
-    """Return a clip of `num_audio_tokens` after a stride of 2, of 640 samples each, the last one partly filled."""
+    """Return a clip that has `num_audio_tokens` after a stride of 2. Each has 640 samples, except for the last."""
     return torch.ones(640 * num_audio_tokens - 639)
 
 

@@ -1,4 +1,4 @@
-"""Tests that arrays in shared memory arrive in order and unchanged, for all sizes of arrays and of the ring buffer."""
+"""Tests that arrays in shared memory arrive in order and unchanged, even if they do not fit into the ring buffer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from model.errors import UserError
 from trainer.data.workers import Workers
 
 SIZES = (0, 1, 7, 1000, 30_000, 65_000, 200_000, 12)
-"""Sizes of float32 arrays; the last but one does not fit into a ring buffer of 256 KiB."""
+"""The sizes of float32 arrays. An array of 200,000 values does not fit into a ring buffer of 256 KiB."""
 
 
 def numbers(seed: int, num: int) -> Iterator[list[dict[str, object]]]:
-    """Yield `num` lists of arrays and other small values."""
+    """Yield `num` lists with arrays and other small values."""
     rng = np.random.default_rng(seed)
     for i in range(num):
         sizes = rng.choice(SIZES, size=2)
@@ -45,7 +45,7 @@ def test_everything_arrives_in_order_and_unchanged(num_ahead: int) -> None:
             kept.append((found, [x for part in expected for x in part]))
     finally:
         workers.close()
-    for found, wanted in kept:  # compared after the ring buffer has been overwritten
+    for found, wanted in kept:  # the ring buffer has been overwritten since
         for a, b in zip(found, wanted, strict=True):
             assert a["number"] == b["number"]
             assert all(np.array_equal(x, y) for x, y in zip(a["arrays"], b["arrays"], strict=True))

@@ -1,4 +1,4 @@
-"""Tests that tasks that a recipe declares are known wherever tasks are used, including in child processes."""
+"""Tests that tasks declared in a recipe are known wherever tasks are used, including child processes."""
 
 from __future__ import annotations
 

@@ -97,7 +97,8 @@ def test_cuda_that_was_started_before_is_refused(no_variables: None, monkeypatch
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-# The operations that raise on CUDA according to torch.use_deterministic_algorithms's documentation, and their aliases.
+# The operations that raise an error on CUDA, according to the documentation of torch.use_deterministic_algorithms, and
+# their aliases.
 DOCUMENTED = {
     "AvgPool3d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "AdaptiveMaxPool2d", "FractionalMaxPool2d",
     "FractionalMaxPool3d", "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d", "interpolate", "ReflectionPad1d",
@@ -111,21 +112,21 @@ ALIASES = {
     "scatter_reduce_", "kthvalue",
 }  # fmt: skip
 
-# Permitted uses and their reasons.
+# The permitted uses, by file and operation, and why each is permitted.
 LEGAL = {
     ("model/router.py", "EmbeddingBag"): "mode is mean",
-    ("model/losses/vocabulary.py", "cross_entropy"): "of the single-process model; one-dimensional: does not raise",
-    ("model/losses/ctc.py", "ctc_loss"): "only where torch is not restricted",
+    ("model/losses/vocabulary.py", "cross_entropy"): "single process only; does not raise in one dimension",
+    ("model/losses/ctc.py", "ctc_loss"): "called only if deterministic algorithms are off",
     ("trainer/evaluation/offline/decode.py", "cumsum"): "integers",
-    ("model/encoders/qwen3_asr.py", "ReflectionPad1d"): "only its gradient raises, and none flows to waveforms",
+    ("model/encoders/qwen3_asr.py", "ReflectionPad1d"): "only its gradient raises an error, and waveforms have none",
     ("trainer/telemetry/trace.py", "median"): "on the CPU, without indices",
-    ("trainer/engine/whole_weights.py", "resize_"): "of a storage; only the method of tensors raises",
-    ("model/losses/next_token.py", "cross_entropy"): "of `Vocabulary`, see there; distributed, it is Megatron's",
+    ("trainer/engine/whole_weights.py", "resize_"): "method of a storage; only that of tensors raises an error",
+    ("model/losses/next_token.py", "cross_entropy"): "calls that of `Vocabulary` or, on several ranks, Megatron's",
 }
 
 
 def uses(source: str) -> Iterator[str]:
-    """Return the called names of `DOCUMENTED` or `ALIASES`, except those of NumPy and statistics."""
+    """Yield the names of all called functions, except for those of NumPy and statistics."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -166,7 +167,7 @@ def test_uses_are_detected() -> None:
     ]
 
 
-# The operations whose CUDA kernels raise, by dispatched name; cumsum of floating point is added below.
+# The dispatched names of operations whose CUDA kernels raise an error. The test adds cumsum of floating-point values.
 ALERTING = re.compile(
     r"aten::(_?ctc_loss_backward|avg_pool3d_backward|_?adaptive_(avg|max)_pool[23]d_backward|"
     r"fractional_max_pool[23]d_backward|max_unpool[23]d|upsample_\w+_backward|reflection_pad[123]d_backward|"
@@ -187,7 +188,8 @@ def test_a_step_of_all_parts_dispatches_no_operation_that_raises_on_cuda() -> No
 def dispatched() -> list[tuple[str, bool]]:
     """Train one step of the tiny model, and return the operations that ran.
 
-    Each is a name and whether the operation's first argument is floating point."""
+    Each operation has a name, and a flag that says whether its first argument is floating point.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from model.batch import Batch

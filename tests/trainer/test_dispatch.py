@@ -31,18 +31,18 @@ def test_every_pair_is_computed_once_and_returned(data: st.DataObject) -> None:
     clips = ClipTable(source_rank, samples, np.array(flags, dtype=bool).reshape(len(source_rank), num_encoders))
     plan = plan_dispatch(clips, [linear(k + 1.0) for k in range(num_encoders)], places, ep, world)
     assert (plan.encoder_rank % ep == np.asarray(places)[plan.encoder]).all(), (
-        "a rank got a clip for an encoder it lacks"
+        "a rank received a clip for an encoder that it lacks"
     )
     parts = [dispatch_of(plan, rank) for rank in range(world)]
 
-    # The plan is carried out with numbers in place of clips, and pairs (clip, encoder) in place of features.
+    # The plan is executed with numbers in place of clips, and with pairs (clip, encoder) in place of features.
     first = np.searchsorted(source_rank, np.arange(world))
     sent = [[int(first[r]) + c for c in parts[r].send_clips] for r in range(world)]
     arriving = [delivered(rank, sent, [p.send_to for p in parts], parts[rank].recv_from) for rank in range(world)]
     computed = []
     for rank, part in enumerate(parts):
         assert [int(samples[c]) for c in arriving[rank]] == list(part.recv_lengths)
-        assert len(set(arriving[rank])) == len(arriving[rank]), "a clip travelled twice to one rank"
+        assert len(set(arriving[rank])) == len(arriving[rank]), "a clip was sent twice to one rank"
         results = [(arriving[rank][i], k) for k, work in enumerate(part.work) for i in work]
         computed += results
         back = [results[i] for i in part.return_order]
@@ -61,7 +61,7 @@ def delivered(rank: int, sent: list[list], to: list[tuple[int, ...]], source: tu
     """Return what arrives at `rank` from all ranks, in the order in which each of them sent it."""
     left = {s: [x for x, t in zip(sent[s], to[s], strict=True) if t == rank] for s in range(len(sent))}
     found = [left[s].pop(0) for s in source]
-    assert not any(left.values()), "something was sent that nobody expects"
+    assert not any(left.values()), "something was sent that no rank expects"
     return found
 
 

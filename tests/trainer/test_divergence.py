@@ -21,9 +21,9 @@ def divergence(losses: list[float], num_skipped: int, **optim: float) -> Diverge
 @pytest.mark.parametrize(
     ("losses", "num_skipped", "onset"),
     [
-        ([3.0, 2.9, 2.8, NAN, NAN], 2, 4),  # out of the blue
-        ([3.0, 2.9, 2.8, 9.0, 40.0, NAN, NAN], 2, 4),  # it grew before
-        ([3.0, 2.9, 9.0, 2.8, 40.0, NAN], 1, 5),  # a single high loss that recovered is no onset
+        ([3.0, 2.9, 2.8, NAN, NAN], 2, 4),  # the loss did not grow before
+        ([3.0, 2.9, 2.8, 9.0, 40.0, NAN, NAN], 2, 4),  # the loss grew before
+        ([3.0, 2.9, 9.0, 2.8, 40.0, NAN], 1, 5),  # a single high loss is not an onset if the loss recovers
         ([NAN, NAN], 2, 1),
     ],
 )

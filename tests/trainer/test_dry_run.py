@@ -32,7 +32,7 @@ def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
     assert "128 ranks = TP 4 x PP 4 x DP 8" in out
     rows = {tuple(line.split()) for line in out.splitlines()}
     assert ("3", *(f"{32 * stage + 12}-{32 * stage + 15}" for stage in range(4))) in rows
-    assert ("llm", "70.55", "B", "70.55", "B", "0") in rows  # meta-llama/Meta-Llama-3-70B: 70,553,706,496
+    assert ("llm", "70.55", "B", "70.55", "B", "0") in rows  # meta-llama/Meta-Llama-3-70B has 70,553,706,496
     assert not torch.distributed.is_initialized()
 
 
@@ -42,9 +42,10 @@ def test_the_published_mowe(num_ranks: int, capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert f"{num_ranks} ranks = TP 2 x PP 1 x DP {num_ranks // 2}" in out
     rows = {tuple(line.split()) for line in out.splitlines()}
-    # The encoder of openai/whisper-large-v2 has 636,784,640 parameters, of which its positions are not trained.
+    # The encoder of openai/whisper-large-v2 has 636,784,640 parameters. Its positions are not trained.
     assert ("audio.primary", "636.78", "M", "634.86", "M", "1.92", "M") in rows
-    # Rank 16 on q, k, v and o of 32 layers: 32 * 16 * (3 * 4096 + 1024 + 1024 + 5 * 4096 - 4096) parameters.
+    # Adapters of rank 16 on q, k, v and o of 32 layers have
+    # 32 * 16 * (3 * 4096 + 1024 + 1024 + 5 * 4096 - 4096) parameters.
     assert ("llm", "8.04", "B", "13.63", "M", "8.03", "B") in rows
 
 

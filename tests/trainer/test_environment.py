@@ -1,4 +1,4 @@
-"""Tests of a process's environment variables before its first use of CUDA, and of a rank's number of open files."""
+"""Tests of the environment variables that are set before a process uses CUDA, and of a rank's number of open files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_time_to_start_grows_with_the_ranks_unless_it_is_set() -> None:
 
 @pytest.mark.timeout(60)
 def test_every_way_of_starting_sets_them_before_torch_is_imported() -> None:
-    """`earshot train` and ranks that torchrun starts run the same main function."""
+    """Check the main function, which `earshot train` and the ranks of torchrun both call."""
     script = textwrap.dedent("""
         import json, os, resource, sys
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -92,14 +92,14 @@ def test_a_low_limit_is_named_with_the_number_that_is_needed(tmp_path: Path, mon
 )
 def test_a_rank_joins_two_gloo_groups_at_any_size(topology: Topology, most: int) -> None:
     found = count_groups(topology, rank=0)
-    assert found.gloo_groups == 2  # those of the world and of the checkpoints
+    assert found.gloo_groups == 2  # the groups of the world and of checkpoints
     assert found.gloo_peers == 2 * (topology.world - 1)
     assert found.groups <= 24
     assert needed_descriptors(topology.world, cuda=True) <= most
 
 
 def lazy_body() -> dict[str, Any]:
-    """Count this rank's open files with the groups of a run, and after every pair of ranks has communicated."""
+    """Return by how many this rank's open files grow: for the world, for all groups, and for a gather to rank 0."""
 
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))

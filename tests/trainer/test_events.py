@@ -1,4 +1,4 @@
-"""Tests of the writing and reading of a run's events, including incomplete files."""
+"""Tests of writing and reading a run's events, including incomplete files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_an_attempt_begins_with_started(tmp_path: Path) -> None:
     first.add("saved", step=3)
     EventLog(run).add("requeued", why="hung")
     second = begin_attempt(run)
-    first.add("failed", step=4)  # a remaining rank of the old attempt writes its own number
+    first.add("failed", step=4)  # a remaining rank of the old attempt writes the number of that attempt
     second.add("finished", step=9)
     found = read_events(run)
     assert [(e["event"], e["attempt"]) for e in found] == [
@@ -64,7 +64,7 @@ def test_lines_that_are_not_events_are_skipped(tmp_path: Path) -> None:
             file.write(line + "\n")
     assert [e["event"] for e in read_events(tmp_path)] == ["submitted"]
     assert begin_attempt(tmp_path).attempt == 1
-    assert read_events(tmp_path / EVENTS_NAME) == []  # a file instead of a folder
+    assert read_events(tmp_path / EVENTS_NAME) == []  # the path is a file, not a folder
 
 
 def test_events_wait_for_a_full_disk_and_keep_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

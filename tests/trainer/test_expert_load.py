@@ -1,4 +1,4 @@
-"""Tests of the encoders' load: sums over routings and parts, metrics, and the history on disk."""
+"""Tests of the load of encoder experts: sums over clips and ranks, metrics, and the history on disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ER = ClipGroup("er", UNNAMED, "stage", "2-5 s")
 
 
 def routing(*rows: tuple[list[float], list[float]]) -> Routing:
-    """Return a routing with the top-1 of two gates over the experts for each clip."""
+    """Return the routing of clips with these probabilities. Each of two gates chooses its most probable expert."""
     probs = torch.tensor(rows, dtype=torch.float64)
     chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, probs.argmax(-1, keepdim=True), True)
     return Routing(probs, chosen, ("data_independent", "data_dependent"))
@@ -137,7 +137,7 @@ def sample(seconds: float, source: str) -> Sample:
 
 
 def interval(step: int = 4) -> LoadInterval:
-    """Return an interval of two steps on two ranks, of which the second has no clips."""
+    """Return an interval of two steps on two ranks. The second rank has no clips of its own."""
     meter = LoadMeter(["hubert", "wavlm"], "whisper")
     meter.add_clips(Batch((sample(0, "x"), sample(1.5, "radio"))), routing(([0.6, 0.4], [0.1, 0.9])))
     meter.add_step({"whisper": (2.0, 0.5, 10, 20), "hubert": (1.0, 0.0, 0, 0)}, 5.0)
@@ -160,7 +160,8 @@ def test_parts_of_ranks_become_an_interval() -> None:
     assert costs.compute_sec.tolist() == [[3.0, 3.0], [2.0, 0.0], [2.0, 4.0]]
     assert costs.wait_sec.tolist() == [[0.5, 0.0], [0.0, 0.0], [0.0, 0.5]]
     assert costs.sent_bytes.tolist() == [20, 0, 0] and costs.received_bytes.tolist() == [20, 0, 0]
-    # Step 1: primary max(2, 1.5), experts max(1, 2). Step 2: max(1, 1.5), max(3, 2).
+    # The slowest ranks take max(2, 1.5) s for the primary encoder and max(1, 2) s for experts in step 1, and then
+    # max(1, 1.5) s and max(3, 2) s in step 2.
     assert costs.slowest_sec == 4.0 + 4.5
     assert costs.imbalance == pytest.approx(8.5 / 7.0)
 
@@ -218,7 +219,7 @@ def test_history_survives_a_full_disk(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 20, limits[1]))  # room for a part of a line
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 20, limits[1]))  # leaves space for a part of a line
         hook.on_step(StepReport(4, 1.0, load=interval(4)))
         assert (tmp_path / HISTORY_NAME).stat().st_size == whole
         with pytest.raises(OSError, match="too large"):

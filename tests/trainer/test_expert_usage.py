@@ -1,4 +1,4 @@
-"""Tests of the profiles of random routing histories, and of their text, JSON and plots."""
+"""Tests of expert usage profiles of random routing histories, and of their text, JSON and plots."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 
 def one_hot(experts: list[int], num: int = 2) -> ExpertLoad:
-    """Return the load of one clip of a second per entry, which the only gate routes to that expert."""
+    """Return the load of one clip of 1 s per entry of `experts`. The only gate routes the clip to that expert."""
     probs = torch.eye(num)[experts][:, None]
     names = [f"e{k}" for k in range(num)]
     return ExpertLoad.of(Routing(probs, probs.bool(), ("g",)), [ASR] * len(experts), [1.0] * len(experts), names)
@@ -72,10 +72,10 @@ def test_a_dead_expert_and_since_when(profile: Profile) -> None:
     assert profile.dead == ("whisper_tiny",)
     assert profile.last_used_step("whisper_tiny") == TINY_DIES and profile.last_used_step("hubert") == LAST_STEP
     late = of(*(interval(s, one_hot([0] if s < 8 else [0, 1]), [[1.0, 1.0], [1.0, 1.0]]) for s in range(1, 11)))
-    assert late.dead == ()  # used only at the end, which is the part that counts
+    assert late.dead == ()  # e1 is used only at the end, but only the end counts
     assert of(interval(1, one_hot([1]), [[0.0], [1.0]])).last_used_step("e0") is None
     silent = add_up([])
-    assert of(interval(1, silent, [[1.0], [1.0]])).dead == ()  # unknown without clips
+    assert of(interval(1, silent, [[1.0], [1.0]])).dead == ()  # without clips, it is unknown whether an expert is dead
 
 
 def test_drift_is_how_far_the_shares_moved() -> None:
@@ -117,7 +117,7 @@ def test_placement_by_cost() -> None:
     assert advice.current is not None and advice.current.slot_sec == (4.0, 1.0)
     assert advice.suggested.slots == (0, 1, 1) and advice.suggested.slowest_sec == 3.0
     assert advice.saved_sec == 1.0 and advice.suggested.imbalance == pytest.approx(3.0 / 2.5)
-    assert advice.others == ()  # 4 places for 3 experts would leave one empty
+    assert advice.others == ()  # with 4 places for 3 experts, one would be empty
     apart = advise(["a", "b", "c"], [6.0, 2.0, 2.0], ep=1, num_ranks=6, current=None)
     assert [len(p.slot_sec) for p in apart.others] == [2, 3] and apart.saved_sec == 0.0
 

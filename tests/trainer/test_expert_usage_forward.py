@@ -1,4 +1,4 @@
-"""Tests that a checkpoint's router routes data like the model that was saved."""
+"""Tests that the router of a checkpoint routes data like the model that was saved."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_tower(recipe: Recipe) -> AudioTower:
     tower = AudioTower(recipe.model, LLM_DIM, VOCAB_SIZE)
     torch.nn.init.normal_(
         tower.router.dependent.weight, std=2.0
-    )  # clear decisions, so that a wrong weight has an effect
+    )  # makes decisions so clear that a wrong weight has an effect
     return tower.eval()
 
 
@@ -86,7 +86,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(manifest: Path, tower: AudioTower, split: str | None) -> ExpertLoad:
-    """Return the load that the model in memory gives clip by clip."""
+    """Return the expert load of a manifest's clips, which the model in memory routes one by one."""
     total = ExpertLoad((), (), {})
     for line in manifest.read_text().splitlines():
         meta = json.loads(line)
@@ -152,7 +152,7 @@ def test_a_gate_that_reads_the_instruction_gets_its_tokens(manifest: Path, tmp_p
         routing = tower.router(Ragged.of([torch.zeros(1)] * 5), None, prompts)
     found = profile_data(find_run(tmp_path / "debug"), manifest, None).load.by_task()["er"]
     assert found.probs == pytest.approx(routing.probs.sum(0).numpy(), abs=1e-4)
-    assert found.entropy_of_mean[1] - found.mean_entropy[1] > 1e-3  # the gate distinguishes instructions
+    assert found.entropy_of_mean[1] - found.mean_entropy[1] > 1e-3  # the gate distinguishes the instructions
 
 
 def test_shards_are_routed_like_their_manifest(run: Path, manifest: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the HTML report of encoder experts in Chromium without a network."""
+"""Tests of the HTML report on expert usage, which Chromium renders without a network."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def report(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def check_numbers(page: Page, wanted: dict[str, Any]) -> None:
-    """Check that the numbers of the first table and of the gates equal those of a task in the JSON."""
+    """Check that the page's numbers of encoders and gates equal those of a task in the JSON."""
     for name, encoder in wanted["encoders"].items():
         for key in ("clip_share", "num_clips", "audio_share", "audio_sec"):
             assert page.numbers[f"encoders.{name}.{key}"] == pytest.approx(encoder[key], rel=1e-5, abs=1e-6), (
@@ -56,7 +56,7 @@ def test_it_renders_and_its_numbers_are_those_of_the_json(report: Path, tree: di
     page = browse(report, "" if task == "all" else f"#task={task}")
     assert (page.root["data-state"], page.root["data-errors"]) == ("ready", "")
     assert {"encoders", "tasks", "confidence", "drift", "by-language", "by-band", "time", "placement"} <= page.ids
-    assert "img" not in page.tags  # names from manifests are shown as text
+    assert "img" not in page.tags  # HTML in names from manifests is shown as text
     check_numbers(page, tree["tasks"][task])
     for other, found in tree["tasks"].items():
         for expert in tree["experts"]:
@@ -114,4 +114,4 @@ def test_the_page_loads_nothing(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     assert "default-src 'none'" in text
     assert not [mark for mark in ('src="', "@import", "url(", "<link", "fetch(", "XMLHttp") if mark in text]
-    assert text.count("</script>") == 2  # of the data and of the page's script, and none from a manifest
+    assert text.count("</script>") == 2  # they end the data and the page's script; none is from a manifest

@@ -1,4 +1,4 @@
-"""Tests of a rank's report on the error that ends the rank."""
+"""Tests of the report that a rank writes about the error that ends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of former recipe keys, which are errors in a user's recipe and are translated in a stored recipe."""
+"""Tests of former recipe keys. They are errors in a user's recipe, but are translated in a stored recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the description of a global batch from the ranks' contributions, compared with a loop over ranks."""
+"""Tests that the description of a global batch, which joins the numbers of all ranks, equals that of a plain loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of hardware faults: their detection with faked sources, and their consequences at the next start."""
+"""Tests of hardware faults: how they are detected in simulated sources, and what the next start does about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that all importers read the same samples from a corpus in their formats, and skip odd rows with reasons."""
+"""Tests that all importers read the same samples from a corpus in their formats, and skip bad rows with a reason."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_ambiguous_tars_are_refused(tmp_path: Path) -> None:
 
 
 def av_bytes(kind: str, codec: str, seconds: float = 1.0, rate: int = 48_000) -> bytes:
-    """Return a file of a tone that PyAV writes."""
+    """Return the content of an audio file with a tone, written with PyAV."""
     import io
 
     av = pytest.importorskip("av")
@@ -279,7 +279,7 @@ def test_files_that_libsndfile_lacks_become_flac(kind: str, codec: str, ending: 
     assert np.argmax(spectrum) == pytest.approx(440 * 40_000 / 48_000, abs=1)
     part = soundfile.read(tmp_path / "out" / found["part"]["audio"])[0]
     assert np.array_equal(part, values[12_000:36_000])
-    if ending != "aac":  # A stream of frames declares no length.
+    if ending != "aac":  # an AAC stream declares no length
         assert skipped(tmp_path / "out") == [("m.json:2", "broken")]
 
 

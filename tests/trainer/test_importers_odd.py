@@ -1,4 +1,4 @@
-"""Tests that imports of damaged, ambiguous or differently encoded sources lose, merge and replace nothing silently."""
+"""Tests that imports of damaged or ambiguous sources never lose, merge or replace anything silently."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from trainer.importers.fields import Ids
 
 @pytest.fixture
 def clip(tmp_path: Path) -> bytes:
-    """Return the content of `a.wav`, which the source contains."""
+    """Write `a.wav` to the folder of the source, and return its content."""
     data = audio_bytes(0.2, kind="WAV")
     (tmp_path / "a.wav").write_bytes(data)
     return data
 
 
 def tar_bytes(files: dict[str, bytes | tarfile.TarInfo]) -> bytes:
-    """Return a tar with two blocks of zeros at its end, and no more."""
+    """Return a tar with only two blocks of zeros at its end."""
     buffer = io.BytesIO()
     for name, data in files.items():
         info = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
@@ -103,7 +103,7 @@ def test_sparse_huge_and_linked_files_of_tars_are_not_read(tmp_path: Path, clip:
     sparse, huge, link = (tarfile.TarInfo(f"{name}.wav") for name in ("sparse", "huge", "link"))
     sparse.type, link.type, link.linkname = tarfile.GNUTYPE_SPARSE, tarfile.LNKTYPE, "a.wav"
     header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
-    header[483:495] = b"77777777777\0"  # The size of the file that the sparse one stands for: 8 GiB.
+    header[483:495] = b"77777777777\0"  # the sparse file claims a size of 8 GiB
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     files = tar_bytes(sample("a", clip) | {"link.wav": link, "link.txt": b"link"})[:-1024]
@@ -148,14 +148,14 @@ def test_one_column_may_give_two_fields(tmp_path: Path, clip: bytes) -> None:
 @pytest.mark.parametrize(
     ("rows", "answers", "bad_lines"),
     [
-        # The mark is closed by that of a later row, after which the row is malformed.
+        # A quotation mark in a later row closes the stray one, and the rest of that row is malformed.
         (['a.wav,"two', "a.wav,three", 'a.wav,"four"'], ["three", "four"], [3]),
-        # It is closed at the end of a later cell, so that the record is well-formed.
+        # A quotation mark at the end of a later cell closes the stray one, so the joined record is well-formed.
         (['a.wav,"two', "a.wav,three", 'a.wav,four"'], ["three"], [3, 5]),
         (['a.wav,"two', 'a.wav,three"', "a.wav,four"], ["four"], [3, 4]),
         (['"a.wav,two', 'a.wav,three"', "a.wav,four"], ["four"], [3, 4]),
         (['a.wav,"two', "a.wav,three", "a.wav,four"], ["three", "four"], [3]),
-        # Texts may have several lines.
+        # Quoted texts may have several lines.
         (
             ['a.wav,"two', "lines, or", 'three, in a.wav"', 'a.wav,"a, b"'],
             ["two\nlines, or\nthree, in a.wav", "a, b"],
@@ -337,5 +337,5 @@ def test_parts_of_recordings_that_are_longer_than_a_clip_may_be(
     assert [row["duration"] for row in manifest(tmp_path / "out")] == [0.5]
     assert skipped(tmp_path / "out") == [("m.json:2", "too_long"), ("m.json:3", "too_long")]
     monkeypatch.setattr("trainer.importers.audio._MAX_RECORDING_SEC", 2.5)
-    # Parts of WAV files are read without decoding the rest.
+    # A part of a WAV file is read without decoding the rest of the file.
     assert run("nemo", source, tmp_path / "again", "--max-skipped-fraction", "1") == (0 if kind == "WAV" else 2)

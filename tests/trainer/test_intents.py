@@ -1,4 +1,4 @@
-"""Tests of the intents and slots of spoken commands."""
+"""Tests of the scores of intents and slots in spoken commands."""
 
 from __future__ import annotations
 

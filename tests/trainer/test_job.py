@@ -1,4 +1,4 @@
-"""Tests of a batch job without Slurm: layout, choice of nodes, and the checks of a node and a recipe."""
+"""Tests of a batch job without Slurm: layout, choice of nodes, and the checks of nodes and recipes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def allocation(num_nodes: int, tasks: int = 8) -> Allocation:
     ("num_nodes", "num_ranks", "tensor", "expected"),
     [
         (16, 128, 8, Layout(16, 8)),
-        (18, 128, 8, Layout(16, 8)),  # two spares
+        (18, 128, 8, Layout(16, 8)),  # two nodes are spares
         (2, 16, 4, Layout(2, 8)),
         (2, 2, 2, Layout(1, 2)),  # a small recipe on large nodes
     ],
@@ -112,7 +112,7 @@ def test_gpus_are_judged_by_what_nvidia_smi_says(table: str, faults: list[str]) 
 
 
 def test_node_checks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    monkeypatch.setenv("PATH", str(tmp_path))  # contains no nvidia-smi
     wanted = Wanted(1, str(tmp_path / "run"), (), ("http://127.0.0.1:1",), 1e6, 1e6)
     report = look(wanted)
     kinds = ["memory available, 1e+06 needed (PREFLIGHT_MIN_MEMORY_GIB)", "GiB free in", "(PREFLIGHT_MIN_DISK_GIB)"]
@@ -210,7 +210,7 @@ def test_facts_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     keys = [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"]
     assert main(["debug", *keys]) == 0
     facts = json.loads(capsys.readouterr().out)
-    # This command does not make a plan.
+    # The command makes no plan, so these fields are empty.
     assert (facts.pop("host_gib"), facts.pop("disk_gib"), facts.pop("plan"), facts.pop("plan_json")) == (0, 0, "", "")
     assert facts.pop("checkpoints") == f"{tmp_path}/runs/debug"
     wanted = {"num_ranks": 2, "tensor": 1, "min_nodes": None, "stores": [], "trackers": []}
@@ -231,7 +231,7 @@ def test_a_restarted_job_takes_the_largest_number_of_nodes_that_is_possible(
         return replace(facts, num_ranks=asked[-1], plan="a plan", plan_json=f'{{"ranks": {asked[-1]}}}')
 
     monkeypatch.setattr("trainer.job.__main__.check", check)
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its handlers
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # keeps pytest's signal handlers
     facts = Facts(str(tmp_path), 128, 8, 12, (), ())
     keep_plan(replace(facts, plan="the plan", plan_json='{"ranks": 128}'))
 
@@ -246,7 +246,7 @@ def test_a_restarted_job_takes_the_largest_number_of_nodes_that_is_possible(
     assert (event["event"], event["nodes"], event["num_ranks"]) == ("fewer_nodes", 14, 112)
     stored = {path.name: path.read_text().strip() for path in tmp_path.glob("plan*")}
     wanted = {"plan.txt": "the plan", "plan.json": '{"ranks": 128}', "plan-112-ranks.json": '{"ranks": 112}'}
-    assert stored == wanted  # A later attempt may have all nodes again.
+    assert stored == wanted  # the plan for all nodes stays, as a later attempt may have all nodes again
     asked.clear()
     for unchanged in (job(15, 0, 12), job(15, 1, None), job(16, 1, 12), job(11, 1, 12)):
         assert unchanged._fit() is unchanged
@@ -257,7 +257,7 @@ def test_a_restarted_job_takes_the_largest_number_of_nodes_that_is_possible(
 def test_smaller_layouts_are_those_for_which_the_recipe_is_valid() -> None:
     recipe = load_recipe("mowe_70b", ["restart.min_nodes=12"])  # 4 pipeline stages of 4 tensor-parallel ranks
     assert fewer_ranks(recipe, 8) == (112, 96)
-    assert fewer_ranks(recipe, 128) == ()  # There is only one node.
+    assert fewer_ranks(recipe, 128) == ()  # the job has only one node
     with pytest.raises(UserError, match=r"restart.min_nodes = 15: the recipe is not valid on 15 nodes of 8 ranks "):
         fewer_ranks(load_recipe("mowe_70b", ["restart.min_nodes=15"]), 8)
 
@@ -322,9 +322,9 @@ def test_node_needs_disk_space_for_the_planned_checkpoints(tmp_path: Path, monke
     monkeypatch.setattr("trainer.job.node_check.shutil.disk_usage", lambda folder: usage)
     wanted = Wanted(0, str(tmp_path), (), (), 0, 10, checkpoints=str(tmp_path), checkpoints_gib=2.5)
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.job.node_check.Path.glob", None)  # No files are counted if the space suffices.
+        patched.setattr("trainer.job.node_check.Path.glob", None)  # files are not counted if the space suffices
         assert look(wanted).faults == []
-    assert look(replace(wanted, checkpoints_gib=2.5 + 1 / 1024)).faults == []  # 1 MiB of them exists.
+    assert look(replace(wanted, checkpoints_gib=2.5 + 1 / 1024)).faults == []  # 1 MiB of the checkpoints exists already
     wanted = replace(wanted, checkpoints_gib=2.5 + 2 / 1024)
     (fault,) = look(wanted).faults
     assert "12.50 GiB free in " in fault and "but checkpoints need 2.50 (checkpoint.keep_last), and 10 must" in fault

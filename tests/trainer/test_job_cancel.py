@@ -1,4 +1,4 @@
-"""Tests of the detection of cancelled jobs from Slurm's output and signals. `tests/cluster` tests it with Slurm."""
+"""Tests that cancelled jobs are detected from Slurm's output and signals. tests/cluster does this with a real Slurm."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def signal_event(name: str) -> list[dict[str, Any]]:
         (RUNNING, [signal.SIGUSR1], signal_event("SIGUSR1"), 75, None),
         (RUNNING, [], signal_event("SIGTERM"), 75, "scancel --signal=TERM"),
         (RUNNING, [], signal_event("SIGINT"), 75, "scancel --signal=INT"),
-        (RUNNING, [], [SUBMITTED], 143, "scancel --signal=TERM"),  # before the ranks listened
-        (RUNNING, [], [SUBMITTED, {"event": "failed"}], 143, None),  # the others were ended after a failure
+        (RUNNING, [], [SUBMITTED], 143, "scancel --signal=TERM"),  # the ranks did not handle signals yet
+        (RUNNING, [], [SUBMITTED, {"event": "failed"}], 143, None),  # other ranks were ended after a failure
         (RUNNING, [signal.SIGTERM], [SUBMITTED], 138, "scancel --signal=TERM"),
-        (RUNNING, [], [SUBMITTED], 137, None),  # out of memory, for example
+        (RUNNING, [], [SUBMITTED], 137, None),  # for example, the memory was exhausted
         (PREEMPTED, [signal.SIGTERM], signal_event("SIGTERM"), 75, None),
     ],
 )

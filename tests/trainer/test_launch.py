@@ -1,4 +1,4 @@
-"""Tests of the start and the end of ranks, and of the environment from which a rank reads its number."""
+"""Tests of starting and ending ranks, and of the environment variables from which a rank reads its number."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_one_failing_rank_ends_the_others_at_once_and_gives_the_code() -> None:
         (["started", "skip", "diverged"], 2, ["runs"]),
         (["started", "failed"], 1, ["runs"]),
         (["started", "failed 500"], 2, ["runs"]),  # for example, an evaluation at step 500 lacks a package
-        # Another process, which was started at the same time, trains in the folder.
+        # Another process was started at the same time, and trains in the folder.
         (["started"], 2, ["runs"]),
         (["started", "started", "failed"], 2, ["runs"]),
     ],
@@ -128,12 +128,12 @@ def test_a_first_try_that_is_a_mistake_leaves_no_folder(
         return code
 
     monkeypatch.setattr("trainer.run.launch.start_ranks", ranks)
-    monkeypatch.setattr("trainer.data.config_files.check_files", lambda config: None)  # There is no data.
+    monkeypatch.setattr("trainer.data.config_files.check_files", lambda config: None)  # the corpus does not exist
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     arguments = ["debug", f"train.run_dir={tmp_path / 'runs'}"]
     assert train(arguments) == code and [path.name for path in tmp_path.iterdir()] == left
-    run.mkdir(parents=True, exist_ok=True)  # of an earlier try, or of a user
+    run.mkdir(parents=True, exist_ok=True)  # a folder of an earlier try or of a user is kept
     assert train(arguments) == code and (run / "recipe.yaml").exists()
 
 
@@ -150,7 +150,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(tmp_path: Path) -> None:
     try:
         assert process.stderr is not None
         assert "2 ranks start" in process.stderr.readline()
-        time.sleep(1.5)  # The ranks import torch.
+        time.sleep(1.5)  # the ranks are importing torch
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
         found = process.stderr.read()

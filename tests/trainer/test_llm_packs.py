@@ -1,4 +1,4 @@
-"""Tests of the LLM engine's results for packs: losses by sample, and gradients by micro-batch."""
+"""Tests of what the LLM engine computes for packs: losses of samples, gradients of packs, and logits of rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.engine.token_losses import PackedLoss
 
 
 def packs() -> Packs:
-    """Return two packs of 4000 rows: one with samples 2 and 0 and padding, and one with sample 1 alone."""
+    """Return two packs of 4000 rows. The first has samples 2 and 0 and padding, the second only sample 1."""
     rows = torch.zeros(8000, dtype=torch.int64)
     return Packs(
         lengths=((3000, 900, 100), (4000,)),
@@ -59,10 +59,10 @@ def test_only_rows_with_a_label_need_logits() -> None:
     step = step_of(1, [PackedLoss(NextToken(), cast(Any, None), 0.5)], labels)
     rows = [step.labelled_rows(m) for m in range(2)]
     assert rows[0] is not None and rows[0].tolist() == [3, 3999]
-    assert rows[1] is not None and rows[1].tolist() == [0], "at least one, whose label is ignored"
+    assert rows[1] is not None and rows[1].tolist() == [0], "a pack without labels needs one row, which is ignored"
     assert step_of(2, step.losses, labels).labelled_rows(0) is None, "tensor-parallel ranks hold different rows"
     compared = replace(step.losses[0], rows=(torch.tensor([1]),))
-    assert step_of(1, [compared], labels).labelled_rows(0) is None, "a reference is compared in other rows"
+    assert step_of(1, [compared], labels).labelled_rows(0) is None, "a reference needs other rows as well"
 
 
 def test_the_loss_of_chosen_rows_is_that_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Tests that ranks on one machine are unreachable from outside, and that ranks of other jobs do not find the store."""
+"""Tests that ranks on one machine are unreachable from outside, and that ranks of other jobs cannot read the store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LISTEN = "0A"
 
 
 def listening_addresses() -> list[str]:
-    """Return the hexadecimal addresses at which this process listens."""
+    """Return the addresses, in hexadecimal notation, at which this process listens."""
     folder = Path("/proc/self/fd")
     links = [os.readlink(path) for path in folder.iterdir() if path.is_symlink()]
     own = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
@@ -84,7 +84,10 @@ def test_ranks_of_another_job_find_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture()
 def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """Yield the environment variables of ranks whose torchrun holds a store, which is there until the test ends."""
+    """Start a store as a torchrun agent does, and yield the environment variables of ranks that use it.
+
+    The store remains until the end of the test.
+    """
     agent = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=20), wait_for_workers=False)
     environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in environ.items():  # `rendezvous` reads them
@@ -93,7 +96,7 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 
 def test_a_start_finds_nothing_of_the_former_start_in_the_store_of_torchrun(torchrun: dict[str, str]) -> None:
-    """The first rank to arrive waits for the others of its own start, although all names of the former are there."""
+    """Check that ranks wait for all ranks of their own start, although the store has the keys of the former start."""
 
     def start(rank: int, delays: tuple[float, ...]) -> dist.Store:
         time.sleep(delays[rank])

@@ -13,12 +13,12 @@ import pytest
 from trainer.scoring.meetings import cp_errors, meeting_metrics, speaker_words
 
 EXPECTED = Path(__file__).with_name("cpwer_meeteval.json")
-"""The word errors that meeteval 0.4.3 counted for `meetings()`. To write the file again, install meeteval and run
-`python -m tests.trainer.test_meetings`."""
+"""The file with the word errors that meeteval 0.4.3 counts for `meetings()`. To write it again, install meeteval and
+run `python -m tests.trainer.test_meetings`."""
 
 
 def meetings() -> list[tuple[list[str], list[str]]]:
-    """Return what each speaker said in 60 random meetings, and in transcripts of them."""
+    """Return 60 random meetings. Each has what each speaker said, and what the speakers say in a transcript of it."""
     rng, found = random.Random(0), []
     for _ in range(60):
         spoken = [[rng.choice("abcdefg") for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 5))]
@@ -45,7 +45,7 @@ def test_errors_equal_those_of_meeteval() -> None:
 
 
 def test_the_recorded_errors_are_those_of_the_installed_meeteval() -> None:
-    pytest.importorskip("meeteval", reason="meeteval is not installed (it takes a minute to compile)")
+    pytest.importorskip("meeteval", reason="meeteval, which takes a minute to compile, is not installed")
     assert json.loads(EXPECTED.read_text()) == errors_of_meeteval()
 
 

@@ -1,4 +1,4 @@
-"""Tests of a node's cache for byte ranges of shards: it is bounded and shared, and failures only reduce speed."""
+"""Tests of a node's cache for byte ranges of shards: it is bounded and shared, and its failures only cost speed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZE = 1000
 
 
 class Bucket:
-    """A store that counts what is fetched."""
+    """A bucket that records which ranges are fetched."""
 
     def __init__(self) -> None:
         self.fetched: list[int] = []
@@ -73,7 +73,7 @@ def test_what_waits_to_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("trainer.data.node_cache.os.replace", slow)
     bucket, cache = Bucket(), NodeCache(tmp_path / "c", 1 << 20, queue_bytes=SIZE // 2)
-    for number in range(3):  # The first one may wait although it is larger than the queue.
+    for number in range(3):  # the first range may wait although it is larger than the queue
         read(cache, bucket, number)
     may_write.set()
     cache.wait()
@@ -91,7 +91,7 @@ def test_datasets_of_a_process_share_a_cache_and_those_of_a_rank_the_memory(
     config = data_config(tmp_path, **fields)
     datasets = tuple((DatasetConfig(name=n, shards=n), f"s3://b/{n}", index, Selection()) for n in "ab")
     spec = StreamSpec(config, datasets, "", TokenRate((2,)), (), None, 0, 1)
-    caches = [reader.shards.cache for reader in open_readers(spec)]  # as in a decoding process
+    caches = [reader.shards.cache for reader in open_readers(spec)]  # a decoding process opens them like this
     caches += [open_shards("s3://b/c", index, config).cache]
     assert caches[0] is not None and all(c is caches[0] for c in caches)
     assert caches[0].queue_bytes * 4 == QUEUE_BYTES
@@ -117,7 +117,7 @@ def test_the_oldest_ranges_are_deleted(tmp_path: Path) -> None:
     for number in range(100):
         read(cache, bucket, number)
         cache.wait()
-        read(cache, bucket, 0)  # It is always young.
+        read(cache, bucket, 0)  # range 0 is used often, so it stays young
         for path in files(tmp_path / "c"):
             status = path.stat()
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))

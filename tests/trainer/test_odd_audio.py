@@ -1,4 +1,4 @@
-"""Tests that complete odd audio files are decoded, and that incomplete files only raise a SampleError."""
+"""Tests that unusual but complete audio files are decoded, and that incomplete ones only raise a SampleError."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def wav(values: np.ndarray, subtype: str, rate: int = 8000) -> bytes:
 
 
 def outcome(data: bytes, max_sec: float | None = None) -> int | str:
-    """Return the number of samples, or the reason why there are none."""
+    """Return the number of decoded samples, or the reason of the error."""
     try:
         return len(decode_audio(data, max_sec))
     except SampleError as error:
@@ -153,7 +153,7 @@ def test_one_absurd_value_is_refused(value: float, place: int, channels: int) ->
 
 
 def silent_flac(num_frames: int) -> bytes:
-    """Return the smallest FLAC of silence: a frame of 65536 samples takes about 14 bytes."""
+    """Return the smallest possible FLAC of silence, in which a frame of 65,536 samples takes about 14 bytes."""
     buffer = io.BytesIO()
     soundfile.write(buffer, np.zeros(num_frames, np.int16), 16_000, format="FLAC")
     return buffer.getvalue()
@@ -190,7 +190,7 @@ except SampleError as error:
 
 @pytest.mark.parametrize(("count", "expected"), [(0, "too_long"), (2**36 - 1, "too_long"), (16_000 * 1200, "too_long")])
 def test_memory_is_bounded_by_the_longest_clip(tmp_path: Path, count: int, expected: str) -> None:
-    data = bytearray(silent_flac(16_000 * 1200))  # 77 MB of float32
+    data = bytearray(silent_flac(16_000 * 1200))  # 77 MB as float32
     data[21] = data[21] & 0xF0 | count >> 32
     data[22:26] = (count & 0xFFFFFFFF).to_bytes(4, "big")
     (tmp_path / "a.flac").write_bytes(data)

@@ -1,4 +1,4 @@
-"""Tests of odd inputs from real sources, in the folder $CASES_DIR or in `cases` next to the kit in $KIT_DIR."""
+"""Tests of odd inputs from real sources, in the folder $CASES_DIR or in `cases` next to $KIT_DIR."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trainer.storage.store import LocalStore
 ROOT = Path(__file__).parents[2]
 KIT = Path(os.environ.get("KIT_DIR", ROOT / ".." / "shared" / "kit"))
 CASES = Path(os.environ.get("CASES_DIR", KIT.parent / "cases"))
-pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason=f"no odd inputs at {CASES}; set CASES_DIR")
+pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason=f"there are no odd inputs in {CASES}; set CASES_DIR")
 
 ELSEWHERE = {
     "slurm": "tests/trainer/test_odd_files.py: test_gpus_of_slurm_are_counted",
     "special-tokens": "tests/trainer/test_odd_fields.py: test_tokens_that_control_the_model_are_refused_by_name",
     "tokenizer-swap": "tests/test_run_tokenizer.py: test_dataset_added_at_a_resume_keeps_the_tokenizer",
 }
-"""Cases that need no file of their folder, with the test that makes the input itself."""
+"""The cases whose input is made by a test in another file, with that test."""
 
 
 def test_every_case_has_a_test() -> None:
@@ -32,7 +32,7 @@ def test_every_case_has_a_test() -> None:
     for folder in sorted(path.name for path in CASES.iterdir() if path.is_dir()):
         path, _, name = ELSEWHERE.get(folder, "").partition(": ")
         tested = f"def {name}(" in (ROOT / path).read_text(encoding="utf-8") if path else f'"{folder}' in here
-        assert tested, f"no test of the case {folder}"
+        assert tested, f"the case {folder} has no test"
 
 
 def test_words_and_choices_are_told_apart_in_every_language(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,8 +40,8 @@ def test_words_and_choices_are_told_apart_in_every_language(capsys: pytest.Captu
     *words, choices = capsys.readouterr().out.splitlines()
     errors = [line.rsplit("[", 1)[1].rstrip("]") for line in words]
     assert errors == [
-        *("1.0, 1.0", "1.0, 1.0"),  # marks of Indic scripts distinguish words
-        *("0.0, 1.0", "0.0, 1.0"),  # points of Arabic and Hebrew do not
+        *("1.0, 1.0", "1.0, 1.0"),  # vowel signs of Indic scripts distinguish words
+        *("0.0, 1.0", "0.0, 1.0"),  # vowel points of Arabic and Hebrew do not
         *["1.0, 4.0"] * 4,  # Chinese, by any of its names
         *["0.0, 4.0"] * 2,  # English, by any of its names
         *("0.0, 3.0", "0.0, 1.0", "0.0, 2.0", "0.0, 1.0"),  # apostrophes, dots and invisible characters

@@ -1,4 +1,4 @@
-"""Tests of odd fields and texts: the type of every field is checked, and no text can control the model."""
+"""Tests of unusual fields and texts: the type of every field is checked, and no text can control the model."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_speech_without_audio_is_not_trained_as_text(tmp_path: Path) -> None:
     rows = [*clip_rows(tmp_path, 3), row("null"), row("empty", audio=[]), row("nemo", audio_filepath="clip-0.flac")]
     report = build_shards(write_manifest(tmp_path, rows), str(tmp_path / "out"), max_skipped_fraction=0.5)
     assert report.num_samples == 3 and report.num_skipped_by_reason == {"no_audio": 3}
-    # Shards of earlier versions and of other programs may contain such samples.
+    # Shards of earlier versions or of other programs may contain such samples, which are skipped.
     odd = [(row("text"), []), (row("one"), [("flac", audio_bytes(0.1))])]
     write_shards(tmp_path / "old", odd, per_shard=2)
     config = data_config(tmp_path, DatasetConfig(name="old", shards="old"), max_skipped_fraction=0.9)
@@ -171,7 +171,7 @@ PLAIN = "{% for m in messages %}user {{ m['content'] }}{% endfor %}"
 
 
 def chat_tokenizer(folder: Path, template: str) -> str:
-    """Write a tokenizer of words with a chat template, and return its folder."""
+    """Write a tokenizer with one token per word and a chat template, and return its folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

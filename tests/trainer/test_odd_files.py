@@ -1,4 +1,4 @@
-"""Tests of damaged files of a run, odd names of metrics, and odd environments."""
+"""Tests of damaged files of a run, unusual names of metrics, and unusual environment variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that samples in odd tars are never merged or split, and that missing audio does not make a sample text-only."""
+"""Tests that samples in unusual tars are never merged or split, and never become text-only because audio is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.storage.store import LocalStore
 CLIPS = [audio_bytes(0.05, seed=i) for i in range(4)]
 DEFAULTS = {"task": "asr", "split": "train", "instruction": "Transcribe."}
 Files = Sequence[tuple[str, bytes | str]]
-"""(name, content) of the files of a tar; a text is the target of a link."""
+"""The files of a tar as pairs of name and content. If the content is a text, the file is a link to that path."""
 
 
 def tar_of(files: Files) -> bytes:
@@ -42,7 +42,7 @@ def tar_of(files: Files) -> bytes:
 
 
 def indexed(folder: Path, tars: dict[str, bytes]) -> tuple[dict[str, RawSample], dict[str, SkippedSample]]:
-    """Build an index; return the usable samples and the skipped ones by key."""
+    """Write tars, build their index, and return the usable samples and the skipped samples by key."""
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
@@ -160,7 +160,7 @@ KEYS = st.lists(
 def test_a_sample_is_itself_or_refused(
     tmp_path_factory: pytest.TempPathFactory, keys: list[str], data: st.DataObject
 ) -> None:
-    """Write samples under any keys with any number of clips, in any order of files."""
+    """Check samples with any keys, with any number of clips, and with their files in any order."""
     wanted: dict[str, tuple[list[bytes], str]] = {}
     files: list[tuple[str, bytes]] = []
     for number, key in enumerate(keys):

@@ -1,4 +1,4 @@
-"""Tests of the plans of packs and exchanges: all transfers are complete, exact and the same on every rank."""
+"""Tests of the plans of packs and exchanges: every rank computes the same plan, and every row arrives at its place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.parallel.topology import Topology
 
 
 def carry_out(routes: list[Route], rows: list[np.ndarray]) -> list[np.ndarray]:
-    """Execute an all-to-all without processes."""
+    """Execute an all-to-all in one process, and return the rows that each rank receives."""
     world = len(routes)
     sent = [np.split(rows[r][routes[r].send_rows], np.cumsum(routes[r].send_counts)[:-1]) for r in range(world)]
     results = []
@@ -33,7 +33,7 @@ TOPOLOGIES = [Topology(1, 1, 1), Topology(2, 1, 1), Topology(2, 2, 1), Topology(
 
 
 def samples_of_rows(packing: PackPlan, replica: int) -> NDArray[np.int64]:
-    """Return the sample of every row of a replica's packs according to `members` and `lengths`, or -1 for padding."""
+    """Return the sample of every row of a replica's packs, as `members` and `lengths` give it; -1 for padding."""
     found = []
     for m in range(packing.num_microbatches):
         lengths = packing.lengths(replica, m)

@@ -1,4 +1,4 @@
-"""Tests of the comparison of a running job with its plan."""
+"""Tests of comparing a running job with its plan."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_sentence(
 
 
 class Clock(DeviceClock):
-    """A clock that counts the moments that are recorded, and refuses to read those of a step before its end."""
+    """A simulated clock that raises an error if a moment is read that the device has not reached yet."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -83,7 +83,7 @@ class Clock(DeviceClock):
         return self.at
 
     def seconds(self, lap: tuple[float, float]) -> float:
-        assert lap[1] <= self.done, "this moment has not passed yet, so the host would wait"
+        assert lap[1] <= self.done, "the device has not reached this moment, so the host would wait"
         return super().seconds(lap)
 
 
@@ -98,7 +98,7 @@ def test_events_are_read_after_the_next_step_and_the_warm_up_is_ignored() -> Non
             with timer(phase):
                 clock.at += seconds
         timer.take()
-        clock.done = start  # The update waited for all that was submitted before it, but not for its own end.
+        clock.done = start  # the update waited for all work before this step's end
         found = check.add(step(number, 9.0 if warm else 1.1, peak_bytes=50 * GIB))
         metrics = flatten([found])
         assert ("plan/step_times_planned" in metrics) == (not warm)
@@ -135,7 +135,7 @@ def test_checkpoints_share_one_copy_of_frozen_weights() -> None:
     frozen = 4 * sum(size.total - size.learned for size in planner.sizes.values())
     assert frozen > 4 * sum(size.total for name, size in planner.sizes.items() if name.startswith("llm.")) > 0
     assert disk.num_kept == 2 and disk.shared == frozen and disk.run == 2 * disk.checkpoint - frozen
-    # Steps 6 and 12 are kept, and besides them the newest and the next checkpoint exist.
+    # Steps 6 and 12 are kept. The newest checkpoint and the one that is being written also exist.
     keys = ["train.steps=14", "checkpoint.every_steps=2", "checkpoint.keep_every_steps=3", "checkpoint.keep_last=1"]
     assert disk_space(load_recipe("debug", keys), states).num_kept == 4
 
@@ -170,7 +170,7 @@ def test_a_plan_is_read_only_for_its_own_layout(planned: dict[str, Any], tmp_pat
 
 
 def run_of(folder: Path, plan: dict[str, Any]) -> tuple[Path, str]:
-    """Train `debug` for a few steps next to `plan`, and return the run's folder and the terminal's text."""
+    """Train `debug` for a few steps with `plan` in the run's folder; return this folder and the terminal's text."""
     rows = [r for split in ("train", "dev", "test") for r in clip_rows(folder, 8, prefix=split, split=split)]
     write_manifest(folder, rows, "demo.jsonl")
     keys = [f"data.root={folder}", f"train.run_dir={folder}/runs", "train.steps=10", "parallel.num_ranks=1"]
@@ -199,7 +199,7 @@ def test_a_run_that_differs_from_its_plan_says_so(planned: dict[str, Any], tmp_p
     assert found.plan is not None and found.plan["as_planned"] is False
     assert set(found.plan["compared"]["parts_sec"]) == {"encoders", "LLM", "update", "loading", "other"}
     saved = sum(path.stat().st_size for path in (run / "checkpoints" / "step-00000010").rglob("*"))
-    # Two ranks pad their parts of ZeRO's and Megatron's buffers, and a checkpoint describes its tensors.
+    # The size is larger than planned, because ranks pad their parts of buffers, and a checkpoint describes its tensors.
     assert planned["checkpoint_bytes"] == pytest.approx(saved, rel=0.15)
     shown = status.describe(found, 0.0)
     assert "  plan      a step takes" in shown and "measured (planned): " in shown
@@ -216,7 +216,7 @@ def test_a_toy_and_the_plan_of_another_layout_raise_no_alarm(
     (tmp_path / "plan.json").write_text(json.dumps({**planned, "too_small": False, "digest": "other"}))
     assert plan_check_of(recipe, tmp_path, timer, torch.device("cpu"), lambda *event: None) is None
     assert "NOT COMPARED WITH ITS PLAN: " in caplog.text
-    caplog.clear()  # A job that continues on fewer nodes has stored their plan as well.
+    caplog.clear()  # a job on fewer nodes has also stored their plan
     (tmp_path / plan_json_name(recipe.parallel.num_ranks)).write_text(json.dumps({**planned, "too_small": False}))
     assert plan_check_of(recipe, tmp_path, timer, torch.device("cpu"), lambda *event: None) is not None
     assert not caplog.records

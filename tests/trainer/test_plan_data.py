@@ -1,4 +1,4 @@
-"""Tests of a plan that reads the lengths of a recipe's data, compared with the samples that the loader returns."""
+"""Tests that a plan that reads the lengths of a recipe's data agrees with the samples that the loader returns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.plan.workload import data_workload
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a manifest of short clips, shards of longer ones, and a manifest of text."""
+    """Write a manifest of short clips, shards of longer clips, and a manifest of text, and return their folder."""
     folder = tmp_path_factory.mktemp("corpus")
     short = clip_rows(folder, 40, prefix="short", seconds=0.2)
     long = [r for n in range(6) for r in clip_rows(folder, 5, prefix=f"long{n}", seconds=0.5 * (n + 1))]
@@ -51,11 +51,11 @@ def test_datasets_are_summarized(corpus: Path) -> None:
     recipe = recipe_of(corpus)
     short, long, text = summarize(recipe).datasets
     assert (short.lengths.num_samples, long.lengths.num_samples, text.lengths.num_samples) == (40, 30, 7)
-    # clip_rows makes clips of `seconds` and up to 60 ms more. Those of 3.0 s are too long.
+    # Clips of clip_rows are up to 60 ms longer than `seconds`. Those of 3.0 s are too long.
     assert short.lengths.hours * 3600 == pytest.approx(sum(0.2 + 0.01 * (i % 7) for i in range(40)), rel=1e-3)
     assert long.lengths.num_too_long == 5 and short.lengths.num_too_long == 0 == text.lengths.num_too_long
     assert long.lengths.seconds.max() == pytest.approx(2.54, abs=0.001)
-    # Weights 3, 1, 0 for half of the run, 1, 1, 0 for a quarter, 1, 1, 2 for the last quarter.
+    # The weights are 3, 1, 0 in the first half of the run, then 1, 1, 0 for a quarter, and 1, 1, 2 in the last quarter.
     assert short.share == pytest.approx(0.5 * 3 / 4 + 0.25 * 1 / 2 + 0.25 * 1 / 4)
     assert long.share == pytest.approx(0.5 * 1 / 4 + 0.25 * 1 / 2 + 0.25 * 1 / 4)
     assert text.share == pytest.approx(0.25 * 2 / 4)
@@ -73,7 +73,7 @@ def test_the_batch_is_like_those_of_the_training(corpus: Path) -> None:
         epochs = loader.epochs
     seconds = [sum(c.shape[0] for s in batch.samples for c in s.clips) / SAMPLE_RATE for batch in batches]
     assert len(batches) == 200
-    # The planned batch rounds each dataset's share of its 8 samples to a whole number.
+    # In the planned batch of 8 samples, the share of each dataset is rounded to a whole number.
     assert planned.audio_sec == pytest.approx(float(np.mean(seconds)), rel=0.15)
     big = recipe_of(corpus, "data.global_batch_samples=800")
     large = data_workload(big, topology, summarize(big))
@@ -85,7 +85,7 @@ def test_the_batch_is_like_those_of_the_training(corpus: Path) -> None:
 
 @pytest.mark.parametrize("stored", ["manifest", "shards"])
 def test_the_clips_of_a_sample_are_planned_one_by_one(tmp_path: Path, stored: str) -> None:
-    """Each clip is padded, encoded and turned into tokens on its own, as by the loader."""
+    """Check that the plan pads and encodes each clip of a sample separately, as the loader does."""
     single = clip_rows(tmp_path, 8, prefix="one", seconds=0.9)
     pairs = [
         row(f"two-{i}", audio=[one["audio"], other["audio"]])
@@ -156,7 +156,7 @@ def test_a_dry_run_checks_local_data(corpus: Path, tmp_path: Path, capsys: pytes
     assert error.startswith(f"error: data.datasets 'x': there is no {tmp_path}/long/shards.json; make shards with")
     assert error.count("\n") == 1 and "; --no-data skips this check" in error
     assert train([*dry, f"data.root={tmp_path}", "--no-data"]) == 0
-    assert train([*dry, "data.root=s3://nowhere/x"]) == 0  # Buckets are not read.
+    assert train([*dry, "data.root=s3://nowhere/x"]) == 0  # buckets are not read
     capsys.readouterr()
     assert train([*dry, f"data.root={corpus}", "model.llm.weights=/nowhere/llm"]) == 0
     assert "warning: model.llm.weights = /nowhere/llm: no such folder; give a folder" in capsys.readouterr().err

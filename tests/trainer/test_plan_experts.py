@@ -1,4 +1,4 @@
-"""Tests of the experts of an LLM in a plan: parameters, traffic, and the most uneven use."""
+"""Tests of FFN experts in a plan: parameters, traffic, and the most uneven use of experts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_published_sizes_of_qwen3_30b_a3b() -> None:
 
 
 def test_the_published_sizes_of_qwen15_moe_a27b() -> None:
-    """transformers' default values are the sizes of Qwen1.5-MoE-A2.7B, which has a shared expert in every layer."""
+    """Check transformers' default config, which is that of Qwen1.5-MoE-A2.7B with a shared expert in every layer."""
     config = resolve_hf_config(LLMConfig(config={"model_type": "qwen2_moe"}))
     total = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in hf_shapes(config).values())
     assert total == pytest.approx(14.3e9, rel=0.01) and active_parameters(config) == pytest.approx(2.7e9, rel=0.02)
@@ -83,7 +83,7 @@ def test_a_dense_llm_computes_as_much_per_token() -> None:
     config = resolve_hf_config(LLMConfig(config=LLAMA, experts=experts, moe_layers="every_2", top_k=2))
     dense = as_dense(config)
     assert mixture_of(dense) is None and dense.intermediate_size == (2 * 2 * 16 + 2 * 16) // 4
-    assert mixture_of(config) is not None, "the config itself is not changed"
+    assert mixture_of(config) is not None, "the config itself must not change"
     matrices = [sum(s[0] * s[1] for s in hf_shapes(c).values() if len(s) == 2) for c in (config, dense)]
     routers = 2 * 4 * 8
     active = matrices[0] - expert_parameters(config) // 2 - routers
@@ -103,11 +103,11 @@ def test_null_experts_are_planned_as_choices_that_compute_nothing() -> None:
     plans = [expert_plan(c, topology, 64, 3, 2, recompute=False) for c in (plain, null)]
     assert plans[0] is not None and plans[1] is not None and plans[1].num_null == 4
     assert plans[1].all_to_all_bytes == plans[0].all_to_all_bytes
-    # Two of two choices, or two of four, can be for the two experts of one rank, which on average computes one of them.
+    # In the worst case, two of the two or four choices are the two experts of one rank, instead of one on average.
     assert plans[1].worst_bytes == plans[0].worst_bytes
     alone = [expert_plan(c, Topology(1, 1, 1), 64, 3, 2, recompute=False) for c in (plain, null)]
     assert alone[0] is not None and alone[1] is not None and alone[0].worst_bytes == 0
-    assert alone[1].worst_bytes == 64 * 2 * (2 * 8 + 3 * 16) * 2 * 4, "no token chooses a null expert"
+    assert alone[1].worst_bytes == 64 * 2 * (2 * 8 + 3 * 16) * 2 * 4, "at worst, no null expert is chosen"
 
 
 def test_shared_experts_are_planned_as_dense_layers() -> None:
@@ -141,7 +141,7 @@ def test_traffic_and_the_most_uneven_use() -> None:
     assert plan is not None
     rows = 4096 // 2 * 8
     assert plan.all_to_all_bytes == 4 * rows * 2048 * 2 * 7 / 8 * 3 * 48
-    # All eight choices of every token of all eight ranks can be for the sixteen experts of one rank.
+    # In the worst case, all tokens of all eight ranks choose eight of the sixteen experts of one rank.
     assert plan.worst_bytes == 7 * rows * (2 * 2048 + 3 * 768) * 2 * 48
     with_recompute = expert_plan(config, topology, 4096, 3, 2, recompute=True)
     assert with_recompute is not None and with_recompute.worst_bytes * 48 == plan.worst_bytes

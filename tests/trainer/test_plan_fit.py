@@ -1,4 +1,4 @@
-"""Tests of the search for a layout: it is valid for random recipes, and optimal for a small recipe."""
+"""Tests of the search for a layout: layouts are valid for random recipes, and optimal for a small recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.plan.workload import typical_workload
 
 @st.composite
 def overrides(draw: st.DrawFn) -> list[str]:
-    """Overrides of the debug recipe, not all of them legal."""
+    """Draw overrides of the recipe `debug`. Not all combinations are legal."""
     heads = draw(st.sampled_from([4, 8, 12]))
     ranks = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16]))
     batch = draw(st.sampled_from([8, 12, 16, 24]))
@@ -67,7 +67,7 @@ def test_the_search_proposes_only_what_the_trainer_accepts(changes: list[str], r
         check_packs(half.train, half.parallel)
     for half in (random.choice(llm), random.choice(audio)):
         check_recipe(half)
-    for _ in range(2):  # as a user would pass the changes on
+    for _ in range(2):  # a user would pass the changes as overrides
         variant = combined(random.choice(llm), random.choice(audio))
         again = load_recipe("debug", [*changes, *changes_between(recipe, variant)])
         check_recipe(again)
@@ -109,7 +109,7 @@ SMALL = ["parallel.num_ranks=4", "data.num_lanes=8", "train.llm_tokens_per_micro
 
 @pytest.fixture
 def few_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the space so small that all layouts can be planned."""
+    """Reduce the search space, so that all layouts can be planned."""
     monkeypatch.setattr("trainer.plan.layouts.TOKENS", ())
     monkeypatch.setattr("trainer.plan.layouts.ENCODER_SEC", ())
     monkeypatch.setattr("trainer.plan.layouts.RECOMPUTES", ("none", "full"))
@@ -119,7 +119,7 @@ def few_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_layouts")
 def test_the_search_finds_the_optimum() -> None:
-    """All layouts are planned, with a memory into which the fastest of them do not fit."""
+    """Compare with the plans of all layouts, with so little memory that the fastest layouts do not fit."""
     recipe = small()
     workload = typical_workload(recipe, build_topology(recipe.parallel, 4))
     planner = Planner(recipe, KNOWN["h100"])
@@ -132,7 +132,7 @@ def test_the_search_finds_the_optimum() -> None:
         plan = planner.plan(combined(*pair), workload)
         everything.append(plan)
         one = estimated.pop(tuple(changes_between(recipe, plan.recipe)), None)
-        if one is not None:  # It is None for layouts that lead to the same packs as another one.
+        if one is not None:  # another layout may have the same packs, and is estimated instead
             assert plan.time.total == pytest.approx(one.seconds, rel=0.03)
             assert max(one.in_llm, one.backward) <= plan.worst.total * 1.02
     assert len(everything) > 300 and not estimated

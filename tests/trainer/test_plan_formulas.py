@@ -1,4 +1,4 @@
-"""Tests of the plan's terms against closed formulas: activations, the pipeline's bubble, collectives and matmuls."""
+"""Tests that terms of the plan equal closed formulas: activations, the pipeline's bubble, collectives and matmuls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FUSED = Kernels(mechanisms=Mechanisms(fused_kernels=True), transformer_engine=Tr
 
 
 def gpt(layers: int) -> LlamaConfig:
-    """A gated model with as many parameters as a GPT layer, 12 h²."""
+    """Return a config with a gated MLP, whose layers have as many parameters as those of GPT, 12 h²."""
     return LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=8 * HIDDEN // 3 // 8 * 8,
@@ -42,7 +42,7 @@ def gpt(layers: int) -> LlamaConfig:
 
 
 def of_layer(tp: int, recompute: Recompute, kernels: Kernels, cp: int = 1) -> float:
-    """Return the bytes that one more layer keeps, in units of s · b · h / (t · c)."""
+    """Return the bytes that one more layer keeps for the backward pass, in units of s · b · h / (t · c)."""
     found: list[StageMemory] = []
     for layers in (2, 3):
         found.append(
@@ -72,7 +72,7 @@ def test_fused_kernels_keep_34_bytes_per_hidden_value(tp: int) -> None:
 
 
 def test_graphs_hold_the_activations_of_the_mlp_outside_of_the_rest() -> None:
-    """Per hidden value, these are the output of the norm, both halves of SwiGLU, and their product."""
+    """Check the MLP's activations: the output of the norm, both halves of SwiGLU, and their product."""
     ffn = gpt(1).intermediate_size / HIDDEN
     found = {}
     for name in ("kept", "graphed", "recomputed"):
@@ -99,7 +99,7 @@ def test_what_the_trainer_keeps_beyond_that() -> None:
     fused, padded = of_layer(2, "none", FUSED), of_layer(2, "none", Kernels())
     attends = of_layer(2, "none", Kernels(transformer_engine=True))
     on_cpu = of_layer(2, "none", Kernels("cpu"))
-    # Attention on padded batches copies.
+    # Without TransformerEngine, attention copies its inputs into padded batches.
     assert fused == attends < padded < on_cpu
     # On a CPU, both norms keep fp32 copies of their inputs.
     assert on_cpu - padded == pytest.approx(12, abs=0.1)
@@ -107,7 +107,7 @@ def test_what_the_trainer_keeps_beyond_that() -> None:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_selective_recomputation_keeps_the_inputs_of_what_it_recomputes(tp: int) -> None:
-    """Kept are the inputs of both norms, the query, key and value, the attention's output and both halves of SwiGLU."""
+    """Check the kept values: inputs of both norms, query, key, value, attention output, and both halves of SwiGLU."""
     values = 2 + 3 + 1 + 2 * gpt(1).intermediate_size / HIDDEN
     for kernels in (Kernels(), FUSED):
         assert of_layer(tp, "selective", kernels) == pytest.approx(2 * values, rel=0.01)
@@ -116,7 +116,7 @@ def test_selective_recomputation_keeps_the_inputs_of_what_it_recomputes(tp: int)
 def test_context_parallel_ranks_keep_their_part_of_a_pack() -> None:
     assert of_layer(2, "full", Kernels(), cp=4) == pytest.approx(2, abs=1e-9)
     assert of_layer(2, "selective", Kernels(), cp=4) == pytest.approx(of_layer(2, "selective", Kernels()), rel=0.01)
-    # Queries, keys and values are kept for gathered keys, and those of whole segments in padded batches, too.
+    # Queries, keys and values are kept both for gathered keys and, of whole segments, in padded batches.
     assert 1 < of_layer(1, "none", Kernels(), cp=2) / of_layer(1, "none", Kernels()) < 1.1
 
 
@@ -143,12 +143,12 @@ def test_the_bubble_of_1f1b(pp: int, microbatches: int) -> None:
 
 @pytest.mark.parametrize("virtual", [2, 4])
 def test_virtual_stages_divide_the_bubble(virtual: int) -> None:
-    share = 7 / 8 / virtual  # of the time without a bubble
+    share = 7 / 8 / virtual  # relative to the time without a bubble
     assert bubble(8, 8, virtual) == pytest.approx(share / (1 + share), rel=0.02)
 
 
 def bubble(pp: int, microbatches: int, virtual: int) -> float:
-    """Return the planned share of idle time of a model whose head is small."""
+    """Return the planned share of idle time, for a model whose output layer is small."""
     recipe = load_recipe(
         "debug",
         [
@@ -179,7 +179,7 @@ def bubble(pp: int, microbatches: int, virtual: int) -> float:
 
 def test_virtual_stages_hold_more_micro_batches() -> None:
     assert interleaved_in_flight(0, 4, 16, 1) == 4
-    # (1 + (p - 1) / (p m)) times as many (Korthikanti et al. 2022, section 4.2.3).
+    # The number grows by the factor 1 + (p - 1) / (p m) (Korthikanti et al. 2022, section 4.2.3).
     assert interleaved_in_flight(0, 4, 16, 2) == pytest.approx(4 * (1 + 3 / (4 * 2)))
     assert interleaved_in_flight(0, 4, 1, 2) == 1
 
@@ -222,7 +222,10 @@ def test_a_product_reaches_what_the_table_says() -> None:
 
 
 def test_mfu_in_both_conventions() -> None:
-    """Llama-3 70B at 8,192 tokens: NVIDIA's 54.3 % are 50.8 % with causal attention (14.66 s on 64 H100s)."""
+    """Check Llama-3 70B with 8,192 tokens, which takes 14.66 s on 64 H100s.
+
+    The MFU of 54.3 % that NVIDIA reports is 50.8 % if only causal attention is counted.
+    """
     recipe = load_recipe("mowe_70b")
     planner = Planner(recipe, KNOWN["h100"])
     topology = build_topology(recipe.parallel, 128)
@@ -236,7 +239,7 @@ def test_mfu_in_both_conventions() -> None:
 
 @pytest.mark.slow
 def test_the_plan_shows_the_price_of_whole_audio_weights() -> None:
-    """Weights and gradients are sent once per update, and their memory is part of the buffers."""
+    """Check that weights and gradients are sent once per update, and that their memory is planned."""
     recipe = load_recipe("debug")
     per_module = dataclasses.replace(recipe.train, gather_audio_weights="per_module")
     planner, workload = Planner(recipe, KNOWN["h100"]), typical_workload(recipe, build_topology(recipe.parallel, 2))
@@ -254,7 +257,7 @@ def test_the_plan_shows_the_price_of_whole_audio_weights() -> None:
 
 @pytest.mark.slow
 def test_blocks_with_copies_of_the_audio_side() -> None:
-    """Four ranks in blocks of two: more states, smaller rings, and an all-reduce of the gradients of each slice."""
+    """Check four ranks in blocks of two. They hold more state, gather in smaller rings, and all-reduce gradients."""
     recipe = load_recipe("debug", ["parallel.num_ranks=4", "parallel.expert=2", "data.global_batch_samples=8"])
     divided = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, audio_shard=2))
     planner, workload = Planner(recipe, KNOWN["h100"]), typical_workload(recipe, build_topology(recipe.parallel, 4))
@@ -268,7 +271,7 @@ def test_blocks_with_copies_of_the_audio_side() -> None:
     assert sent(blocks, "ZeRO-3, gradients") == 4 * learned / 2
     assert sent(blocks, "ZeRO-3 over copies, gradients") == 2 * 4 * learned / 2 / 2
     assert sent(whole, "ZeRO-3 over copies, gradients") == 0
-    # Each expert is whole on two ranks of four, and of the two in a block on one.
+    # Without blocks, two of the four ranks share an expert. With blocks, one of the two ranks of a block holds it.
     assert sent(blocks, "ZeRO-3 of encoder experts, gradients") == 0
     assert sent(blocks, "ZeRO-3 of encoder experts over copies, gradients") > 0
     assert blocks.worst.states.optimizer > whole.worst.states.optimizer

@@ -1,4 +1,4 @@
-"""Tests of the plan of LLM families with more features than Llama: parameters, memory and the FLOPs of windows."""
+"""Tests of plans for LLM families with more features than Llama: parameters, memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_published_sizes(name: str) -> None:
 
 @pytest.mark.parametrize("family", FEATURED)
 def test_memory_is_traced_with_the_modules_of_the_family(family: str) -> None:
-    """More is kept of a layer that normalizes more or has a state, and only the input of a recomputed layer."""
+    """Check that layers with more norms or with a state keep more, and recomputed layers keep only their input."""
 
     def kept(name: str, recompute: Recompute) -> int:
         hf_config = resolve_hf_config(tiny_model(name).llm)
@@ -106,7 +106,7 @@ def test_windows_save_flops() -> None:
 
 
 def test_linear_attention_takes_flops_in_proportion_to_the_length() -> None:
-    config = resolve_hf_config(tiny_model("qwen3_5_text").llm)  # 2 of 4 layers; 4 value heads of 16 x 12
+    config = resolve_hf_config(tiny_model("qwen3_5_text").llm)  # 2 of 4 layers have it, with 4 value heads of 16 x 12
     model: Any = SimpleNamespace(llm=config)
     short, long = (SimpleNamespace(num_tokens=np.array([n]), tokens=n) for n in (100, 300))
     found: list[Any] = [(linear_attention_flops(model, w), causal_attention_flops(model, w)) for w in (short, long)]
@@ -116,7 +116,7 @@ def test_linear_attention_takes_flops_in_proportion_to_the_length() -> None:
 
 
 def test_bounded_scores_take_more_time_than_a_fused_kernel() -> None:
-    """They are computed twice, and written to memory."""
+    """Check soft-capped scores, which are written to memory and computed twice."""
     mechanisms = Mechanisms(fused_attention=True)
     rates = RankRates(KNOWN["h100"], mechanisms, bytes_per_value=2)
     gemma2, gemma3 = (resolve_hf_config(tiny_model(name).llm) for name in ("gemma2", "gemma3_text"))

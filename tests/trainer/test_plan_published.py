@@ -1,4 +1,4 @@
-"""Tests of the plan against published training runs (`bench/published.csv`)."""
+"""Tests that plans agree with published training runs (`bench/published.csv`)."""
 
 from __future__ import annotations
 

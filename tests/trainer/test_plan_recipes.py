@@ -1,4 +1,4 @@
-"""Tests of the large recipes, whose layouts the plan chose: MFU, tokens per update, and the numbers in the docs."""
+"""Tests of the large recipes, whose layouts were chosen by planning: MFU, tokens per update, and documented numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FEW_SAMPLES = [
     "train.recompute_encoders=true",
     "train.steps=20000",
 ]
-"""The overrides with which mowe_70b documents a small batch."""
+"""The overrides for a small batch, which the recipe mowe_70b documents."""
 
 
 def planned(name: str, overrides: list[str]) -> Plan:
@@ -48,7 +48,7 @@ def is_close(line: str, other: str) -> bool:
 @pytest.mark.parametrize(
     ("name", "overrides", "ranks", "most_tokens", "least_mfu"),
     [
-        ("mowe_8b", [], 16, 500_000, 0.36),  # The goal of 0.40 is missed, see docs/plan.md.
+        ("mowe_8b", [], 16, 500_000, 0.36),  # the goal of 0.40 is missed (docs/plan.md)
         ("mowe_70b", [], 128, 2_100_000, 0.45),
         ("mowe_405b", [], 1008, 2_100_000, 0.40),
         ("mowe_70b", FEW_SAMPLES, 128, 135_000, 0.30),

@@ -1,4 +1,4 @@
-"""Tests of the recommendations of `earshot plan --explain`."""
+"""Tests of the changes that `earshot plan --explain` recommends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_recommended_value_is_legal_and_new(overrides: list[str]) -> None:
     recipe = load_recipe("mowe_8b", overrides)
     for part in PARTS:
         text = remedy(part, recipe)
-        # Keys that are joined by "and" belong together.
+        # Keys that are joined by "and" must be changed together.
         for option in re.split(r", | or ", text):
             keys = re.findall(r"[a-z_]+\.[a-z_]+=[a-z0-9_]+", option)
             if keys:
@@ -56,7 +56,7 @@ def test_what_the_recipe_already_does_is_not_recommended() -> None:
     assert "gather_audio_weights" in remedy("ZeRO-3's collectives", off)
     assert "gather_audio_weights" not in remedy("ZeRO-3's collectives", on)
     assert remedy("exchanging clips and embeddings", on) == "nothing in the recipe changes it much"
-    whole = load_recipe("mowe_70b")  # Every layer is a stage of its own.
+    whole = load_recipe("mowe_70b")  # every virtual stage has only one layer already
     assert "virtual_stages" not in remedy("the pipeline's bubble", whole)
     assert "virtual_stages" in remedy("the pipeline's bubble", load_recipe("mowe_70b", ["parallel.virtual_stages=2"]))
 

@@ -32,7 +32,7 @@ def test_values_may_contain_commas_in_brackets() -> None:
 
 @pytest.fixture(scope="module")
 def found() -> Sweep:
-    """Return a sweep of `debug` on a slow device, so that its plans are not too small to forecast."""
+    """Return a sweep of `debug` on a slow device, on which its plans are large enough for a forecast."""
     slow = parse_accelerator(
         "h100,fp32_tflops=0.01,memory_tb_s=0.001,kernel_us=0,network_latency_us=0,node_latency_us=0"
     )
@@ -57,7 +57,7 @@ def found() -> Sweep:
 
 def test_the_table_has_all_combinations(found: Sweep) -> None:
     text = sweep_table(found)
-    # The names of the keys would make the table wider than 100 columns.
+    # Letters replace the names of the keys, which would make the table wider than 100 columns.
     assert text.startswith("  a: parallel.num_ranks\n  b: train.llm_tokens_per_microbatch\n")
     header, *lines = text.splitlines()[2:]
     assert header.split()[:4] == ["a", "b", "ranks", "fits"]

@@ -1,4 +1,4 @@
-"""Tests of the planned bytes that a forward pass keeps, compared with autograd, and of the pipeline schedule."""
+"""Tests of the planned bytes that a forward pass keeps for autograd, and of the pipeline schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_an_mlp_keeps_what_its_backward_reads() -> None:
         x = torch.empty(100, 8, requires_grad=True)
         found = trace(lambda: mlp(x), [*mlp.parameters(), x])
     hidden, out = 100 * 32 * 4, 100 * 8 * 4
-    assert found.kept == 2 * hidden + out  # GELU's input and output; the input of the sum existed before
+    assert found.kept == 2 * hidden + out  # GELU's input and output, and the model's output
     assert found.forward == found.kept
     # The peak adds the gradients of the output, the hidden layer and both weights.
     assert found.kept + hidden < found.backward <= found.kept + out + 2 * hidden + 2 * 8 * 32 * 4

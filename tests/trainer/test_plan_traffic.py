@@ -1,4 +1,4 @@
-"""Tests of the planned memory traffic: of single operations, of the weights' update, and of encoder calls."""
+"""Tests of the planned memory traffic of single operations, of the update of weights, and of encoder calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZE = ROWS * COLUMNS * 4
 
 
 def moved(operation: Callable[[Tensor], Tensor], ridge: float = 200.0, device: str = "cpu") -> tuple[int, int]:
-    """Return the bytes that `operation` on a trainable tensor [100, 64] moves forward and backward."""
+    """Return the bytes that an operation on a trainable tensor [100, 64] moves, forward and backward."""
     with torch.device("meta"):
         x = torch.empty(ROWS, COLUMNS, requires_grad=True)
         found = trace(lambda: operation(x), [x], device, ridge)
@@ -47,7 +47,7 @@ def test_matmuls_move_nothing_besides_what_their_rate_contains() -> None:
 
 
 def test_a_convolution_counts_if_memory_bounds_it() -> None:
-    """100 input channels with 3 taps: 600 FLOPs per output value, for at least 4 bytes."""
+    """Check 100 input channels with 3 taps, which take 600 FLOPs per output value of 4 bytes."""
     once = SIZE + 32 * ROWS * 3 * 4 + 32 * (COLUMNS - 2) * 4
 
     def convolve(x: Tensor) -> Tensor:
@@ -83,15 +83,15 @@ def test_cuda_stores_no_attention_scores_even_for_a_trained_bias() -> None:
 
 
 def test_the_update_moves_what_its_operations_do() -> None:
-    """The norm (in fp64), clipping, the fused AdamW, the copy to bf16, and zeros for the next step."""
+    """Check the fp64 norm, clipping, the fused AdamW, the copy to bf16, and the zeroed gradients of the next step."""
     count = ROWS * COLUMNS
     with torch.device("meta"):
         grad = torch.empty(count)
         norm = trace(lambda: grad.double().square().sum(), [grad])
         clip = trace(lambda: grad.mul_(0.5), [grad])
         copy = trace(lambda: torch.empty(count, dtype=torch.bfloat16).copy_(grad), [grad])
-    adam = 4 * 4 + 3 * 4  # reads the weight, the gradient and the moments, and writes all but the gradient
-    gradients = 3 * count * 4  # of three times as many weights as the rank updates
+    adam = 4 * 4 + 3 * 4  # reads the weight, the gradient and two moments, and writes all but the gradient
+    gradients = 3 * count * 4  # a rank has gradients of three times as many weights as it updates
     each = (norm.moved_forward + clip.moved_forward + copy.moved_forward) / count + adam
     found = update_bytes(States(optimizer=count * 12, gradients=gradients), 2)
     assert found == pytest.approx(each * count + gradients, rel=0.001)

@@ -1,4 +1,4 @@
-"""Tests of the global batch that a plan assumes, and of the rates of accelerators."""
+"""Tests of the global batch that a plan assumes, and of the table of accelerators."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_clip_is_encoded_by_the_primary_and_by_two_experts() -> None:
     work = encoder_work(sized_model(recipe), workload, topology, num_samples(20), "cpu")
     clips = [sorted(c for rank in one.calls for calls in rank for call in calls for c in call) for one in work]
     assert clips[0] == sorted(workload.audio_samples.tolist())
-    assert clips[1] == sorted(2 * workload.audio_samples.tolist())  # two gates, two experts
+    assert clips[1] == sorted(2 * workload.audio_samples.tolist())  # two gates choose two experts
     held = place(recipe.model, 2)
     for rank in range(4):
         runs = {name for name, calls in zip(work[1].names, work[1].calls[rank], strict=True) if calls}

@@ -1,4 +1,4 @@
-"""Tests that files of predictions are read as they were written."""
+"""Tests that predictions are read from files as they were written, and that bad files are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the decision whether a job that ended early is restarted."""
+"""Tests of the decision whether to restart a job that ended early."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_finished_runs_and_user_errors_are_not_restarted() -> None:
     assert not decide([event("started")], ExitCode.USER_ERROR, CONFIG, NOW).again
     ended = [event("started"), event("finished", step=9)]
     assert decide(ended, 128 + 9, CONFIG, NOW).why == "the run is finished; its last attempt ended later with an error"
-    assert decide([*ended, event("started")], 128 + 9, CONFIG, NOW).again  # with more steps
-    # srun returns the largest exit code of all ranks, which may hide that of a user error.
+    assert decide([*ended, event("started")], 128 + 9, CONFIG, NOW).again  # for example, to train more steps
+    # srun returns the largest exit code of all ranks, which may hide the code of a user error.
     hidden = decide([event("started"), event("failed", user=True, error="data.root")], ExitCode.PEER_LOST, CONFIG, NOW)
     assert not hidden.again and "data.root" in hidden.why
 
@@ -48,7 +48,7 @@ def test_a_user_error_on_fewer_nodes_says_so() -> None:
     why = decide([*events, mistake], ExitCode.USER_ERROR, CONFIG, NOW).why
     assert why.startswith("it would fail again: data.num_lanes = 64; this attempt had only 14 nodes with 112 ranks")
     assert why.endswith("submit the job again with restart.min_nodes=15")
-    later = [*events, event("submitted"), event("started"), mistake]  # It has all nodes again.
+    later = [*events, event("submitted"), event("started"), mistake]  # this attempt has all nodes again
     assert "nodes" not in decide(later, ExitCode.USER_ERROR, CONFIG, NOW).why
 
 
@@ -56,7 +56,7 @@ def test_the_killed_rank_does_not_hide_that_the_others_hung() -> None:
     events = [event("started"), event("hang", **{"in": "step 7", "folder": "hang-1"})]
     decision = decide(events, 128 + 9, CONFIG, NOW)
     assert decision.again and decision.why == "hung in step 7, stacks are in hang-1; restart 1 of 2"
-    # The hang of an earlier attempt does not count.
+    # A hang of an earlier attempt does not count.
     assert "signal 9" in decide([*events, event("requeued", 200), event("started")], 128 + 9, CONFIG, NOW).why
 
 
@@ -66,11 +66,11 @@ def test_a_fenced_attempt_does_not_decide_about_the_newer_one() -> None:
     # Earlier versions reported a fenced attempt as a user's mistake.
     assert decide([*started, mistake], 137, CONFIG, NOW).again
     assert decide([*started, event("fenced", rank=0)], 137, CONFIG, NOW).again
-    assert decide([*started, event("finished", rank=0)], 137, CONFIG, NOW).again  # it cannot have finished this one
+    assert decide([*started, event("finished", rank=0)], 137, CONFIG, NOW).again  # the older attempt has finished
     assert decide([*started, event("hang", rank=1, folder="x")], 137, CONFIG, NOW).why.startswith("a rank was killed")
     mine = event("failed", rank=0, user=True, error="data.root", attempt=2)
     assert not decide([*started, mistake, mine], 77, CONFIG, NOW).again
-    # The next attempt ended before its ranks started.
+    # A third attempt ended before its ranks started.
     assert decide([*started, event("submitted"), mine], 137, CONFIG, NOW).again
     fenced = decide([*started, event("fenced", rank=0)], ExitCode.FENCED, CONFIG, NOW)
     assert not fenced.again and fenced.why == "a newer attempt of this run has started"
@@ -89,7 +89,7 @@ def test_a_fault_of_the_machine_is_retried_at_the_same_step() -> None:
 
 
 def test_restarts_in_the_future_are_not_counted() -> None:
-    """The clock of the machine that wrote them was an hour ahead."""
+    """Check restarts that were written by a machine whose clock was an hour ahead."""
     events = [event("requeued", -3600.0), event("requeued", -3500.0), event("started", 10.0)]
     assert decide(events, 137, CONFIG, NOW).again
     assert not decide([event("requeued", -5.0), event("requeued", 5.0), event("started")], 137, CONFIG, NOW).again
@@ -110,7 +110,7 @@ def test_step_that_fails_twice_in_the_same_way_is_not_retried() -> None:
     assert decide([*first, failed(8)], 1, CONFIG, NOW).again
     assert decide([*first, failed(7, "OSError: disk")], 1, CONFIG, NOW).again
     assert decide([*first, event("peer_lost", step=7)], ExitCode.PEER_LOST, CONFIG, NOW).again
-    # An attempt that died before `started` was written is not charged with the failure of the previous one.
+    # If an attempt died before it wrote `started`, the failure of the previous attempt is not taken for its own.
     assert decide([*first, failed(7), event("requeued", 200)], 1, CONFIG, NOW).again
     # The run was at another step in between.
     between = [event("signal"), event("requeued", 200), event("started")]

@@ -50,7 +50,7 @@ def test_it_renders_and_its_numbers_are_those_of_the_tree(report: Path, tree: di
     page = browse(report)
     assert (page.root["data-state"], page.root["data-errors"]) == ("ready", "")
     assert {"scores", "by-subset", "by-duration", "by-language", "samples", "duration-asr"} <= page.ids
-    assert "img" not in page.tags  # names from manifests are shown as text
+    assert "img" not in page.tags  # HTML in names from manifests is shown as text
     for score in tree["scores"]:
         if score["dimension"] == "":
             assert page.numbers[f"{score['task']}.{score['metric']}"] == pytest.approx(score["value"])
@@ -66,7 +66,7 @@ def test_it_renders_and_its_numbers_are_those_of_the_tree(report: Path, tree: di
         s["key"] for s in tree["samples"] if s["task"] == "asr"
     ]
     assert ">WER<" in page.dom and "lower is better" in page.dom and "transcripts, " in page.dom
-    # What summarises comes before the list of samples.
+    # Summaries come before the list of samples.
     order = [page.dom.index(f'id="{name}"') for name in ("by-language", "confusion-er-stage", "samples")]
     assert order == sorted(order)
     assert "<del>sat on</del>" in page.dom and "<ins>on a</ins>" in page.dom
@@ -85,7 +85,7 @@ def test_names_of_every_object_do_not_blank_the_page(tmp_path: Path) -> None:
         page = browse(tmp_path / "report.html", address)
         assert page.root["data-errors"] == "", address
         samples = [key for key in page.rows if not key.startswith(("er.", "subset.", "language."))]
-        # The first five samples of a task are shown, or all of the chosen subset; no task has the name of the last.
+        # The page shows the first five samples of a task, or all samples of the chosen subset. `toString` is no task.
         assert len(samples) == {"": 5, "#task=toString": 0}.get(address, 2), address
 
 
@@ -144,7 +144,7 @@ def test_tasks_with_different_metrics_are_listed_separately(report: Path, tree: 
     page = browse(report)
     tables = {key.partition("-")[0] for key in page.rows if key in {s["key"] for s in tree["samples"]}}
     assert len(tables) == page.dom.count('id="table-samples-') == 4
-    # Nothing matches: the page says so, and offers to show everything again.
+    # If nothing matches, the page says so and offers to show everything again.
     typed = "const box = document.querySelector('input[type=search]'); box.value = 'zzz'; "
     page = browse(then_run(report, "none.html", typed + "box.dispatchEvent(new Event('input'));"))
     assert "No sample matches the filter." in page.dom and ">Show all</a>" in page.dom
@@ -164,4 +164,4 @@ def test_the_page_loads_nothing(report: Path) -> None:
     assert not [
         mark for mark in ("@import", "url(", "<link", "fetch(", "XMLHttp", 'http-equiv="refresh') if mark in text
     ]
-    assert text.count("</script>") == 2  # of the data and of the page's script, and none from a manifest
+    assert text.count("</script>") == 2  # they end the data and the page's script; none is from a manifest

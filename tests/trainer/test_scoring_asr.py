@@ -44,7 +44,7 @@ def test_rates_equal_those_of_jiwer() -> None:
 
 
 def test_errors_are_summed_before_dividing() -> None:
-    # One substitution in one word and none in four gives 1 / 5, not the mean of 1 and 0.
+    # One error in one word and no error in four words give 1 / 5, not the mean of 1 and 0.
     assert values(["one", "turn the lights on"], ["two", "Turn the lights on!"])["wer"] == pytest.approx(1 / 5)
     assert values(["one two"], [""])["wer"] == 1.0
     assert values(["stop"], ["stop stop stop"])["wer"] == 2.0

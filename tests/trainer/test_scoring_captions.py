@@ -29,7 +29,7 @@ def wordnet() -> Path:
 
 @pytest.fixture(scope="module")
 def nltk_reader(wordnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return NLTK's reader of the same database, with an additional file that it needs."""
+    """Return NLTK's reader of the same WordNet database, with an additional file that it needs."""
     import nltk
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
@@ -41,7 +41,7 @@ def nltk_reader(wordnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     class Reader(WordNetCorpusReader):  # type: ignore[misc]
         def map_wn(self, version: str = "wordnet") -> None:
-            """Return no mapping: this method, which needs index.sense, is for wordnets of other languages."""
+            """Do nothing. The original needs index.sense, and only wordnets of other languages use its result."""
 
     paths = list(nltk.data.path)
     nltk.data.path.append(str(folder))  # NLTK reads only from its own path
@@ -51,7 +51,7 @@ def nltk_reader(wordnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def captions_by_clip(num_clips: int) -> list[list[str]]:
     if not KIT.is_dir():
-        pytest.skip(f"no kit at {KIT}: set KIT_DIR")
+        pytest.skip(f"there are no real captions in {KIT}; set KIT_DIR")
     clips: dict[str, list[str]] = {}
     with (KIT / "text" / "audiocaps_test.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -90,7 +90,7 @@ def test_synonyms_equal_those_of_nltk(wordnet: Path, nltk_reader: Any) -> None:
 
 
 def test_meteor_of_the_published_examples(wordnet: Path) -> None:
-    """Compare with the values in the documentation of NLTK and of Hugging Face's `evaluate`."""
+    """Compare with the values in the documentation of NLTK and of Hugging Face's package `evaluate`."""
     meteor = Meteor(wordnet)
     said = "It is a guide to action which ensures that the military always obeys the commands of the party"
     reference = "It is a guide to action that ensures that the military will forever heed Party commands"

@@ -1,4 +1,4 @@
-"""Tests of the detection of choices in answers, and of class scores compared with scikit-learn."""
+"""Tests of finding the chosen option in an answer, and of class scores, which are compared with scikit-learn."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SOUNDS = ["an engine idling", "street music", "a dog barking", "a dog"]
         ("a dog barking loudly", "a dog barking"),
         ("A dog", "a dog"),
         ("A man is talking", None),
-        ("(A) street music", None),  # letter and words disagree
+        ("(A) street music", None),  # the letter and the words disagree
         ("street music or an engine idling", None),
         ("E", None),
         ("nobody", None),
@@ -90,7 +90,7 @@ def test_macro_f1_equals_that_of_scikit_learn(seed: int) -> None:
 
 def test_every_answer_of_the_kit_is_among_its_choices() -> None:
     if not KIT.is_dir():
-        pytest.skip(f"no kit at {KIT}: set KIT_DIR")
+        pytest.skip(f"there are no real questions in {KIT}; set KIT_DIR")
     for name in ("aqa", "er"):
         rows = [json.loads(line) for line in (KIT / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         closed = [row for row in rows if row.get("choices")]

@@ -1,4 +1,4 @@
-"""Tests of the judge with a real HTTP server whose answers are correct, late, refused or malformed."""
+"""Tests of the judge with a real HTTP server, which answers correctly, late or with errors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ ITEM = Item("What is heard?", "a dog", 'a cat"\nRating: 5')
 
 
 class Server(ThreadingHTTPServer):
-    """A server that returns the replies of `script` in order, and then the last one again.
+    """A server that returns the replies of `script` in order, and then repeats the last one.
 
-    A reply is (status, headers, body, seconds to wait)."""
+    A reply consists of its status, headers and body, and of the seconds to wait before it is sent.
+    """
 
     daemon_threads = True
 
@@ -131,7 +132,7 @@ def test_a_late_answer_is_a_timeout(server: Server, tmp_path: Path, waits: list[
 
 @pytest.mark.parametrize("early", [b"", b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n"])
 def test_an_answer_that_drips_is_a_timeout(tmp_path: Path, waits: list[float], early: bytes) -> None:
-    """Every byte comes in time, in the status line as well as in the body."""
+    """Check answers whose status line or body arrives slowly, although no byte is late."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def drip() -> None:

@@ -14,7 +14,7 @@ from trainer.scoring.text import normalise, normalise_former
 
 
 def errors(reference: str, hypothesis: str, language: str) -> tuple[float, float]:
-    """Return the number of word errors, and of words in the reference."""
+    """Return the number of word errors and the number of words in the reference."""
     wer = asr_metrics([reference], [hypothesis], [language])[0]
     assert wer.name == "wer"
     return float(wer.statistics[0, 0]), float(wer.statistics[0, 1])
@@ -89,7 +89,7 @@ def test_plain_text_is_normalised_as_before(text: str, language: str) -> None:
 def test_the_former_error_rate_stays_next_to_the_new_one() -> None:
     metrics = {m.name: m for m in asr_metrics(["दिन"], ["दीन"], ["hi"])}
     assert metrics["wer"].statistics[0].tolist() == [1, 1]
-    assert metrics["wer_former"].statistics[0].tolist() == [0, 2]  # the vowel was a space
+    assert metrics["wer_former"].statistics[0].tolist() == [0, 2]  # the vowel sign counted as a space
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tests of bootstrap resampling, compared with theoretical results."""
+"""Tests that bootstrap resampling agrees with theoretical results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of scores by task and subset, the majority baseline and the table, compared with values computed by hand."""
+"""Tests of scores by task and subset, the majority baseline and the table. Expected values were computed by hand."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def test_majority_is_per_question_with_fallbacks() -> None:
     train = [_item("yes", "Q1"), _item("Yes.", "Q1"), _item("no", "Q1")]
     train += [_item("no", "Q2", qtype="k")] * 4 + [_item("yes", "Q3", qtype="k")]
     test = [
-        _item("yes", "Q1"),  # majority of Q1, after normalisation: yes
+        _item("yes", "Q1"),  # the majority of Q1 after normalization is yes
         _item("no", "Q2", qtype="k"),
-        _item("no", "never asked", qtype="k"),  # majority of kind k: no
-        _item("no", "never asked", qtype="new kind"),  # majority of the subset: no
+        _item("no", "never asked", qtype="k"),  # the majority of kind k is no
+        _item("no", "never asked", qtype="new kind"),  # the majority of the subset is no
         _item("no", "Q1"),  # wrong
     ]
     assert by_name(majority_baseline(train, test))["aqa/accuracy"] == 4 / 5

@@ -74,7 +74,7 @@ def test_languages_without_spaces_have_a_word_per_character() -> None:
 
 
 def audiobench(text: str) -> str:
-    """Apply all published steps, including those that have no effect after Whisper's normaliser."""
+    """Apply all steps that AudioBench publishes, including those without an effect after Whisper's normalizer."""
     import jiwer
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 

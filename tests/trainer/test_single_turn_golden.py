@@ -29,9 +29,9 @@ DIGESTS = {
     "phi": "56d0868ff6bbe7faa67d7c0376e11d10638f5e85e00791e67edff53d810401b9",
     "thinking": "1b9ff8a83dea693b7447e35127b041560f368d55f63910a8b2354911ac102ce5",
 }
-"""Name of a tokenizer → SHA-256 of all tensors of the samples."""
+"""The SHA-256 of all tensors of the samples, by the name of the tokenizer."""
 LOSS = 4.231105804443359
-"""The loss of the first six samples of the tokenizer `sentencepiece`."""
+"""The loss of the first six samples with the tokenizer `sentencepiece`."""
 
 
 def tokenizer_named(name: str, folder: Path) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Tests of the content and the size of copies of a rank's state in host memory."""
+"""Tests of the copy of a rank's state in host memory: its content and its size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 def pinned_bytes(sizes: list[int]) -> int:
-    """Return what torch's allocator of pinned memory takes for allocations of these sizes."""
+    """Return the bytes that torch's allocator of pinned memory takes for allocations of these sizes."""
     return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
@@ -60,7 +60,7 @@ def test_a_shard_that_is_copied_again_has_its_current_values() -> None:
 
 
 def test_pinned_memory_is_hardly_more_than_the_state() -> None:
-    """A single allocation of 6.3 GiB would take 8 GiB."""
+    """Check a state of 6.3 GiB, for which a single allocation would take 8 GiB."""
     generator = np.random.default_rng(0)
     pieces = generator.lognormal(np.log(2e6), 1.5, 1600)
     values = np.ceil(pieces * 6.3 * GIB / pieces.sum() / 4).astype(int) * 4

@@ -36,7 +36,7 @@ def test_a_spike_is_measured_by_the_median_of_accepted_losses() -> None:
     assert (guard.num_skipped_updates, guard.in_a_row) == (2, 0)
     assert (
         fed(SpikeConfig(factor=3.0, window_steps=5), [2.0] * 4).judge(100.0) is None
-    )  # too few losses to compare with
+    )  # there are too few losses to compare with
 
 
 def test_resumed_run_judges_like_an_uninterrupted_one() -> None:

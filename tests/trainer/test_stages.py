@@ -124,7 +124,7 @@ def test_weights_of_datasets_by_stage() -> None:
     assert asr.schedule == ((0.0, 1.0), (0.25, 1.0), (0.5, 0.0))
     assert sqa.schedule == ((0.0, 1.0), (0.25, 5.0), (0.5, 1.0))
     asr, _ = recipe(stages.replace("weights: {asr: 0}", "weights: {sqa: 2}"), DATASETS).staged_data.datasets
-    assert asr.schedule == ((0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (0.75, 3.0)), "its own schedule goes on"
+    assert asr.schedule == ((0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (0.75, 3.0)), "its own schedule must continue"
 
 
 def test_the_dry_run_lists_what_each_stage_trains() -> None:

@@ -1,4 +1,4 @@
-"""Tests of windows over a recording, and of joining their transcripts without duplicated or lost words."""
+"""Tests of the windows over a recording, and of joining the windows' transcripts without duplicated or lost words."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def test_windows_cover_everything_and_overlap(num: int, window: int, data: st.Da
     assert spans[0][0] == 0 and spans[-1][1] == num
     assert all(end - begin == min(window, num) for begin, end in spans)
     assert all(a_end - b_begin >= overlap for (_, a_end), (b_begin, _) in zip(spans, spans[1:], strict=False))
-    # There are no more windows than necessary.
+    # No window is unnecessary.
     assert len(spans) == 1 or (len(spans) - 1) * (window - overlap) + overlap < num
 
 
 @given(st.integers(8, 120), st.integers(8, 30), st.data())
 def test_perfect_transcripts_of_windows_give_the_text_back(num: int, window: int, data: st.DataObject) -> None:
-    """All words have the same length, and none occurs twice within two windows."""
+    """Check words of the same length, none of which occurs twice within two windows."""
     overlap = data.draw(st.integers(1, window // 2))
     words = [f"w{i}" for i in range(num)]
     spans = window_spans(num, window, overlap)
     pairs = zip(spans, spans[1:], strict=False)
     shares = [(a_end - b_begin) / (b_end - b_begin) for (_, a_end), (b_begin, b_end) in pairs]
     if max(shares, default=0.0) > 0.5:
-        return  # the last windows of a short recording overlap more than any possible setting
+        return  # the last windows of a short recording overlap more than a setting can
     texts = [" ".join(words[begin:end]) for begin, end in spans]
     assert join_windows(texts, shares) == " ".join(words)
 
@@ -68,13 +68,13 @@ def test_single_window_is_unchanged_and_empty_ones_add_nothing(words: list[str])
 @pytest.mark.parametrize(
     ("texts", "wanted"),
     [
-        # words that are cut at the edge of one window are taken from the other
+        # a word that is cut at the edge of one window is taken from the other window
         (["the quick brown fox jum", "ick brown fox jumps over it"], "the quick brown fox jumps over it"),
         # case and punctuation are ignored, and those of the first window are kept
         (["He came home. Then,", "then he slept well all night"], "He came home. Then, he slept well all night"),
         # without common words, nothing is dropped
         (["one two three four", "five six seven eight"], "one two three four five six seven eight"),
-        # a common word in the middle of both does not count
+        # a common word outside the overlap does not count
         (["no a b c d e f g", "h i j k l m n no"], "no a b c d e f g h i j k l m n no"),
         # in languages without spaces, each character is a word
         (["今日は天気が", "天気がいいです"], "今日は天気がいいです"),
@@ -86,7 +86,7 @@ def test_by_hand(texts: list[str], wanted: str) -> None:
 
 
 def test_repetitions_beyond_the_overlap_are_kept() -> None:
-    """The word "five" occurs eight times. The windows 0-5 and 3-8 have two of them in common."""
+    """Check eight times the word "five" in windows of words 0 to 5 and 3 to 8, which have two words in common."""
     assert join_windows(["a b c five five five", "five five five x y z"], [0.5]) == "a b c five five five x y z"
     joined = join_units(["five"] * 5, ["five"] * 5, 2, 2)
     assert [unit.strip() for unit in joined] == ["five"] * 8

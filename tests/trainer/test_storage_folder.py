@@ -1,4 +1,4 @@
-"""Tests of ranges of local files, whose views keep their content as long as they are referenced."""
+"""Tests of reading and writing a local folder. A view of a file's range keeps its content while it is referenced."""
 
 from __future__ import annotations
 

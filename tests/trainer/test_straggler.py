@@ -1,4 +1,4 @@
-"""Tests of the detection of the rank for which all others wait, from its work and not the duration of its steps."""
+"""Tests of finding the rank for which all others wait. It is found by its work, not by the duration of its steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.training.rank_work import Work
 
 
 def parts(*work_sec: float, step_sec: float = 10.0) -> list[RankWork]:
-    """Return ranks that work for the given times in `encode` and wait for the rest of the step."""
+    """Return the work of ranks that work in `encode` for the given seconds, and wait for the rest of the step."""
     return [
         RankWork(r, f"node{r}", {"load": 1.0, "encode": step_sec}, {"encode": step_sec - sec})
         for r, sec in enumerate(work_sec)
@@ -33,7 +33,7 @@ def parts(*work_sec: float, step_sec: float = 10.0) -> list[RankWork]:
 def test_three_slow_stretches_in_a_row_make_a_straggler() -> None:
     meter = StragglerMeter(slow=1.3, stretch_sec=20.0)
     found = [meter.add(parts(4.0, 4.0, 6.0, 4.2), num_steps=1) for _ in range(10)]
-    # A stretch consists of two intervals of 11 s. The straggler is reported once.
+    # A stretch consists of two intervals of 11 s, so the third stretch ends with the sixth interval.
     assert [bool(f) for f in found] == [False] * 5 + [True] + [False] * 4
     assert found[5] == [Straggler(2, "node2", round(7.0 / 5.0, 2), "encode")]
     summary = meter.summary()
@@ -48,7 +48,7 @@ def test_three_slow_stretches_in_a_row_make_a_straggler() -> None:
 def test_noise_is_not_a_straggler() -> None:
     meter = StragglerMeter(slow=1.3, stretch_sec=0.0)
     for i in range(12):
-        assert meter.add(parts(9.0 if i % 3 else 4.0, 4.0, 4.0, 4.0), 1) == []  # twice in a row, at most
+        assert meter.add(parts(9.0 if i % 3 else 4.0, 4.0, 4.0, 4.0), 1) == []  # slow at most twice in a row
     assert meter.add(parts(4.0), 1) == []  # a single rank cannot be slower than others
 
 
@@ -108,7 +108,7 @@ def test_stragglers_are_judged_off_the_training_thread(monkeypatch: pytest.Monke
 
 
 def waiting_body() -> dict[str, Any]:
-    """Let rank 1 sleep while rank 0 waits for it in a collective."""
+    """Let rank 1 sleep while rank 0 waits for it in a collective, and return each rank's work."""
     dist.init_process_group("gloo")
     timer = PhaseTimer()
     with WaitSampler(timer) as waits:

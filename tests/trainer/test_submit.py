@@ -1,4 +1,4 @@
-"""Tests that slurm/submit.sh checks whether the ranks fit on the nodes for which it asks, with a stub of sbatch."""
+"""Tests that slurm/submit.sh checks whether the ranks fit on the requested nodes. They use a stub of sbatch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ exec python -m trainer.job "$@"
 
 
 def submit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run slurm/submit.sh in a process that finds a stub of sbatch, which writes its arguments to `submitted`."""
+    """Run slurm/submit.sh with a stub of sbatch that writes its arguments to the file `submitted`."""
     programs = folder / "programs"
     programs.mkdir(exist_ok=True)
     (programs / "sbatch").write_text(SBATCH)

@@ -1,4 +1,4 @@
-"""Tests of sweeps over recipe keys as job arrays. `tests/cluster` submits a sweep to Slurm."""
+"""Tests of sweeps over recipe keys as job arrays. tests/cluster submits a sweep to a real Slurm."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_flatten_several_steps_weights_tasks_by_tokens() -> None:
     assert metrics["train/loss"] == 3.0
     assert metrics["train/loss/asr"] == pytest.approx(40 / 40)
     assert metrics["train/loss/er"] == 2.0
-    assert "train/loss/ac" not in metrics  # without target tokens there is no loss, rather than a loss of 0
+    assert "train/loss/ac" not in metrics  # a task without target tokens has no loss
     assert metrics["train/lr"] == 5e-4
     assert metrics["time/save_sec"] == 0.5  # the mean over both steps, although only one has this phase
     assert metrics["throughput/tokens_per_sec"] == pytest.approx(600 / 6.0)
@@ -81,7 +81,7 @@ def test_flatten_several_steps_weights_tasks_by_tokens() -> None:
 
 
 def make_load(step: int, experts: list[int], task: str = "asr") -> LoadInterval:
-    """Return the load of one clip of a second per entry of `experts`, each routed to that one of two experts."""
+    """Return the load of one clip of 1 s per entry of `experts`, which is routed to that one of two experts."""
     probs = torch.eye(2)[experts][:, None]
     group = group_of(task, {}, 1.0)
     load = ExpertLoad.of(
@@ -128,7 +128,7 @@ def test_phase_timer_closes_on_exceptions_and_synchronises_at_borders_for_a_list
     timer = PhaseTimer(synchronise=lambda: calls.append(1))
     with timer("a"):
         pass
-    assert not calls, "nobody listens: the host does not wait"
+    assert not calls, "without a listener, the host must not wait"
     timer.listener = Mock()
     with pytest.raises(KeyError), timer("a"):
         raise KeyError
@@ -217,7 +217,7 @@ def test_hooks_write_metrics_and_summary(tmp_path: Path, capsys: pytest.CaptureF
     assert next(r for r in records if "eval/test/asr/wer" in r)["eval/test/asr/digits/wer"] == 0.5
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["loss_first"] == 10.0 and summary["loss_last"] == 2.0 and summary["num_ranks"] == 2
-    assert summary["phase_sec"] == {"llm": 1.0}  # without the first step, which takes 9 s
+    assert summary["phase_sec"] == {"llm": 1.0}  # excludes the first step, which takes 9 s
     assert summary["scores"] == {"test": {"asr/wer": 0.25, "asr/digits/wer": 0.5}}
     assert summary["wer_before"] == 1.0 and summary["num_records_lost"] == 0
     shown = capsys.readouterr().err

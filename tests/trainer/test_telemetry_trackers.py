@@ -1,4 +1,4 @@
-"""Tests that trackers are exact after resuming, that their failures are harmless, and that they receive no secrets."""
+"""Tests that trackers are exact after a resume, that their failures do not end a run, and that they get no secrets."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_jsonl_resume_without_a_file_and_fresh_start(tmp_path: Path) -> None:
 def test_records_wait_for_space_on_a_full_disk_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full = Path("/dev/full")
     if not full.exists():
-        pytest.skip("no /dev/full on this system")
+        pytest.skip("this system has no /dev/full")
     path = tmp_path / "metrics.jsonl"
     tracker = JsonlTracker(path)
     disk = tracker._log._file
@@ -109,7 +109,7 @@ def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytes
     client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
-    assert [e.name for e in client.search_experiments()] == ["tests"]  # no empty `Default`
+    assert [e.name for e in client.search_experiments()] == ["tests"]  # there is no empty experiment `Default`
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_id == (tmp_path / "x" / "mlflow_run_id").read_text().strip()
     assert run.info.status == "FINISHED" and run.info.run_name == "x"
@@ -255,7 +255,7 @@ def test_stores_show_the_main_metrics_in_the_order_in_which_people_look_at_them(
         "train/loss",
         "encoders/imbalance",
     ]
-    names += ["eval/test/er/default/accuracy"]  # it is not doubled
+    names += ["eval/test/er/default/accuracy"]  # no score of the whole task duplicates it
     shown = main_metrics(dict.fromkeys(names, 1.0))
     wanted = ["train/loss", "eval/test/asr/wer", "eval/test/asr/digits/wer", "eval/test/er/default/accuracy"]
     assert list(shown) == [*wanted, "time/step_sec", "encoders/imbalance"]

@@ -1,4 +1,4 @@
-"""Tests of the load of the experts in the LLM's layers: sums, fractions, files and limits."""
+"""Tests of the load of FFN experts in the LLM's layers: sums, shares, files and limits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KINDS = SampleKinds((("asr", "en"), ("sqa", "en"), ("asr", "pl")))
 
 
 def load(step: int, chosen: dict[tuple[int, int], list[int]]) -> TokenLoad:
-    """Return the load of two steps in which each (kind, modality) chose the experts so often, in both layers."""
+    """Return the load of two steps. `chosen` has, by (kind, modality), how often each expert was chosen per layer."""
     sums = np.zeros((len(KINDS.pairs) * 2, len(LAYERS), 2 + 3 * len(EXPERTS)))
     for (kind, modality), counts in chosen.items():
         tokens = sum(counts) / 2
@@ -89,7 +89,7 @@ def test_a_long_history_is_merged_without_losing_tokens(tmp_path: Path) -> None:
     assert add_up(found).to_json() == add_up(loads).to_json()
     assert [a.step for a in found[:-1]] == [b.step - b.num_steps for b in found[1:]]
     history.close()
-    TokenHistory(path, 505).close()  # a resume from the newest checkpoint, of which every token is still counted
+    TokenHistory(path, 505).close()  # after a resume from the newest checkpoint, every token is still counted
     assert add_up(read_history(path)).to_json() == add_up(loads[:252]).to_json()
 
 
@@ -113,7 +113,7 @@ def test_null_experts_are_counted_together_and_are_not_dead() -> None:
 
 def test_drift_compares_quarters_of_the_steps() -> None:
     early, late = load(2, {(0, 1): [4, 0, 0]}), [load(n, {(0, 1): [0, 4, 0]}) for n in (12, 14, 16)]
-    middle = replace(load(10, {(0, 1): [4, 0, 0]}), num_steps=8)  # eight steps that were merged into one line
+    middle = replace(load(10, {(0, 1): [4, 0, 0]}), num_steps=8)  # eight steps were merged into one line
     assert TokenProfile("run", (early, middle, *late)).drift == {"audio": 1.0}
 
 
@@ -130,7 +130,7 @@ def test_languages_are_counted_where_there_are_several() -> None:
     assert not any("language" in name for name in token_metrics(load(2, {(0, 0): [0, 2, 8]})))
     tree = found.to_json()
     assert {cell.pop("language") for cell in tree["cells"]} == {"en", "pl"}
-    tree["cells"] = tree["cells"][:2]  # as a version that did not count languages wrote it
+    tree["cells"] = tree["cells"][:2]  # earlier versions did not count languages
     assert {group.language for group in TokenLoad.from_json(tree).cells} == {UNNAMED}
 
 

@@ -1,4 +1,4 @@
-"""Tests of the coordinates of ranks, and of their groups."""
+"""Tests of the coordinates and the groups of ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.parallel.topology import ParallelConfig, Topology, build_topology, 
 
 
 def test_eight_ranks_written_by_hand() -> None:
-    # With TP 2, PP 2, DP 2 in Megatron's order tp-cp-ep-dp-pp, stage 0 has ranks 0 to 3, and stage 1 ranks 4 to 7.
+    # With TP 2, PP 2, DP 2 in Megatron's order tp-cp-ep-dp-pp, stage 0 has ranks 0 to 3, and stage 1 has ranks 4 to 7.
     topology = Topology(world=8, tp=2, pp=2)
     assert topology.dp == 2
     assert [tuple(topology.coordinates(r)) for r in range(8)] == [

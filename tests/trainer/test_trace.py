@@ -1,4 +1,4 @@
-"""Tests of the timeline of phases, which only covers the selected steps and has nested phases."""
+"""Tests of the trace of phases, which covers only the selected steps and contains nested phases."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ CHINESE = "今天天气很好我们去公园吧他不知道3点开会"
 
 
 def texts(alphabet: list[str], separator: str, num: int, seed: int) -> tuple[list[str], list[list[str]]]:
-    """Return `num` hypotheses and their two references, of which some share words, and some are empty."""
+    """Return `num` hypotheses and two references for each. Some share words with them, and some are empty."""
     rng = random.Random(seed)
     hypotheses, references = [], []
     for i in range(num):

@@ -22,7 +22,7 @@ def test_a_step_like_the_plans_has_the_plans_utilization() -> None:
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
     workload = typical_workload(recipe, topology)
     plan = Planner(recipe, KNOWN["h100"]).plan(recipe, workload)
-    peak = KNOWN["h100"].fp32_tflops * 1e12 * topology.world  # The recipe's precision is fp32.
+    peak = KNOWN["h100"].fp32_tflops * 1e12 * topology.world  # the recipe's precision is fp32
     found = measure(recipe, topology, peak, "cuda")
     step = StepReport(1, 2.0, num_tokens=workload.tokens, audio_sec=workload.audio_sec)
     step = replace(step, phase_sec={"llm": plan.time.total})

@@ -104,7 +104,7 @@ class Evil:
 
 
 def impostor(mark: str) -> str:
-    """Rank 1 sends a pickle that makes a folder where others send values."""
+    """Send a pickle from rank 1 in place of a value. Unpickling it would create the folder `mark`."""
     rank, _, _ = connect(timeout_sec=60)
     if rank == 1:
         gather_bytes(pickle.dumps(Evil(mark)), None)
@@ -129,7 +129,7 @@ def exchange() -> list[Any]:
     assert [t.name for t in everyone] == ["x", "x" * 1000, "x"] and everyone[2].inner[2].tolist() == [2, 2]
     first = gather_values(mine, None, (Thing,))
     assert (first is None) == (rank != 0)
-    group = dist.new_group([1, 2])  # whose first rank is not the first of the world
+    group = dist.new_group([1, 2])  # its first rank is not the first of the world
     if rank:
         found = gather_values(rank, group)
         assert found == ([1, 2] if rank == 1 else None)
@@ -166,13 +166,13 @@ def train_without_pickles(folder: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_nothing_in_a_run_unpickles_what_other_ranks_sent(tmp_path: Path) -> None:
-    """DeepSpeed and Megatron-core have collectives that pickle. A run must not reach them."""
+    """Check that a run never calls the collectives of DeepSpeed and Megatron-core that pickle."""
     write_corpus(tmp_path / "corpus", scale=0.05)
     assert run_ranks(2, train_without_pickles, {"folder": str(tmp_path)}, timeout_sec=240) == ["trained"] * 2
 
 
 def test_no_code_of_ours_unpickles_what_another_process_sent() -> None:
-    """The data workers are children of the process that reads from them, by a pipe that they inherit."""
+    """Check all sources. Only data workers may send pickles, because their reader is the process that started them."""
     allowed = {"trainer/data/workers.py"}
     for folder in ("trainer", "model", "tools", "bench"):
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""Tests of the watchdog's record of a rank's last collectives, and of the time at which it begins to watch."""
+"""Tests of the watchdog's record of a rank's last collectives, and of the moment when it begins to watch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ C10D = torch._C._distributed_c10d
 
 
 def record(*entries: tuple[int, str]) -> bytes:
-    """Return a record as torch dumps it, of (time, operation) pairs."""
+    """Return a record of (time, operation) pairs in the format of torch's dumps."""
     listed = [{"time_created_ns": at, "profiling_name": name} for at, name in entries]
     return json.dumps({"version": "2.10", "pg_config": {}} | ({"entries": listed} if listed else {})).encode()
 
 
 def test_nccl_entries_are_written_with_those_of_gloo_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA build has both recorders, and NCCL's collectives are only in its own."""
+    """Check a CUDA build of torch, in which NCCL's collectives are in a recorder of their own."""
     gloo = record((10, "gloo:all_gather"), (30, "gloo:barrier"))
     monkeypatch.setattr(C10D, "_dump_fr_trace_json", lambda: gloo)
     monkeypatch.setattr(C10D, "_dump_nccl_trace_json", lambda: record((20, "nccl:all_reduce")), raising=False)

@@ -1,4 +1,4 @@
-"""Tests of shards in a pipeline of the webdataset library."""
+"""Tests of reading our shards in a pipeline of the webdataset library."""
 
 from __future__ import annotations
 
