@@ -1,4 +1,4 @@
-"""Attempts of a run. An attempt is one start of its processes. Only the newest attempt may commit checkpoints."""
+"""Attempts of a run. An attempt is one start of a run's processes. Only the newest attempt may commit checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FencedError(Exception):
 
 
 class FencedRunError(UserError):
-    """Raised on all ranks of an attempt when a newer attempt of the same run has started. It ends the attempt."""
+    """Raised on all ranks of an attempt, which must end because a newer attempt of the same run has started."""
 
 
 @dataclass(frozen=True)

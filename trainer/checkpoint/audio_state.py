@@ -51,7 +51,7 @@ def shards(engine: AudioEngine) -> list[Shard]:
 
 
 def _is_saved_here(name: str, groups: Groups) -> bool:
-    """Return whether this rank saves its part of a tensor, of which other blocks of ranks may hold copies."""
+    """Return whether this rank saves its part of a tensor. Other blocks of ranks may hold copies of the same part."""
     return groups.topology.saving_block(name) == groups.rank // groups.topology.shard_ranks
 
 
@@ -134,8 +134,8 @@ def _buffers(tower: nn.Module, groups: Groups) -> Iterator[Shard]:
 def _is_first_holder(tower: nn.Module, path: str) -> bool:
     """Return whether this rank is the first among the ranks of its block that hold the module at `path`.
 
-    These are the ranks in the process group of the module's parameters. If the module has no parameters, those of the
-    nearest enclosing module are used.
+    A module is held by the ranks in the process group of its parameters. For a module without parameters, the
+    parameters of the nearest enclosing module are used.
     """
     while path and next(tower.get_submodule(path).parameters(), None) is None:
         path = path.rpartition(".")[0]

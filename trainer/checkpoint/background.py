@@ -197,7 +197,7 @@ class Save:
         return broadcast_value(outcome, place.group, SENT_KINDS)
 
     def _parts(self) -> Iterator[tuple[str, list[Shard]]]:
-        """Yield this rank's shards by family of files, where the names of frozen families include their folder."""
+        """Yield this rank's shards by family of files. The name of a family of frozen files includes their folder."""
         frozen = self.place.attempt.folder(FROZEN, self.content.step)
         for family, shards in self.content.shards.items():
             for name, part in (

@@ -213,7 +213,7 @@ class BucketCheckpoints:
         )
 
     def _numbers(self) -> list[int]:
-        """Return the numbers of all catalogues in ascending order, or [0] if there is none."""
+        """Return the numbers of all catalogues in ascending order, or [0] if there are none."""
         names = self._store.list(_CATALOGUE)
         numbers = sorted(int(name[len(_CATALOGUE) :].partition(".")[0]) for name in names) or [0]
         while self._store.exists(_catalogue_name(numbers[-1] + 1)):  # A listing may be out of date.
@@ -223,7 +223,7 @@ class BucketCheckpoints:
     def _change(self, change: Callable[[Catalogue], Catalogue]) -> Catalogue:
         """Apply `change` to the newest catalogue, and return the result.
 
-        If another process changes the catalogue at the same time, `change` is applied again to the result.
+        If another process changes the catalogue at the same time, `change` is applied to that newer catalogue instead.
         """
         while True:
             now = self._newest()

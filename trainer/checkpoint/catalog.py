@@ -27,8 +27,8 @@ TOKENIZER = "tokenizer.model"
 class Checkpoints(Protocol):
     """All checkpoints of one run.
 
-    Every rank has its own object. All ranks write to drafts, and only rank 0 may call other methods that change
-    something.
+    Every rank has its own object. All ranks write to drafts, but only rank 0 may call the other methods that change
+    anything.
     """
 
     @property
@@ -157,10 +157,10 @@ def damage_of(folder: Folder) -> str | None:
 
 
 def sign_checkpoint(folder: Folder, key: bytes) -> bool:
-    """Verify a checkpoint by its checksums, and sign its manifest with the SHA-256 of all its files.
+    """Verify a checkpoint by its checksums, add the SHA-256 of every file to its manifest, and sign the manifest.
 
     Returns:
-        False if it was already signed with this key.
+        True if the manifest has been signed; False if it had a valid signature with this key before.
 
     Raises:
         DamagedError: If the checkpoint is damaged.

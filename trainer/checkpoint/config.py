@@ -24,9 +24,9 @@ class CheckpointConfig:
     does not stop the run, and the next checkpoint is saved as scheduled."""
     start_from: str | None = None
     """A run, one of its checkpoints, or an export (a folder or `s3://…`), from which a new run takes its weights and
-    its tokenizer; null for the initial weights of `model`. Encoders may have been added or removed
-    (`model.router.added_encoder_warmup_steps`). If the new run already has a checkpoint of its own, it resumes from
-    that checkpoint instead."""
+    its tokenizer; null for the initial weights of `model`. Encoders may have been added (see
+    `model.router.added_encoder_warmup_steps`) or removed. If the new run already has a checkpoint of its own, it
+    resumes from that checkpoint instead."""
     start_optimizer: bool = False
     """Whether a new run also takes Adam's moments and their number of updates from the run or checkpoint that
     `start_from` names. Parameters that were not trained there start with moments of zero. The learning-rate schedule
@@ -37,7 +37,7 @@ class CheckpointConfig:
     """The interval, in steps, between checkpoints that are kept permanently; 0 for none. Their steps are the multiples
     of this number."""
     best_metric: str | None = None
-    """The metric that determines the best checkpoint, which is kept as well; null for none. Its name is that in
+    """The metric that determines the best checkpoint, which is kept as well; null for none. Use the metric's name in
     metrics.jsonl, for example `eval/test/asr/wer`. Only steps that were both saved and evaluated are compared."""
     best_is: Literal["lowest", "highest"] = "lowest"
     """Whether the lowest or the highest value of `best_metric` is the best."""

@@ -44,7 +44,7 @@ _CHECKSUM = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Slices:
-    """Slices of equal size into which a tensor is cut, one for each rank of a group, as by ZeRO-3.
+    """Slices of equal size into which a tensor is cut, one for each rank of a group, as in ZeRO-3.
 
     The size of this description does not depend on the number of ranks. A checkpoint of ten thousand ranks has millions
     of slices, which would be too many to list.
@@ -140,7 +140,7 @@ class FileEntry:
 
     size_bytes: int
     checksum: str
-    """The XXH3-128 checksum in hexadecimal, which detects accidental damage; in signed checkpoints the SHA-256."""
+    """The checksum in hexadecimal: an XXH3-128, which detects accidental damage, or a SHA-256 in signed checkpoints."""
     stored_in: str | None = None
     """The joined file of a node that contains this file; None if it is stored under its own name."""
     offset: int = 0
@@ -153,8 +153,8 @@ class Manifest:
 
     step: int
     topology: Mapping[str, int]
-    """The sizes `world`, `tp`, `pp` and `ep` of the topology that saved the checkpoint, and `cp` if above 1. The states
-    of random generators are restored only on a topology with the same sizes."""
+    """The sizes `world`, `tp`, `pp` and `ep` of the topology that saved the checkpoint, and `cp` if it is above 1. The
+    states of random generators are restored only on a topology with the same sizes."""
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
 
@@ -237,7 +237,7 @@ def step_of(name: str) -> int | None:
 
 
 def file_of(family: str, rank: int) -> str:
-    """Return the name of the file of one family that a rank writes."""
+    """Return the name of a rank's file of one family, such as `audio`, `llm`, `moments` or `rng`."""
     return f"{family}-{rank:05d}.safetensors"
 
 
@@ -278,7 +278,7 @@ def files_of(entries: Iterable[TensorEntry]) -> set[str]:
 
 
 def joined_file(folder: str | None, node: int) -> str:
-    """Return the name of the file in which the ranks of a node store their files of a folder.
+    """Return the name of the joined file of a node, in which the node's ranks store their files of one folder.
 
     Args:
         folder: The folder of frozen weights; None for the checkpoint's own folder.

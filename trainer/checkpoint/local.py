@@ -98,7 +98,7 @@ class LocalCheckpoints:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._frozen: dict[int, set[str]] = {}
-        """Step of a checkpoint → the folders of frozen weights that it refers to. They are kept here so that a save
+        """Step of a checkpoint → the folders of frozen weights that it refers to. The names are cached, so that a save
         need not read manifests."""
 
     @property

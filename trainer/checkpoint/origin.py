@@ -122,7 +122,7 @@ class ExportOrigin:
     """The weights in a folder that `tools.export` made; implements `Origin`.
 
     Raises:
-        UserError: If files are missing or are not safetensors files.
+        UserError: If files are missing or are not safetensors files, or if weights must be signed.
     """
 
     def __init__(self, url: str) -> None:

@@ -110,7 +110,7 @@ def fill_moments(origin: Origin, shards: Sequence[Shard]) -> int:
     """Fill this rank's moments with the moments in `origin`. Tensors without moments of the same shape are not changed.
 
     Returns:
-        The number of updates in the moments of `origin`.
+        The number of updates that the moments have seen: the largest of all tensors in `origin`.
 
     Raises:
         UserError: If `origin` has no moments.

@@ -54,7 +54,7 @@ def open_shards(url: str, index: ShardIndex, config: DataConfig) -> ShardSet:
 
 @cache
 def _open_cache(folder: Path, max_bytes: int, queue_bytes: int) -> NodeCache:
-    """Return the cache of this process. All of its datasets share one cache, which bounds the memory of the queue."""
+    """Return the cache of this process. All datasets share it, which bounds the memory of its queue."""
     return NodeCache(folder, max_bytes, queue_bytes)
 
 

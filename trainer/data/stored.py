@@ -24,7 +24,7 @@ from trainer.scoring.fields import is_amount
 from trainer.storage.open import open_store, scheme_of
 
 CHUNK_SAMPLES = 128
-"""The number of samples per call with which tools read a whole dataset."""
+"""The number of samples per call of `StoredData.read` in tools that read a whole dataset."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Naming:
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Field of the manifest → its value in rows that lack the field (`--set`)."""
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Split → the fraction of the recordings without a split that it gets (`--divide`)."""
+    """Split → the fraction that it gets of the recordings without a split (`--divide`)."""
     drawn: Mapping[str, str] = field(default_factory=dict)
     """Recording → its split, for recordings that are assigned to splits that would otherwise get none."""
 

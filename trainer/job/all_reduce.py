@@ -2,8 +2,8 @@
 
     srun python -m trainer.job.all_reduce
 
-Every rank prints two lines of JSON. The first reports that the rank has started, the second the bandwidth of an
-all-reduce over all ranks.
+Every rank prints two lines of JSON. The first line reports that the rank has started, and the second line reports the
+bandwidth of an all-reduce over all ranks.
 """
 
 from __future__ import annotations

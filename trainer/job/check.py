@@ -133,7 +133,7 @@ def fewer_ranks(recipe: Recipe, per_node: int) -> tuple[int, ...]:
         The numbers, the largest first.
 
     Raises:
-        UserError: If `restart.min_nodes` allows fewer nodes, but the recipe is valid on none of these numbers of nodes.
+        UserError: If `restart.min_nodes` allows fewer nodes, but the recipe is not valid for any of these numbers.
     """
     from trainer.config.checks import check_recipe
 

@@ -27,7 +27,7 @@ def module_command(module: str, *arguments: str) -> list[str]:
 
 
 def rank_command(module: str, *arguments: str) -> list[str]:
-    """Return the command of a rank, which is like `module_command`.
+    """Return the command of a rank, which is like that of `module_command`.
 
     Until the rank handles signals itself, Ctrl-C ends it without a traceback.
     """

@@ -36,7 +36,7 @@ class StopRequest:
         self.time_sec = 0.0
         """The time at which the first signal was received, in seconds of `time.monotonic`; 0 if there was none."""
         self.later: int | None = None
-        """The SIGTERM or SIGINT that arrived after SIGUSR1 and cancelled the run while it was saving; else None."""
+        """The SIGTERM or SIGINT that cancelled the run after SIGUSR1, while it was saving; None if there was none."""
 
     @property
     def votes(self) -> list[float]:

@@ -115,7 +115,7 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
 
 
 def _on_fewer_nodes(events: Sequence[Event]) -> str:
-    """Return a remedy if the newest attempt had fewer nodes than the recipe, and otherwise an empty text."""
+    """Return a remedy if the newest attempt had fewer nodes than the recipe, and otherwise an empty string."""
     begin = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
     fewer = next((e for e in events[begin:] if e["event"] == "fewer_nodes"), None)
     if fewer is None:

@@ -30,7 +30,7 @@ class ChangedError(UserError):
 
 
 class UnreachableError(UserError):
-    """Raised when the store did not answer within the time for retries."""
+    """Raised when the store has not answered within the time for retries."""
 
 
 class Store(Protocol):
