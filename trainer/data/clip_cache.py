@@ -36,7 +36,7 @@ class ClipCache:
         return key in self._items
 
     def put(self, key: tuple[int, int, int], metadata: dict[str, Any], clips: tuple[Clip, ...]) -> None:
-        """Add a sample, unless it is larger than the cache. The caller must not modify it afterwards."""
+        """Add a sample, unless it is larger than the cache. The caller must not modify the sample afterwards."""
         size = sum(c.nbytes for c in clips)
         if size > self.max_bytes:
             return

@@ -94,7 +94,7 @@ class AugmentConfig:
     time_mask_sec: float = 0.1
     """The largest length of one silent span, in seconds. No span is longer than a tenth of its clip."""
     num_freq_masks: int = 0
-    """The number of frequency bands removed per clip; 0 disables them."""
+    """The number of frequency bands removed per clip; 0 for none."""
     freq_mask_hz: float = 400.0
     """The largest width of one removed band, in Hz."""
 
@@ -219,8 +219,8 @@ class DataConfig:
     max_skipped_fraction: float = 0.01
     """The largest fraction of samples that may be skipped. The run stops if more samples are skipped."""
     num_workers: int = 2
-    """The number of decoding processes per rank; 0 decodes in the training process. The order of samples does not
-    depend on it."""
+    """The number of decoding processes per rank; 0 to decode in the training process. It does not affect the order of
+    samples."""
     prefetch_batches: int = 4
     """The number of batches that decoding processes may prepare in advance."""
     read_kib: int = 2048

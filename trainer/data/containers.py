@@ -46,7 +46,7 @@ def whole_files(data: bytes | memoryview) -> list[bytes | memoryview]:
 
 
 def declares_length(data: bytes | memoryview) -> bool:
-    """Return whether a file contains its length. If it does not, the number of frames in libsndfile is an estimate."""
+    """Return whether a file states its length. If not, the number of frames that libsndfile reports is an estimate."""
     if bytes(data[:4]) in (b"RIFF", b"RF64", b"OggS", b"fLaC"):
         return True
     header = _mp3_info(data, 0)
@@ -88,7 +88,7 @@ def _whole_wav(data: bytes | memoryview) -> bytes | memoryview:
 
 
 def _ogg_links(data: memoryview) -> Iterator[int]:
-    """Yield the offset of each of the files that are concatenated in a (chained) Ogg file.
+    """Yield the offset of each file in a chained Ogg file, which consists of several concatenated files.
 
     Raises:
         SampleError: If a page is truncated, there is no first page, or a stream has no end page.

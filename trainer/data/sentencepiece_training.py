@@ -17,8 +17,8 @@ def train_sentencepiece(
 ) -> None:
     """Train a unigram SentencePiece model and write it to a file atomically.
 
-    Every character of the corpus gets a piece. The first ids are 0 unknown, 1 begin, 2 end, 3 padding and 4 the
-    placeholder.
+    Every character of the corpus gets a piece. The first ids are 0 (unknown), 1 (begin), 2 (end), 3 (padding) and 4
+    (the placeholder).
 
     Args:
         texts: The corpus.

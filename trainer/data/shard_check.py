@@ -34,7 +34,7 @@ class SkippedSample:
 
 
 def summary_of(skipped: Sequence[SkippedSample]) -> str:
-    """Return one line with the number of skipped samples and the first sample for each reason; empty without any."""
+    """Return one line with the number of skipped samples and the first one for each reason; empty if there are none."""
     by_reason: dict[str, list[SkippedSample]] = {}
     for sample in skipped:
         by_reason.setdefault(sample.reason, []).append(sample)
@@ -53,7 +53,7 @@ def check_shard(shards: ShardSet, shard: int, on_sample: Callable[[RawSample], A
         on_sample: A function that is called with each sample that matches the table and can be read.
 
     Returns:
-        One line for each problem: a wrong size or SHA-256, an unusable table, or a sample that differs from its hash.
+        One line for each problem: a wrong size or SHA-256, an unusable table, or a sample that does not match its hash.
 
     Raises:
         UserError: If the shard is missing, or the store is unreachable or refuses the request.
@@ -98,8 +98,8 @@ def build_index(
         The samples that are not in the index, with their reasons.
 
     Raises:
-        UserError: If the store already has an index, contains no tar, has a tar that cannot be read, or no sample can
-            be used.
+        UserError: If the store already has an index, contains no tar or no usable sample, or has a tar that cannot be
+            read.
     """
     names = store.list()
     if INDEX_NAME in names:

@@ -84,8 +84,8 @@ def arrange(extensions: Sequence[str]) -> tuple[list[int], int | None, int | Non
         extensions: The extension of each file. Several clips are numbered (`0.flac`, `1.flac`).
 
     Returns:
-        The positions in `extensions` of the clips, in the order of their numbers; that of the `.json`; and that of the
-        `.txt`. The last two are None if the sample has no such file.
+        The positions in `extensions` of the clips (in the order of their numbers), of the `.json`, and of the `.txt`.
+        The last two are None if the sample has no such file.
 
     Raises:
         SampleError: If a file occurs twice, or several audio files are not numbered from 0 or 1 (`ambiguous`).

@@ -24,7 +24,7 @@ from trainer.data.errors import SampleError
 from trainer.data.tokenizer_digest import tokenizer_digest, transformers_digest
 
 _MAX_RENDERED = 4096
-"""The largest number of prompts that a tokenizer keeps as rendered by its chat template."""
+"""The largest number of rendered prompts that a tokenizer caches."""
 _UNREADABLE = (OSError, ValueError, LookupError, ImportError, TypeError, RecursionError, MemoryError)
 UNKNOWN_ID_TEXT = "\ufffd"
 """The text of ids that are not in the vocabulary. Such ids occur because an LLM may have more embedding rows than its
@@ -108,7 +108,7 @@ class Tokenizer(ABC):
         return prompt.cut(self.segments((question(instruction, num_clips),))[-1], self.placeholder_id)
 
     def segments(self, turns: Sequence[Turn]) -> list[list[int]]:
-        """Return the tokens of a conversation, divided into segments as by `PromptFormat.segments`.
+        """Return the tokens of a conversation, divided into segments as in `PromptFormat.segments`.
 
         Args:
             turns: The turns. The last one must be the user's.

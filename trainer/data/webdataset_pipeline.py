@@ -20,7 +20,7 @@ from trainer.storage.store import LocalStore
 
 
 def shard_pipeline(url: str, *, split: str | None = None, shuffle: int = 0, seed: int | None = None) -> Any:
-    """Return a `webdataset.DataPipeline` over the samples of shards, which is an iterable dataset of torch.
+    """Return a `webdataset.DataPipeline`, an iterable dataset of torch, over the samples of shards.
 
     Shards are divided among the ranks of `torch.distributed` and the workers of a DataLoader. There should be at least
     as many shards as workers of all ranks, because a worker without a shard yields nothing.

@@ -31,8 +31,8 @@ _GATHER_SEC = 10.0
 """The time that a rank waits for the stacks of the other ranks before it exits, in seconds."""
 
 _FLIGHT_RECORDERS = {"gloo": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}
-"""For each backend, the name of the function in `torch._C._distributed_c10d` that returns its record. The one for NCCL
-does not exist in CPU builds."""
+"""Backend → the name of the function in `torch._C._distributed_c10d` that returns the record of its collectives. The
+function for NCCL does not exist in CPU builds."""
 
 
 def hang_folder(events: EventLog) -> Path:

@@ -1,4 +1,4 @@
-"""Data of LLaMA-Factory: `conversations` or `messages` with `<audio>` and `audios`, or alpaca's fields."""
+"""LLaMA-Factory's data: `conversations` or `messages` with `<audio>` and `audios`, or alpaca's fields."""
 
 from __future__ import annotations
 

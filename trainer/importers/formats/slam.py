@@ -1,4 +1,4 @@
-"""Data of SLAM-LLM: JSON lines with `key`, `source` and `target`, or with `task`, `path` and a separate prompt file."""
+"""SLAM-LLM's data: JSON lines with `key`, `source` and `target`, or with `task`, `path` and a separate prompt file."""
 
 from __future__ import annotations
 
