@@ -41,7 +41,7 @@ class Ragged:
 
         Args:
             sequences: The sequences, each `[length, ...]`.
-            like: A tensor with the trailing shape, dtype and device of the result. Required if `sequences` may be
+            like: A tensor with the trailing shape, dtype and device of the result. It is required if `sequences` may be
                 empty.
         """
         if not sequences:
@@ -118,7 +118,7 @@ class Sample:
     """The token ids of other manifest fields that a loss reads (see `Loss.text_fields`), by the field's name."""
     meta: dict[str, Any] = field(default_factory=dict)
     answer_text: str = ""
-    """The text of the answer; in a conversation, of the last one. It is empty in evaluation."""
+    """The text of the answer or, in a conversation, of the last answer. It is empty in evaluation."""
     is_transcription: bool = False
     """Whether the sample has a single answer, which is the transcript of the audio."""
 

@@ -22,7 +22,7 @@ LIMIT_SEC = 10.0
 class _Overdue(BaseException):
     """Raised in the rendering thread.
 
-    It is not an Exception, so that handlers in the template's code do not catch it.
+    It is not an Exception, so handlers in the template's code do not catch it.
     """
 
 

@@ -35,8 +35,8 @@ class EncoderConfig:
     length_mode: Literal["full", "trim", "masked"] = "full"
     """The padding of windows, for Whisper. `full` pads every window to the checkpoint's 30 s, as in pre-training.
     `trim` computes only the real length of the clips, which is faster but changes the features of published weights
-    (see `docs/finetune.md`). `masked` also computes only the real length, but gives the features of windows that are
-    padded to 30 s and whose padding is hidden from attention, as in the training of Qwen2-Audio. The other families
+    (see `docs/finetune.md`). `masked` also computes only the real length, but gives the same features as windows that
+    are padded to 30 s and whose padding is hidden from attention, as in the training of Qwen2-Audio. The other families
     always compute the real length and accept only `full`."""
     trailing_silence_sec: float = 0.0
     """The length in seconds of the silence that is appended to every clip before it is encoded. It is allowed only with
@@ -124,7 +124,8 @@ class AdapterConfig:
     hidden_size: int = 1024
     """The width of the layers and of the output."""
     kernel_size: int = 3
-    """The kernel size of every convolution of `convolutions`, in frames. It must be at least the largest stride."""
+    """The kernel size of the convolutions in the kind `convolutions`, in frames. It must be at least the largest
+    stride."""
     strides: tuple[int, ...] = (2, 2, 2)
     """The down-sampling factors, one per convolution. The other kinds use only their product, which is the number of
     frames that are stacked, averaged or attended to together. It is 8 by default, so an audio token of the LLM covers

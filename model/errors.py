@@ -1,4 +1,4 @@
-"""The exception for errors of the user, and functions that remove credentials and control characters from text."""
+"""The exception for user errors, and functions that remove credentials and control characters from text."""
 
 from __future__ import annotations
 

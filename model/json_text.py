@@ -24,7 +24,7 @@ def parse_json(text: str | bytes) -> Any:
 
     Raises:
         ValueError: If the document is not valid. The message is a one-line reason. The error is a BrokenTextError if
-            the syntax is valid, but a text is not.
+            the syntax is valid, but a string in the document is not.
     """
     if isinstance(text, bytes):
         try:

@@ -25,7 +25,8 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def for_cpu_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the arguments of attention in the dtype in which it is computed: fp32 for bf16 on CPUs.
+    """Return the arguments of attention in the dtype in which attention is computed. On CPUs, this is fp32 instead of
+    bf16.
 
     The backward pass of PyTorch's kernel for CPUs takes about four times as long in bf16 as in fp32.
     """

@@ -45,7 +45,8 @@ class Routing:
 
     @cached_property
     def on_host(self) -> tuple[Tensor, Tensor]:
-        """Copies of `probs` and `chosen` on the host, made in one transfer. Clips are dispatched according to them."""
+        """Copies of `probs` and `chosen` on the host, made in one transfer. They determine which experts encode each
+        clip."""
         probs, chosen = torch.stack([self.probs.detach(), self.chosen.to(self.probs.dtype)]).cpu()
         return probs, chosen.bool()
 

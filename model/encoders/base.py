@@ -105,7 +105,7 @@ def at_mixture_rate(frames: Ragged, frame_samples: int, lengths: tuple[int, ...]
 
     Args:
         frames: [ΣE, D] at one frame per `frame_samples` audio samples.
-        frame_samples: The audio samples between two frames.
+        frame_samples: The number of audio samples between two frames.
         lengths: The number of frames at 50 Hz that each clip must have.
 
     Returns:

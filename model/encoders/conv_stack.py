@@ -186,7 +186,7 @@ def feature_norm(hf_config: Any) -> str:
 
 
 def normalizes_as_published(hf_config: Any) -> bool:
-    """Return the value of `do_normalize` for published models, which fairseq and torchaudio also use.
+    """Return the value of `do_normalize` for published models, as in fairseq and torchaudio.
 
     It is true for networks with layer norm, such as the large ones, and false for others.
     """

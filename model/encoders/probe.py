@@ -189,7 +189,7 @@ def _probe(config_json: str, extractor_json: str) -> Probe:
 def _hop(samples: int, frames: int) -> int:
     """Return the number of samples per frame, if `samples` samples give `frames` frames, plus or minus one.
 
-    Multiples of large units in `HOP_UNITS` are preferred.
+    Multiples of the larger units in `HOP_UNITS` are preferred.
     """
     for unit in HOP_UNITS:
         hop = max(1, round(samples / frames / unit)) * unit

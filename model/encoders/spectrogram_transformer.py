@@ -1,4 +1,4 @@
-"""The Audio Spectrogram Transformer (AST, arXiv 2104.01778) of transformers, which is trained on sounds of all kinds.
+"""The Audio Spectrogram Transformer (AST, arXiv 2104.01778), which is trained on sounds of all kinds.
 
 Shapes: B windows, T audio samples, M mel frames (10 ms), N mel bins, Q frequency bands, E frames (100 ms), D width.
 """

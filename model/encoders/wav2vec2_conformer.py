@@ -51,7 +51,7 @@ class MaskedConvolutions(Wav2Vec2ConformerConvolutionModule):
 
 
 class MaskedConformerLayer(Wav2Vec2ConformerEncoderLayer):
-    """transformers' Conformer layer, which in addition passes the mask to the convolution module."""
+    """transformers' Conformer layer, which also passes the mask to the convolution module."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)

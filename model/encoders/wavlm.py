@@ -74,7 +74,8 @@ class GatedBiasAttention(WavLMAttention):
         return self.out_proj(context.transpose(1, 2).flatten(2)), None, position_bias
 
     def compute_bias(self, query_length: int, key_length: int) -> Tensor:
-        """Return the position bias [H, query, key], with one table look-up per distance and not per pair of frames."""
+        """Return the position bias [H, query, key]. The table is read once per distance instead of once per pair of
+        frames."""
         device = self.gru_rel_pos_const.device
         distance = torch.arange(1 - query_length, key_length, device=device)
         by_distance = self.rel_attn_embed(self._relative_positions_bucket(distance)).T

@@ -1,4 +1,4 @@
-"""The Megatron model's core attention for packed sequences, with rotary embedding and causal masks per segment.
+"""The Megatron model's core attention for packed sequences, with rotary embeddings and a causal mask per segment.
 
 A *pack* is a packed sequence (`model.llm.packing`).
 
@@ -54,7 +54,7 @@ class PackedAttention(nn.Module):
         layer: The description of the layer's attention. Only its window is used.
         scales: The factors for scores and queries, and the bound of scores.
         has_sinks: True if every head has an attention sink (`model.llm.scores`). Attention is then computed by PyTorch,
-            as with a bound of scores.
+            as it is if scores have a bound.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class PackedAttention(nn.Module):
         """
         segments = packed.cached_segments(query.device)
         bucket = segments.bucket
-        # [B, 1, L, 1] and [keys]
+        # `last` is [B, 1, L, 1], and `positions` is [keys].
         last = (segments.starts[:, None] + torch.arange(bucket.max_length, device=query.device))[:, None, :, None]
         positions = torch.arange(segments.num_keys, device=query.device)
         mask = positions <= last
@@ -227,7 +227,7 @@ def _attend_masked(
         query: [B, H, L, D], or wider with a sink.
         key: [B, G, K, D].
         value: [B, G, K, D].
-        mask: True where a query attends to a key; can be broadcast to [B, H, L, K].
+        mask: True where a query attends to a key; it can be broadcast to [B, H, L, K].
         scale: The factor on scores; None for 1/√D.
         cap: The bound of scores; None for no bound.
 

@@ -76,7 +76,7 @@ def pieces(lengths: tuple[int, ...], part: ContextPart) -> list[Piece]:
 
 
 def crosses_chunks(lengths: tuple[int, ...], part: ContextPart) -> bool:
-    """Return whether any segment of a pack has rows in more than one chunk, so that keys must be gathered."""
+    """Return whether any segment of a pack has rows in more than one chunk. Keys must be gathered in this case."""
     ends = np.cumsum(lengths)
     edges = np.arange(1, 2 * part.size) * (int(ends[-1]) // (2 * part.size))
     return part.size > 1 and not bool(np.isin(edges, ends).all())
@@ -97,7 +97,8 @@ class ContinuedAttention(torch.autograd.Function):
     Only this rank's queries, keys and values are saved for the backward pass. The backward pass gathers the keys again,
     and recomputes the scores one block of queries at a time. Gradients of keys are added up in fp32.
 
-    Collective: every rank of the context-parallel group must call it, in both passes, even if it has no such piece.
+    Collective: every rank of the context-parallel group must call it, in both passes, even if it has no continued
+        piece.
     """
 
     @staticmethod
@@ -128,7 +129,7 @@ class ContinuedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.rest = continued, window, scale, cap, group
         keys, values = _gather(key, value, group)
-        found = [query[:0, :, : value.shape[-1]]]  # without the channel of a sink
+        found = [query[:0, :, : value.shape[-1]]]  # The result has no channel for a sink.
         for rows, span, mask in _blocks(continued, window, query.device):
             found.append(_attend(query[rows], keys[span], values[span], mask, scale, cap))
         return torch.cat(found)

@@ -162,9 +162,9 @@ class GatedDeltaNet(nn.Module):
 
         Args:
             bucket: The segments.
-            inputs: [t, C].
-            rate: [t, H].
-            decay: [t, H] in fp32.
+            inputs: The inputs of the convolution, [t, C].
+            rate: The rates, [t, H].
+            decay: The logarithms of the decays, [t, H] in fp32.
             recent: The inputs before each segment [B, W - 1, C]; None for zeros.
             state: The state before each segment [B, H, K, V] in fp32; None for zeros.
 

@@ -18,7 +18,7 @@ class MixtureSource:
 
     Args:
         base: The weights of the dense LLM.
-        donors: The weights of a dense LLM of the same architecture for each expert, by its name.
+        donors: For each expert, by its name, the weights of a dense LLM of the same architecture.
         routers: The weights and biases of the routers, and the weights of the gates of shared experts. The weights of
             routers must be random, because routers with equal rows would give all experts the same score.
         hf_config: The LLM with its experts.

@@ -178,7 +178,7 @@ class MixtureLayer(nn.Module):
         return (output, choice.weights) if self.mixture.returns_scores else output
 
     def _projections(self, kind: str, expert: str) -> list[str]:
-        """Return the names of gate, up and down of an expert. `kind` is `expert` or `shared`."""
+        """Return the names of the gate, up and down projections of an expert. `kind` is `expert` or `shared`."""
         return [self.names[f"{kind}_{role}"].format(e=expert) for role in ("gate", "up", "down")]
 
     def _router_values(self, kind: str) -> Tensor:

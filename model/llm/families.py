@@ -35,13 +35,14 @@ LLAMA_MODULES: dict[str, str] = {
     "output": "lm_head",
 }
 """The names of the modules of transformers' Llama, by role. Names within a layer are relative to `layer`, in which
-`{n}` stands for the layer's number. Roles with the same module share one tensor, in this order. Families with norms
-after attention and after the feed-forward network have the roles `attention_output_norm` and `mlp_output_norm`.
-Families with attention sinks have the role `sinks`, which is the module that has the parameter of that name. Families
-with linear attention have the roles of `QWEN3_5_MODULES` that begin with `delta`."""
+`{n}` stands for the layer's number. Roles with the same module share one tensor, in which their rows follow each other
+in the order of the roles. Families with norms after attention and after the feed-forward network have the roles
+`attention_output_norm` and `mlp_output_norm`. Families with attention sinks have the role `sinks`, which is the module
+that has the parameter of that name. Families with linear attention have the roles of `QWEN3_5_MODULES` that begin with
+`delta`."""
 
 REQUIRED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
-"""The only value of each of these fields of the Hugging Face config that the Megatron model supports."""
+"""For each of these fields of the Hugging Face config, the only value that the Megatron model supports."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class LLMFamily:
     qk_norm: bool = False
     """True if every query and key head is normalized by an RMSNorm with learned weights."""
     all_heads_norm: bool = False
-    """True if one RMSNorm normalizes all query heads together, and another one all key heads. It excludes `qk_norm`."""
+    """True if one RMSNorm normalizes all query heads together, and another one normalizes all key heads together. It
+    excludes `qk_norm`."""
     norms: Norms = "before"
     """The places of the RMSNorms in a layer."""
     norms_from_zero: bool = False
@@ -77,7 +79,7 @@ class LLMFamily:
     scales: Callable[[PretrainedConfig], Scales] = plain
     """A function that returns the factors that a config describes."""
     required: Mapping[str, Any] = field(default_factory=lambda: dict(REQUIRED))
-    """The only supported value of each of these fields of the Hugging Face config. Fields that the config lacks are
+    """For each of these fields of the Hugging Face config, the only supported value. Fields that the config lacks are
     ignored."""
     modules: Mapping[str, str] = field(default_factory=lambda: dict(LLAMA_MODULES))
     """The names of the modules in the checkpoint, by the roles of `LLAMA_MODULES`."""
@@ -152,7 +154,7 @@ _GEMMA2_REQUIRED = {
     "attention_dropout": 0,
     "use_bidirectional_attention": False,
 }
-_GEMMA3_REQUIRED = {**_GEMMA2_REQUIRED, "attn_logit_softcapping": None}  # transformers ignores it
+_GEMMA3_REQUIRED = {**_GEMMA2_REQUIRED, "attn_logit_softcapping": None}  # transformers ignores this field.
 _EXPERTS_REQUIRED = {**REQUIRED, "output_router_logits": False, "router_jitter_noise": 0.0}
 
 LLM_FAMILIES: dict[str, LLMFamily] = {

@@ -183,7 +183,7 @@ def attention_layers(hf_config: PretrainedConfig) -> tuple[AttentionLayer, ...]:
     rotates = (hf_config.no_rope_layers if "no_rope_layers" in declared else None) or [1] * count
     for key, values in (("layer_types", types), ("no_rope_layers", rotates)):
         if len(values) < count:
-            raise UserError(f"model.llm.config.{key}: has {len(values)} entries; num_hidden_layers is {count}")
+            raise UserError(f"model.llm.config.{key}: has {len(values)} entries, but num_hidden_layers is {count}")
     by_type = any(isinstance(value, dict) for value in hf_config.rope_parameters.values())
     layers = []
     kinds = (
@@ -193,7 +193,7 @@ def attention_layers(hf_config: PretrainedConfig) -> tuple[AttentionLayer, ...]:
     )
     for kind, rotated in zip(types[:count], rotates[:count], strict=True):
         if kind not in kinds:
-            raise UserError(f"model.llm.config.layer_types = {kind}: supported are {' and '.join(kinds)}")
+            raise UserError(f"model.llm.config.layer_types = {kind}: must be one of {', '.join(kinds)}")
         if kind == "linear_attention":
             layers.append(LINEAR)
             continue

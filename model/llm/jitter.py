@@ -79,7 +79,7 @@ class _Jitter(torch.autograd.Function):
 
 
 def _mix(values: Tensor) -> Tensor:
-    """Return a hash (SplitMix64) of each value, all int64. Products keep their lowest 64 bits."""
+    """Return the SplitMix64 hash of each int64 value. Products are computed modulo 2⁶⁴."""
     values = values + _GOLDEN
     values = (values ^ _shifted(values, 30, 64)) * _MIX_1
     values = (values ^ _shifted(values, 27, 64)) * _MIX_2

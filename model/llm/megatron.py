@@ -7,14 +7,14 @@ Before building a model, the caller must call `parallel_state.initialize_model_p
 `trainer.parallel.cpu.megatron_calls`.
 
 A stage has one model per virtual stage, called a chunk (`model.llm.stages`). A *pack* is a packed sequence
-(`model.llm.packing`). The forward pass of every chunk ::
+(`model.llm.packing`). The forward pass of every chunk is called as follows: ::
 
     gpt(input_ids=None, position_ids=None, attention_mask=None,
         decoder_input=x,              # first chunk: [t/TP, 1, hidden], see embed_tokens; other chunks: None
         labels=labels,                # [1, t], no IGNORE (use any valid id and mask the losses); None for logits
         packed_seq_params=packed)     # PackedSequences of t rows, t a multiple of TP
 
-returns, on the last chunk, losses `[1, t]` in fp32, or logits `[1, t, padded vocabulary / TP]` (all columns with
+On the last chunk, it returns losses `[1, t]` in fp32, or logits `[1, t, padded vocabulary / TP]` (all columns with
 `runtime_gather_output=True`). On other chunks, it returns hidden states `[t/TP, 1, hidden]`. The logits of padded
 vocabulary columns are -inf.
 """

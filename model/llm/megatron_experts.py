@@ -58,7 +58,7 @@ def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, exper
         "moe_router_topk": min(mixture.top_k, len(mixture.experts)),
         "moe_ffn_hidden_size": mixture.width,
         "moe_router_load_balancing_type": "none",
-        "moe_router_pre_softmax": True,  # `Router` ignores it, but Megatron rejects top_k = 1 without it
+        "moe_router_pre_softmax": True,  # `Router` ignores it, but Megatron rejects top_k = 1 without it.
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": ep_size,
@@ -80,7 +80,7 @@ def expert_spec(mixture: Mixture) -> ModuleSpec:
 
 
 class ColumnParallelWithBias(ColumnParallelLinear):
-    """Megatron's layer with a bias, whatever Megatron's config says.
+    """Megatron's column-parallel layer, which has a bias even if Megatron's config disables biases.
 
     Megatron has a single setting for the biases of all layers, and rejects biases for experts that tensor-parallel
     ranks share.
@@ -91,7 +91,7 @@ class ColumnParallelWithBias(ColumnParallelLinear):
 
 
 class RowParallelWithBias(RowParallelLinear):
-    """Megatron's layer with a bias, whatever Megatron's config says; see `ColumnParallelWithBias`."""
+    """Megatron's row-parallel layer, which always has a bias; see `ColumnParallelWithBias`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "bias": True})

@@ -83,7 +83,7 @@ class Mixture:
 
         Args:
             router: The name of the router. If it contains `{e}`, which stands for the name of an expert, every expert
-                has its own part, and so have all null experts together.
+                has its own part, and all null experts share one part.
         """
         if "{e}" not in router:
             assert not self.num_null, "null experts need a router that consists of parts"
@@ -140,8 +140,8 @@ class ExpertRouterConfig:
     bias_rate: float = 0.0
     """The amount by which an update of the weights changes the router's biases, which balance the experts without a
     loss; 0 for no biases. A typical value is 0.001. A bias is added to the probability of an expert only for the choice
-    of experts. It rises if the expert was chosen less often than the average in the global batch, and falls if more
-    often."""
+    of experts. It rises if the expert was chosen less often than the average in the global batch, and falls if the
+    expert was chosen more often."""
     jitter: float = 0.0
     """The largest relative change of the values that a router reads in training, as in Switch Transformer; 0 for no
     change. A typical value is 0.01. Each value is multiplied by a random number between 1 - jitter and 1 + jitter."""
@@ -153,9 +153,9 @@ class ExpertRouterConfig:
         if self.null_experts < 0:
             raise UserError(f"model.llm.router.null_experts = {self.null_experts}: must be at least 0")
         if not 0 <= self.bias_rate < 1:
-            raise UserError(f"model.llm.router.bias_rate = {self.bias_rate}: must be from 0 to below 1")
+            raise UserError(f"model.llm.router.bias_rate = {self.bias_rate}: must be at least 0 and below 1")
         if not 0 <= self.jitter < 1:
-            raise UserError(f"model.llm.router.jitter = {self.jitter}: must be from 0 to below 1")
+            raise UserError(f"model.llm.router.jitter = {self.jitter}: must be at least 0 and below 1")
 
     def settings(self) -> dict[str, Any]:
         """Return the fields other than `normalize` that differ from their default values."""

@@ -20,9 +20,8 @@ from model.llm.features import Activation
 class GatedMLP(MLP):
     """Megatron's MLP with a gate (SwiGLU or GeGLU, arXiv 2002.05202) and without biases.
 
-    Autograd would also save the activated gate and copies of both halves of the input. These are 2 f more values per
-    token, where f is the hidden width of the network. With selective recomputation, the gate's output is not saved
-    either.
+    Autograd would also save intermediate results of the gate, which are 2 f values per token, where f is the hidden
+    width of the network. With selective recomputation, the gate's output is not saved either.
     """
 
     def __init__(self, config: TransformerConfig, activation: Activation = "silu") -> None:

@@ -1,8 +1,8 @@
 """The mapping between the parameters of Hugging Face and of Megatron, and the part of each on a tensor-parallel rank.
 
-The functions only compute names, shapes and indices, and do not access a model. In this module, the Megatron name
-`decoder.layers.<n>` contains the number n of the layer counted from 0 over all pipeline stages. Megatron-core's local
-layer spec has these layouts:
+The functions only compute names, shapes and indices, and do not access a model. In this module, n in the Megatron name
+`decoder.layers.<n>` is the number of the layer, counted from 0 over all pipeline stages. Megatron-core's local layer
+spec has these layouts:
 
 - `linear_qkv` holds, for each query group, the query heads, the key head and the value head. A rank holds consecutive
   rows. If there are fewer key-value heads than ranks, these rows are a part of a group.

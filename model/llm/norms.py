@@ -104,7 +104,7 @@ class AllHeadsNorm(nn.Module):
             first = parallel_state.get_tensor_model_parallel_rank() // copies * own
             weight = weight[first : first + own]
         scale = torch.rsqrt(squares / (self.num_heads * self.width) + self.eps)
-        return (values * scale * weight).to(x.dtype)  # rounded after the product, as in transformers
+        return (values * scale * weight).to(x.dtype)  # As in transformers, the product is rounded.
 
 
 class Addition(nn.Module):

@@ -286,7 +286,7 @@ def _check_rotary(hf_config: PretrainedConfig) -> None:
     for key, rope in rope_sets(hf_config).items():
         where = f"model.llm.config.rope_parameters{'.' * bool(key)}{key}"
         if rope.get("rope_type", "default") not in ROPE_TYPES:
-            raise UserError(f"{where}.rope_type = {rope['rope_type']}: supported are {', '.join(ROPE_TYPES)}")
+            raise UserError(f"{where}.rope_type = {rope['rope_type']}: must be one of {', '.join(ROPE_TYPES)}")
         share = rope.get("partial_rotary_factor", 1.0)
         if share != 1.0 and not family.partial_rotary:
             raise UserError(f"{where}.partial_rotary_factor = {share}: only 1.0 is supported for this family")

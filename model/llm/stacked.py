@@ -153,7 +153,7 @@ class StackedSource:
         self._wanted = {name: stacked.shape for name, stacked in tensors.items()}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Implement `WeightSource`. A tensor of an expert has no shape if the published tensor has another shape."""
+        """Implement `WeightSource`. The result is None if the published tensor does not have the expected shape."""
         if name not in self._parts:
             return self._published.shape(name)
         stacked, part = self._parts[name]

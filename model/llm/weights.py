@@ -174,7 +174,7 @@ class RandomSource:
             if name.endswith(".A_log"):
                 return (0.01 + 15.99 * drawn).log()
             steps = 0.001 * 100**drawn
-            return steps + torch.log(-torch.expm1(-steps))  # the inverse of softplus
+            return steps + torch.log(-torch.expm1(-steps))  # This is the inverse of softplus.
         if name.endswith((".bias", ".sinks", f".{SCORE_BIAS}")):
             return torch.zeros(size)
         return torch.ones(size) if ".linear_attn." in name else self._norm(size)

@@ -1,7 +1,7 @@
 """The CTC loss (Graves 2006) of the adapter's output with the transcripts as targets.
 
 The loss is divided by the number of target symbols in the global batch. Symbols are the LLM's tokens, or the bytes of
-the text (`model.ctc_vocabulary`). Speech has more bytes than audio tokens per second, so the head can have several
+the text (`model.ctc_vocabulary`). A second of speech has more bytes than audio tokens, so the head can have several
 outputs per audio token.
 """
 

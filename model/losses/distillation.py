@@ -50,7 +50,8 @@ class Distillation(TokenLoss):
         end = first + int(sample.audio_mask.sum())
 
         labels = torch.full_like(transcript, IGNORE)
-        labels[-1] = sample.labels[end - 1]  # the answer's first token, if the answer directly follows the audio
+        # If the answer directly follows the audio, this label is the answer's first token.
+        labels[-1] = sample.labels[end - 1]
 
         def replaced(values: Tensor, middle: Tensor) -> Tensor:
             return torch.cat([values[:first], middle, values[end:]])

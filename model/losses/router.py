@@ -43,7 +43,7 @@ class RouterLoss(Loss):
 
     @abstractmethod
     def sum(self, tokens: RoutedTokens, config: ModelConfig) -> Tensor:
-        """Return this rank's contribution to the sum of one layer, a scalar in fp32 with gradient.
+        """Return this rank's contribution to the sum for one layer, a scalar in fp32 with gradient.
 
         Collective: every rank that holds tokens of these samples must call it, because it may call `tokens.reduce`.
         """

@@ -110,7 +110,7 @@ def test_neither_directory_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3: must divide num_attention_heads = 4"),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "rope_type = dynamic: supported are default, linear",
+            "rope_type = dynamic: must be one of default, linear",
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5: only 1.0 is supported"),
         ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 2}, "layer_types = linear_attention"),

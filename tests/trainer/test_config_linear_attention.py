@@ -31,7 +31,7 @@ linear_num_value_heads: 4, linear_key_head_dim: 8, linear_value_head_dim: 8, max
         ([LLM.replace("key_head_dim: 8", "key_head_dim: 0")], "linear_key_head_dim = 0: must be at least 1"),
         (
             ["model.llm.config={model_type: olmo3, num_hidden_layers: 1, layer_types: [linear_attention]}"],
-            "layer_types = linear_attention: supported are full_attention and sliding_attention",
+            "layer_types = linear_attention: must be one of full_attention, sliding_attention",
         ),
     ],
 )

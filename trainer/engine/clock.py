@@ -1,4 +1,4 @@
-"""Measurement of the time that work takes on a device. Submitting the work does not wait for it."""
+"""Measurement of the time that work takes on a device. The host waits for the device only when a result is read."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from model.precision import for_cpu_attention
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Compute what transformers' function `sdpa` computes, with the same arguments."""
+    """Compute the result of transformers' attention function `sdpa` from the same arguments."""
     attended, weights = sdpa_attention_forward(module, *for_cpu_attention(query, key, value), *args, **kwargs)
     return attended.to(query.dtype), weights
 

@@ -11,9 +11,9 @@ import torch
 from model.errors import UserError
 
 _VARIABLES = {
-    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # cuBLAS then shares no workspace between streams
-    "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # the values that Megatron accepts
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # TransformerEngine's attention
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # cuBLAS then shares no workspace between streams.
+    "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # Megatron accepts only these values.
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # TransformerEngine's attention reads this variable.
 }
 """The allowed values of environment variables that libraries read when they start. An unset variable is set to its
 first value."""

@@ -113,7 +113,7 @@ def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[s
     Raises:
         UserError: If the file cannot be used (see `load_ds_json`), or its section `zero_optimization` is malformed.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow to import, and only ranks need it
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # This import is slow, and only ranks need it.
     from pydantic import ValidationError
 
     tree = load_ds_json(path)

@@ -1,8 +1,8 @@
 """The biases with which the LLM's routers balance FFN experts without a loss (DeepSeek-V3, arXiv 2412.19437, 2.1.2).
 
-A step counts the tokens that chose each expert. After the sum over all ranks, every rank that holds a router makes the
-same change to its biases. The change depends only on the counts of the global batch, so it does not depend on the
-topology.
+A step counts the tokens that chose each expert, and sums the counts over all ranks. Every rank that holds a router then
+makes the same change to the router's biases. The change depends only on the counts of the global batch, so it does not
+depend on the topology.
 
 Shapes: L layers with experts, C choices of a router (experts and null experts).
 """
@@ -33,7 +33,7 @@ class ExpertBiases:
         self._routers = routers_of(engine.chunks)
         shape = (len(mixture.layers), mixture.num_choices)
         self.counts = torch.zeros(shape, dtype=torch.float64, device=engine.groups.device)
-        """The numbers of tokens [L, C] on this rank that chose each expert since the last call of `clear`."""
+        """The number of tokens on this rank that chose each expert since the last call of `clear`, [L, C]."""
 
     def clear(self) -> None:
         """Set the counts to zero. It must be called before a step."""

@@ -79,7 +79,8 @@ class EncoderDispatch:
             clips then encode dummy clips.
         recompute_calls: True to discard the activations of every encoder call, and to run the call again in the
             backward pass.
-        every_clip: True if every encoder encodes every clip, so that ranks need not exchange which encoders they need.
+        every_clip: True if every encoder encodes every clip. Ranks then need not exchange which encoders their clips
+            need.
         debug_plan: True to compare the plans of all ranks before clips are sent.
     """
 

@@ -53,7 +53,7 @@ class LLMEngine:
         optim: The settings of the optimizer, which determine the parameters that are trained.
         groups: The process groups of this rank. Megatron's groups must already exist.
         dtype: The dtype of weights and activations. The optimizer state is fp32.
-        recompute: The activations that the backward pass recomputes instead of keeping them.
+        recompute: The activations that are not kept, but recomputed in the backward pass.
         adapters: The low-rank adapters to add.
         reduction: The settings for the exchange of gradients and weights between replicas.
     """

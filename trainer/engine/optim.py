@@ -12,7 +12,7 @@ from model.config import is_factor
 from model.errors import UserError, check_least
 
 if TYPE_CHECKING:
-    from torch import nn  # recipes are read without PyTorch
+    from torch import nn  # Recipes are read without PyTorch.
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The section `stages` of a recipe, which divides a run into stages that train different parameters.
 
-The optimizers hold every parameter that is trained in any stage. During a stage, parameters that the stage does not
-train have no gradient and a learning rate of zero. At the beginning of a stage, Adam's moments are reset to zero. A
-checkpoint therefore has the same tensors in all stages, and a run can resume at any step.
+The optimizers hold every parameter that is trained in any stage. A checkpoint therefore has the same tensors in all
+stages, and a run can resume at any step. During a stage, parameters that the stage does not train have no gradient and
+a learning rate of zero. At the beginning of a stage, Adam's moments are reset to zero.
 """
 
 from __future__ import annotations

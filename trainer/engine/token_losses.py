@@ -73,7 +73,7 @@ class TensorParallelVocabulary(Vocabulary):
         Collective: every rank of the tensor-parallel group must call it. In the backward pass, the gradient of the sum
         is passed to each rank's `values` unchanged, without a reduction.
         """
-        total: Tensor = reduce_from_tensor_model_parallel_region(values.clone())  # Megatron reduces in place
+        total: Tensor = reduce_from_tensor_model_parallel_region(values.clone())  # Megatron reduces in place.
         return total
 
     def spread(self, values: Tensor) -> Tensor:

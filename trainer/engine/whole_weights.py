@@ -4,10 +4,10 @@ The audio side consists of the encoders, the router, the adapter and the project
 
 By default, DeepSpeed ZeRO-3 gathers the parameters of a module around each of the module's calls, and reduces gradients
 in small buckets. With this module, one collective per process group gathers all parameters before the first forward
-pass after an update. The parameters stay gathered until the next update. Autograd adds gradients up in one flat fp32
-buffer, of which `grad` of each parameter is a view, so that no Python code runs per gradient. One collective per
-process group reduces them at the end of the backward pass. DeepSpeed still manages the partitions of weights, gradients
-and optimizer state between updates, and computes the update itself.
+pass after an update. The parameters stay gathered until the next update. The `grad` of each parameter is a view of one
+flat fp32 buffer, so autograd adds gradients up without running Python code for each of them. One collective per process
+group reduces the gradients at the end of the backward pass. DeepSpeed still manages the partitions of weights,
+gradients and optimizer state between updates, and computes the update itself.
 
 Shapes: n ranks in the process group, k elements in one rank's slice of a parameter, S elements in all slices of a rank.
 """

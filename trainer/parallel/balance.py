@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 TOLERANCE = 0.02
-"""The fraction of the mean load by which `spread_alike` may exceed the mean."""
+"""The fraction by which the load of a bin may exceed the mean load in `spread_alike`."""
 _MANY_ITEMS_PER_BIN = 16
 """The number of items per bin above which `_runs_one_by_one` is faster than the vectorized search for the ends of
 bins."""
@@ -53,10 +53,10 @@ def spread(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
 def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
     """Assign items to bins so that all bins have about the same total cost and contain items of similar cost.
 
-    Batches of clips then contain little padding. In descending order of cost, each bin takes the next items as long as
-    its load exceeds the mean by at most the fraction `TOLERANCE`. The cheapest items, which no bin has taken, then fill
-    the remaining gaps, which have half the size of an item on average. If there are many small items, all bins except
-    the last one use the whole tolerance, and the last bin has a lower load.
+    Batches of clips then contain little padding. The items are sorted by cost, the costliest first. Each bin in turn
+    takes the next items as long as its load exceeds the mean by at most the fraction `TOLERANCE`. The cheapest items,
+    which no bin has taken, then fill the gaps, which on average have half the size of an item. If there are many small
+    items, all bins except the last one use the whole tolerance, and the last bin has a lower load.
 
     Args:
         costs: The non-negative cost of each of n items.
@@ -90,7 +90,8 @@ def place_experts(costs: Sequence[float], ep: int) -> tuple[int, ...]:
 
 
 def _runs(filled: Floats, num_bins: int, limit: float) -> Ints:
-    """Return the end index of each bin if every bin takes the next items up to the cost `limit`, and at least one item.
+    """Return the end index of each bin, if a bin takes at least one item and further items up to the total cost
+    `limit`.
 
     Args:
         filled: The running sum of the items' costs.
@@ -109,7 +110,7 @@ def _runs(filled: Floats, num_bins: int, limit: float) -> Ints:
     # The loop advances by four bins at once, which takes a quarter of the steps.
     second = ends[ends]
     fourth = second[second]
-    end_of = fourth.data  # Reading single elements of a memoryview is several times faster.
+    end_of = fourth.data  # Single elements of a memoryview are several times faster to read.
     starts = np.array([0, *(start := end_of[start] for _ in range((num_bins - 1) // 4))])
     found = np.stack([ends[starts], second[starts], ends[second[starts]], fourth[starts]], axis=1)
     return found.ravel()[:num_bins]
@@ -141,13 +142,13 @@ def _deal(costs: Floats, order: Ints, bins: Ints, loads: Floats, limit: float) -
 
     Args:
         costs: The cost of each item.
-        order: The items, sorted from the costliest.
+        order: The items, the costliest first.
         bins: The bin of each item, which is set for the items that bins keep.
         loads: The load of each bin, which is set.
         limit: The largest load of a bin with more than one item.
 
     Returns:
-        The remaining items, sorted from the costliest.
+        The remaining items, the costliest first.
     """
     num_bins = len(loads)
     turns = -(-len(order) // num_bins)
@@ -166,7 +167,7 @@ def _deal(costs: Floats, order: Ints, bins: Ints, loads: Floats, limit: float) -
 
 
 def _fill(loads: Floats, bins: Ints, order: Ints, costs: Floats, mean: float) -> None:
-    """Assign the items `order`, sorted from the costliest, and update `loads` and `bins` in place.
+    """Assign the items `order`, the costliest of which is first, and update `loads` and `bins` in place.
 
     In each round, the costliest item is assigned to the emptiest bin, the second to the second emptiest, and so on as
     long as no bin exceeds the mean. A round assigns at least 1/_ROUNDS of the items. If it assigns one item, this is

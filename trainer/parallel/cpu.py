@@ -52,7 +52,7 @@ def _set_cpu_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None
 
 
 class _Stream:
-    """A dummy for a CUDA stream and its events. All work runs in order, so there is nothing to wait for."""
+    """A dummy CUDA stream, which is also its own event. All work runs in order, so there is nothing to wait for."""
 
     def wait_stream(self, _stream: Any) -> None:
         """Do nothing."""

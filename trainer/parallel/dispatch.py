@@ -44,7 +44,7 @@ class ClipLengths:
 
 @dataclass(frozen=True)
 class ClipTable:
-    """The clips of all ranks, ordered by source rank and then by index on that rank."""
+    """The clips of all ranks, with the encoders that each clip needs, in the order of `ClipLengths`."""
 
     source_rank: Ints
     """The rank that loaded each clip, [N], in ascending order."""
@@ -105,7 +105,7 @@ def plan_dispatch(
 
 
 def _encoder_ranks(cost: Floats, loads: Floats) -> Ints:
-    """Return the index of the encoder rank that encodes each clip of one encoder.
+    """Return the index of the encoder rank for each clip that one encoder must encode.
 
     Args:
         cost: The cost of each clip.
@@ -186,8 +186,8 @@ def dispatch_of(plan: DispatchPlan, rank: int) -> Dispatch:
 
 
 CALL_COST_SAMPLES = {"cpu": num_samples(1), "cuda": num_samples(10)}
-"""The overhead of an encoder call on each type of device, as the number of audio samples that can be encoded in that
-time.
+"""The overhead of an encoder call on each type of device, as the number of audio samples that can be encoded in the
+same time.
 
 The overhead comes from ZeRO-3's hooks on all modules. On a CPU, it was measured to equal 1.2 to 2 s of audio for
 encoders of 1.5 to 2.2 M parameters. For larger encoders, it equals less audio. The value for CUDA is an estimate.

@@ -16,7 +16,7 @@ from model.errors import UserError
 _SETTINGS = {
     # Megatron needs communication kernels to start in the order in which they are launched.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # A gloo group then connects two ranks when they first communicate, instead of all pairs of ranks at once.
+    # With this setting, a gloo group connects two ranks when they first communicate, instead of all pairs at once.
     "TORCH_GLOO_LAZY_INIT": "1",
 }
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -108,7 +108,7 @@ def deliver(
 
 
 class _Deliver(torch.autograd.Function):
-    """One autograd node for all sequences. The backward pass continues after it when all gradients have arrived."""
+    """One autograd node for all sequences. The backward pass continues past it only when all gradients have arrived."""
 
     @staticmethod
     def forward(
@@ -185,7 +185,7 @@ def _carry(
 
 
 FIRST = 64
-"""The default number of integers that are gathered together with their count."""
+"""The default number of integers that are gathered together with the length of an array."""
 
 
 def gather_ragged(
@@ -198,8 +198,8 @@ def gather_ragged(
     Args:
         values: This rank's array.
         group: The ranks; None for the world.
-        first: The number of integers that are gathered together with their count, which must be the same on all ranks.
-            If an array is longer, a second collective gathers the rest.
+        first: The number of integers that are gathered together with the length of the array. It must be the same on
+            all ranks. If an array is longer, a second collective gathers the rest.
 
     Returns:
         The arrays as the rows of a matrix, which are padded with zeros to at least the longest length, and the lengths
@@ -237,7 +237,7 @@ def take_spans(rows: np.ndarray, first: np.ndarray, counts: np.ndarray) -> np.nd
 
 
 def gather_distinct(texts: Sequence[str], group: dist.ProcessGroup) -> list[list[str]]:
-    """Return the distinct lists `texts` of all ranks, in the order of the first rank with each list.
+    """Return the distinct lists `texts` of all ranks, ordered by the first rank that has each list.
 
     Collective: every rank of `group` must call it.
 

@@ -2,7 +2,8 @@
 
 torch's stores have no authentication, so every process that can connect to a store can read and change it. Therefore,
 ranks on one machine use a file that only their user can open, or a port that only this machine can reach. Ranks on
-several machines use a port of the first machine, with names that contain the secret of their job.
+several machines use a port of the first machine, and prefix all names in the store with a hash of the secret of their
+job.
 
 The store of torchrun outlives the ranks. After a restart, the store still contains the addresses of the previous ranks.
 The ranks of every start therefore first agree on a name that no other start uses.
@@ -85,8 +86,8 @@ def _name_of_start(store: dist.Store, rank: int, world: int, timeout: datetime.t
 
     Every rank except rank 0 writes a random number, and rank 0 writes its answer under this number. An answer to a
     previous start therefore cannot be mistaken for this answer. Rank 0 may first read numbers of previous ranks, so it
-    repeats this until all ranks have confirmed the name. The number of restarts in torchrun's environment cannot serve
-    as the name, because it may differ between nodes.
+    keeps answering until all ranks have confirmed the name. The number of restarts in torchrun's environment cannot
+    serve as the name, because it may differ between nodes.
 
     Returns:
         The name, which is the same on all ranks.

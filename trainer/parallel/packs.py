@@ -27,7 +27,7 @@ class PackPlan:
     num_microbatches: int
     """The number of packs of each replica."""
     pack_tokens: int
-    """The number of rows of every pack, including padding. The pipeline requires that it is the same for all packs."""
+    """The number of rows of every pack, including padding. The pipeline requires the same number for all packs."""
     replicas: int
     """The number of LLM replicas."""
     pack: Ints
@@ -78,7 +78,7 @@ class PackPlan:
     def with_lengths(self, kept: Ints, num_tokens: Ints, multiple: int) -> PackPlan:
         """Return a plan for companion sequences of some samples.
 
-        A companion has the replica and micro-batch of its sample.
+        A companion is assigned to the replica and micro-batch of its sample.
 
         Args:
             kept: The indices of the samples that have a companion, in ascending order.
@@ -126,7 +126,7 @@ def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank:
 
     Args:
         plan: The packs of n samples.
-        source_ranks: [n], the rank that loaded each sample. It holds its samples in global order, without gaps.
+        source_ranks: The rank that loaded each sample, [n]. A rank holds its samples in global order, without gaps.
         topology: The grid of ranks.
         rank: The rank that sends or receives. Segments between other ranks may be missing.
     """
@@ -144,12 +144,12 @@ def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank:
 def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank: int) -> Segments:
     """Return the rows of embeddings to move from each sample's source rank to the first pipeline stage.
 
-    A row goes only to the context- and tensor-parallel rank whose slice of the pack contains it. There, its index is
-    micro-batch · slice length + index in the slice.
+    A row goes only to the context- and tensor-parallel rank whose slice of the pack contains it. On that rank, the
+    index of the row is micro-batch · slice length + index in the slice.
 
     Args:
         plan: The packs of n samples.
-        source_ranks: [n], the rank that loaded each sample. It holds its samples in global order, without gaps.
+        source_ranks: The rank that loaded each sample, [n]. A rank holds its samples in global order, without gaps.
         topology: The grid of ranks.
         rank: The rank that sends or receives. Segments between other ranks may be missing.
     """

@@ -35,8 +35,9 @@ class ParallelConfig:
     block of one node or a few nodes exchanges fewer and larger messages, but each rank stores more optimizer state. It
     must be a multiple of `expert`."""
     ffn_expert: int = 1
-    """The number of ranks over which the FFN experts of each layer are spread (`docs/experts.md`). These ranks are
-    tensor-parallel ranks and replicas of one pipeline stage. With 1, every rank of a stage holds all FFN experts."""
+    """The number of ranks over which the FFN experts of each layer are spread (`docs/experts.md`). These ranks hold the
+    same pipeline stage, as tensor-parallel ranks and as replicas. With 1, every rank of a stage holds all FFN experts.
+    """
     ffn_expert_tensor: int | None = None
     """The number of tensor-parallel ranks that share an FFN expert. It is 1, or `tensor` for few large experts. null
     selects 1 if `ffn_expert` is above 1, and `tensor` otherwise."""
@@ -141,7 +142,7 @@ class Topology:
         return range(first + rank % step, first + self.shard_ranks, step)
 
     def shard_groups(self, *, of_experts: bool) -> list[range]:
-        """Return all groups of ranks that `sharers` returns."""
+        """Return the distinct results of `sharers` for all ranks."""
         places = range(self.ep if of_experts else 1)
         firsts = range(0, self.world, self.shard_ranks)
         return [self.sharers(first + place, of_experts=of_experts) for first in firsts for place in places]
@@ -163,7 +164,8 @@ class Topology:
 
     @property
     def without_context(self) -> Topology:
-        """The topology of the same ranks with each copy of the LLM's weights as a replica that processes whole packs.
+        """The topology of the same ranks in which each copy of the LLM's weights is a replica that processes whole
+        packs.
 
         Context-parallel ranks hold the same weights. If packs are not divided among them, they act as replicas.
         """
@@ -226,7 +228,7 @@ class Topology:
     def expert_replica_groups(self) -> tuple[tuple[int, ...], ...]:
         """The groups of ranks that hold the same encoder experts.
 
-        A group consists of every `ep`-th rank, and sums gradients.
+        A group consists of every `ep`-th rank. Its ranks sum their gradients.
         """
         return tuple(tuple(range(start, self.world, self.ep)) for start in range(self.ep))
 

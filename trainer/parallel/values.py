@@ -24,7 +24,7 @@ Kinds = Sequence[type]
 """The dataclasses and named tuples of which a value may contain instances. All ranks must list the same classes in the
 same order."""
 _NUMBERS = "biuf"
-"""The kinds of NumPy dtypes that are sent. Arrays of other kinds may contain references to objects."""
+"""The kinds of NumPy dtypes that can be sent. Arrays of other kinds may contain references to objects."""
 
 
 def encode(value: Any, kinds: Kinds = ()) -> bytes:
