@@ -1,8 +1,8 @@
 """Conversions between seconds, audio samples, frames and audio tokens. No other module repeats this arithmetic.
 
 Every encoder of this project returns one frame per 20 ms (50 Hz), and the number of frames is rounded up. Whisper's
-convolutions over mel frames of 10 ms round up by themselves. The convolution stacks of HuBERT and WavLM round down, and
-their last frame is then repeated.
+convolutions over mel frames of 10 ms already round up. The convolution stacks of HuBERT and WavLM round down, and their
+last frame is then repeated.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def splice(text: Tensor, audio_mask: Tensor, audio: Tensor) -> Tensor:
-    """Replace the rows of `text` at which `audio_mask` is true by the rows of `audio`, in order.
+    """Replace the rows of `text` at which `audio_mask` is true with the rows of `audio`, in order.
 
     Args:
         text: The token embeddings [L, D].

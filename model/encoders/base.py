@@ -156,7 +156,8 @@ def window_lengths(samples: int, window_samples: int) -> tuple[int, ...]:
 
 
 def length_mask(lengths: Sequence[int], size: int, device: torch.device) -> Tensor | None:
-    """Return a bool mask [B, size] that is true inside each length; None if every length equals `size`."""
+    """Return a bool mask [B, size] that is true at the first `lengths[b]` places of row b; None if all lengths are
+    `size`."""
     if min(lengths) == size:
         return None
     return torch.arange(size, device=device) < to_device(lengths, device)[:, None]
@@ -169,11 +170,11 @@ def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
     transformers' feature extractors do the same for `do_normalize`.
 
     Args:
-        waves: [B, T] in fp32, zero after each length.
+        waves: [B, T] in fp32, zero after the end of each clip.
         lengths: The real length of each clip, in samples.
 
     Returns:
-        [B, T], zero after each length.
+        [B, T], zero after the end of each clip.
     """
     num_samples = to_device(lengths, waves.device)[:, None]
     centered = waves - waves.sum(1, keepdim=True) / num_samples

@@ -99,7 +99,7 @@ class ConvStackNetwork(DrawnAsTransformers):
         """Encode waveforms.
 
         Args:
-            waves: [B, max T], zero after each length.
+            waves: [B, max T], zero after the end of each window.
             num_samples: The length of each window.
             recompute: True to recompute every layer in the backward pass.
 
@@ -151,7 +151,7 @@ class RaggedGroupNormConvLayer(nn.Module):
 
 
 class MaskedPositions(nn.Module):
-    """The base class of position embeddings that consist of several convolutions and expect a mask as well."""
+    """The base class of position embeddings that consist of several convolutions and also expect a mask."""
 
 
 def conv_stack_windowing(_config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:
@@ -258,7 +258,7 @@ def conv_features(
         recompute: True to recompute the layers in the backward pass.
 
     Returns:
-        The features [B, max F, C] and the valid F of each window.
+        The features [B, max F, C], and the number F of valid frames of each window.
     """
     lengths = [conv_lengths(t, config.conv_kernel, config.conv_stride) for t in num_samples]
     hidden = waves[:, None]

@@ -45,7 +45,7 @@ def padded_fbank(
         least_frames: The number of frames to which shorter clips are padded with zeros.
 
     Returns:
-        [B, max M, N] in fp32, zero after each clip's M frames, and the M of every clip.
+        [B, max M, N] in fp32, zero after each clip's M frames, and the number M for each clip.
     """
     lengths = tuple(max(num_fbank_frames(t), least_frames) for t in audio.lengths)
     waves = audio.padded().double() * scale

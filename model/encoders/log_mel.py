@@ -57,7 +57,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
             includes the silence. None if clips keep their length.
 
     Returns:
-        [B, N, max M] in fp32, zero after each clip's M frames, and the M of every clip.
+        [B, N, max M] in fp32, zero after each clip's M frames, and the number M for each clip.
     """
     if pad_samples is None:
         num_frames = tuple(num_mel_frames(t) for t in audio.lengths)

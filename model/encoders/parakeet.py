@@ -58,7 +58,7 @@ class RaggedParakeetEncoder(DrawnAsTransformers, ParakeetPreTrainedModel):
         """Encode mel spectrograms.
 
         Args:
-            mel: [B, max M, N], zero after each window's M.
+            mel: [B, max M, N], zero after each window's M frames.
             num_mel_frames: The number M of mel frames of each window.
             recompute: True to recompute every layer in the backward pass.
 
@@ -111,7 +111,7 @@ def normalized_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...
         num_mels: The number N of mel bins.
 
     Returns:
-        [B, max M, N] in fp32, zero after each clip's M frames, and the M of every clip.
+        [B, max M, N] in fp32, zero after each clip's M frames, and the number M for each clip.
     """
     lengths = tuple(max(t, MIN_SAMPLES) // HOP_SAMPLES for t in audio.lengths)
     waves = audio.padded().float()
@@ -149,7 +149,7 @@ def _windowing(_config: EncoderConfig, _hf_config: Any, window_samples: int) -> 
 
 
 def _check(config: EncoderConfig, hf_config: Any) -> None:
-    """Check that a transformers config gives frames of 80 ms.
+    """Check that a transformers config describes a network with frames of 80 ms.
 
     Raises:
         UserError: If the config has a different subsampling.

@@ -48,7 +48,8 @@ class RaggedQwen3ASREncoder(DrawnAsTransformers, Qwen3ASREncoder):
         """Encode mel spectrograms.
 
         Args:
-            mel: [B, N, padded M], zero after each window's M. The padded M is a multiple of the length of a chunk.
+            mel: [B, N, padded M], zero after each window's M frames. The padded M is a multiple of the length of a
+                chunk.
             lengths: The number M of mel frames of each window.
             recompute: True to recompute every layer in the backward pass.
 
@@ -159,7 +160,7 @@ def clip_log_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]]
         num_mels: The number N of mel bins.
 
     Returns:
-        [B, N, max M] in fp32, zero after each clip's M frames, and the M of every clip.
+        [B, N, max M] in fp32, zero after each clip's M frames, and the number M for each clip.
     """
     half, waves = FFT_SAMPLES // 2, []
     for wave in audio.split():

@@ -104,7 +104,7 @@ def _windowing(config: EncoderConfig, hf_config: Any, window_samples: int) -> Wi
 
 
 def _check(config: EncoderConfig, hf_config: Any) -> None:
-    """Check that a transformers config gives frames of 100 ms.
+    """Check that a transformers config describes a network with frames of 100 ms.
 
     Raises:
         UserError: If the config has a different stride.

@@ -144,7 +144,7 @@ def stacked_fbank(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]
         num_mels: The number N of mel bins.
 
     Returns:
-        [B, max F, 2N] in fp32, of which the first F frames of each clip are valid, and the F of every clip.
+        [B, max F, 2N] in fp32, of which the first F frames of each clip are valid, and the number F for each clip.
     """
     mel, lengths = padded_fbank(audio, num_mels, "povey", scale=2.0**15, least_frames=STACKED)
     count = to_device(lengths, mel.device)[:, None, None]

@@ -107,7 +107,7 @@ class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
         """Encode waveforms.
 
         Args:
-            waves: [B, max T], zero after each length.
+            waves: [B, max T], zero after the end of each window.
             num_samples: The length of each window.
             recompute: True to recompute every layer in the backward pass.
 

@@ -51,7 +51,7 @@ class MelTransformer(DrawnAsTransformers):
         """Encode mel spectrograms.
 
         Args:
-            mel: [B, N, max M], zero after each window's M.
+            mel: [B, N, max M], zero after each window's M frames.
             num_mel_frames: The number M of mel frames of each window.
             recompute: True to recompute every layer in the backward pass.
             kept: The number F of frames of each window that are kept after the convolutions. None to keep all F =

@@ -36,8 +36,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EarshotConfig) -> None:
         super().__init__(config)
-        # `from_pretrained(dtype=…)` sets the default dtype. Without this argument, the LLM would use its config's
-        # dtype.
+        # `from_pretrained(dtype=…)` sets the default dtype. Otherwise, the LLM would have the dtype of its config.
         self.llm = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         mixture = described(config.text_config)
         if mixture is not None:

@@ -200,7 +200,7 @@ class MixtureLayer(nn.Module):
 
 
 def place_experts(model: Any, mixture: Mixture, modules: Mapping[str, str]) -> None:
-    """Replace the feed-forward networks of the layers with experts in a transformers model by `MixtureLayer`.
+    """Replace the feed-forward networks of a transformers model with `MixtureLayer` in the layers with experts.
 
     Args:
         model: A transformers model with the submodules `model.layers`.

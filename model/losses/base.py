@@ -176,7 +176,7 @@ def audio_terms(
                 targets = Ragged(to_device(targets.values, device), targets.lengths)
             total = loss.sum(audio, targets, config, reduce)
             if loss.name in audio.heads:
-                # Without clips, the head would not take part in this rank's backward pass.
+                # With this addend, the head takes part in the backward pass on every rank.
                 total = total + audio.heads[loss.name].values[:0].sum()
         terms.append(LossTerm(loss.name, loss.weight(config), total, loss.count(batch, config)))
     return tuple(terms)

@@ -70,9 +70,8 @@ class CTCFeedback(nn.Module):
         super().__init__()
         self.num_outputs = num_outputs
         self.linear = nn.Linear(num_outputs * (NUM_BYTES + 1), llm_dim, bias=False)
-        # The vectors that an audio token's outputs add are together about as large as the projector's output, whose
-        # root mean square is about 0.7 (docs/connectors.md). The blank, the most frequent symbol, adds nothing at
-        # first.
+        # Together, an audio token's outputs add about as much as the projector, whose output has a root mean square of
+        # about 0.7 (docs/connectors.md). The blank, the most frequent symbol, adds nothing at first.
         nn.init.normal_(self.linear.weight, std=0.7 / num_outputs**0.5)
         with torch.no_grad():
             self.linear.weight.view(llm_dim, num_outputs, NUM_BYTES + 1)[:, :, -1] = 0.0

@@ -75,8 +75,8 @@ class EncoderDispatch:
         empty: A tensor [0, D] in the dtype and on the device of the features, for ranks without an encoder.
         before_backward: A function that every rank calls once per backward pass, before it sends the gradients of the
             features back.
-        calls_are_collective: True if all ranks of an encoder must call it equally often. Ranks with fewer batches of
-            clips then encode dummy clips.
+        calls_are_collective: True if all ranks of an encoder must call it the same number of times. Ranks with fewer
+            batches of clips then encode dummy clips.
         recompute_calls: True to discard the activations of every encoder call, and to run the call again in the
             backward pass.
         every_clip: True if every encoder encodes every clip. Ranks then need not exchange which encoders their clips

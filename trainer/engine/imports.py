@@ -52,7 +52,7 @@ def _without(package: str) -> Iterator[None]:
 
 @contextmanager
 def _deferred_compile() -> Iterator[None]:
-    """Replace `torch.compile` within the block by a version that compiles a function when it is first called."""
+    """Replace `torch.compile` within the block with a version that compiles a function when it is first called."""
     import torch
 
     compile_now = torch.compile

@@ -119,7 +119,7 @@ def build_optimizer(
         use_distributed_optimizer=True,
         clip_grad=0.0,
     )
-    # Megatron gives all ranks the same optimizer groups. Without the patch, it would exchange their keys as pickles.
+    # Megatron creates the same optimizer groups on all ranks. Without the patch, it would send their keys as pickles.
     with patch("torch.distributed.all_gather_object", _all_gather_keys):
         optimizer = get_megatron_optimizer(
             config, list(models), config_overrides=_overrides(settings), use_gloo_process_groups=False

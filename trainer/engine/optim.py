@@ -139,7 +139,7 @@ def param_groups(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter, 
     Args:
         config: The optimizer section.
         params: The name, the parameter and its number of dimensions. The number is given separately, because a
-            parameter that ZeRO-3 has partitioned does not have its own dimensions.
+            parameter that ZeRO-3 has partitioned does not have its original shape.
 
     Returns:
         Groups of the trained parameters, for `set_rates`. Their order is the same on all ranks, even if ranks hold

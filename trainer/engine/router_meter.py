@@ -98,7 +98,7 @@ class RouterMeter:
         counts: The count in the global batch by which each loss is divided, by the name of the loss.
         tokens: The meter that counts the tokens of each expert.
         kinds: The kind [M·t] int64 of each row of this replica's packs.
-        count: A further function that is called with the number of a layer and its choices for real tokens; None if
+        count: An additional function that is called with the number of a layer and its choices for real tokens; None if
             there is no such function.
     """
 
