@@ -23,7 +23,7 @@ from model.errors import UserError
 class Pooling(Adapter):
     """An adapter that averages k frames, where k is the product of the strides, and then applies LayerNorm.
 
-    As in Qwen2-Audio, the projector is the only linear layer after it.
+    As in Qwen2-Audio, the projector is the only linear layer after the norm.
     """
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:

@@ -1,7 +1,7 @@
 """Frame stacking and a perceptron, as in Voxtral, SLAM-ASR and Ultravox.
 
 Voxtral (arXiv 2507.13264) stacks 4 frames and has two linear layers with GELU. SLAM-ASR (arXiv 2402.08846) stacks 5
-frames, and Ultravox 8. The second linear layer is the projector.
+frames, and Ultravox stacks 8. The second linear layer is the projector.
 
 Shapes: F frames, S audio tokens, D width, k frames per audio token.
 """

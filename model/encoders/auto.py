@@ -40,7 +40,7 @@ MIN_SAMPLES = 4800
 class AutoNetwork:
     """A constructor of the audio encoder that a transformers config describes.
 
-    It replaces the network class of other families.
+    It is used where other families have a network class.
     """
 
     def __new__(cls, hf_config: Any) -> Any:

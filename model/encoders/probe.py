@@ -47,7 +47,7 @@ class Probe:
     time_axis: int
     """The time axis of the extractor's output."""
     leak: str
-    """The reason why clips of unequal length must not be padded to one batch; empty if they may be."""
+    """The reason why clips of unequal length must not be padded into one batch; empty if they may be padded."""
     flops: tuple[Fraction, Fraction]
     """The coefficients of the FLOPs of a window of T samples, flops[0]·T + flops[1]·T². They are exact fractions, so
     that all ranks compute the same plan."""

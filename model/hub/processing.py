@@ -36,9 +36,9 @@ class EarshotProcessor(ProcessorMixin):
             a group.
         drops_rest: True if frames at the end of a clip that do not fill a group are dropped.
         block_frames: The number of frames after which the grouping restarts; 0 for no blocks.
-        min_audio_sec: The length to which shorter clips are padded with silence at the end.
-        max_audio_sec: The length of the longest clips in training; None if it is unknown. Longer clips are also
-            accepted.
+        min_audio_sec: The length in seconds to which shorter clips are padded with silence at the end.
+        max_audio_sec: The length in seconds of the longest clips in training; None if it is unknown. Longer clips are
+            also accepted.
     """
 
     def __init__(
@@ -82,8 +82,7 @@ class EarshotProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If `sampling_rate` or `return_tensors` has another value, audio cannot be used, the numbers of
-                samples and instructions differ, or an instruction contains the placeholder or a token that controls the
-                model.
+                samples and instructions differ, or an instruction contains the placeholder or a special token.
         """
         if sampling_rate != SAMPLE_RATE or return_tensors != "pt":
             raise ValueError(
@@ -133,9 +132,9 @@ class EarshotProcessor(ProcessorMixin):
             padded on the left.
 
         Raises:
-            ValueError: If messages have a different form, contain the placeholder or a token that controls the model,
-                or have more or fewer places for audio than there are clips, or if `add_generation_prompt` does not
-                match the last message.
+            ValueError: If messages have a different form, contain the placeholder or a special token, or have more or
+                fewer places for audio than there are clips, or if `add_generation_prompt` does not match the last
+                message.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors = {return_tensors!r}: must be 'pt'")
@@ -167,7 +166,7 @@ class EarshotProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If audio cannot be used, the number of clips differs from the number of places for them, or text
-                contains the placeholder or a token that controls the model.
+                contains the placeholder or a special token.
         """
         return self._inputs(conversations, [[self._clip(clip) for clip in own] for own in samples])
 
@@ -223,7 +222,7 @@ class EarshotProcessor(ProcessorMixin):
             num_clips: The number of clips.
 
         Raises:
-            ValueError: If `text` contains the placeholder or a token that controls the model.
+            ValueError: If `text` contains the placeholder or a special token.
         """
         pieces = self._pieces((question(text, num_clips),))
         return fill(pieces, [1] * num_clips, self.placeholder_id)[0]
@@ -236,7 +235,7 @@ class EarshotProcessor(ProcessorMixin):
             text: The instruction.
 
         Raises:
-            ValueError: If `text` contains the placeholder or a token that controls the model.
+            ValueError: If `text` contains the placeholder or a special token.
         """
         return self.count_tokens_of((question(text, num_clips),))
 
@@ -244,7 +243,7 @@ class EarshotProcessor(ProcessorMixin):
         """Return the number of tokens of a conversation without its audio tokens.
 
         Raises:
-            ValueError: If text contains the placeholder or a token that controls the model.
+            ValueError: If text contains the placeholder or a special token.
         """
         return sum(map(len, self._pieces(turns)))
 
@@ -268,7 +267,7 @@ class EarshotProcessor(ProcessorMixin):
             for token in self._encode(text):
                 if token in special_ids:
                     name = self.tokenizer.convert_ids_to_tokens(token)
-                    raise ValueError(f"{text!r} contains {name}, which controls the model")
+                    raise ValueError(f"{text!r} contains {name}, a special token that controls the model")
         form = self._format()
         if turns[-1].role == "user":
             segments = form.segments(turns)
@@ -302,7 +301,7 @@ class EarshotProcessor(ProcessorMixin):
         return text
 
     def _special_ids(self) -> set[int]:
-        """Return the ids that control the model, which no instruction may contain."""
+        """Return the ids of the special tokens that no text may contain."""
         added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return {*self.tokenizer.all_special_ids, *added} - {self.placeholder_id, self.tokenizer.unk_token_id}
 

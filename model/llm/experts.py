@@ -127,7 +127,7 @@ class MixtureLayer(nn.Module):
         self.observe: Callable[[Choice], None] | None = None
         """A function that is called in every forward pass with the choices for the tokens of that pass, row by row."""
         self.noise: TokenNoise | None = None
-        """The identities of the tokens of the next forward pass, row by row; None without jitter."""
+        """The numbers that identify the tokens of the next forward pass, row by row; None without jitter."""
         self.routers = [path for path, _ in mixture.router_parts(modules["router"])]
         """The names of the router's parts within this module. Their outputs are concatenated."""
         for path, num_rows in mixture.router_parts(modules["router"]):
@@ -255,7 +255,7 @@ def jittered(model: nn.Module, samples: Tensor | None, length: int) -> Iterator[
 
     Args:
         model: The model. In the block, its input must be a padded batch [B, `length`].
-        samples: The identities [B] int64 of the samples in a training step; None for no jitter.
+        samples: The numbers [B] int64 that identify the samples in a training step; None for no jitter.
         length: The number of positions of the batch.
     """
     layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]

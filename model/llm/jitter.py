@@ -25,15 +25,15 @@ _BITS = 24
 
 @dataclass(frozen=True)
 class TokenNoise:
-    """The identities of n tokens in a training step, from which their jitter is computed."""
+    """The numbers that identify n tokens in a training step, from which their jitter is computed."""
 
     samples: Tensor
-    """The identity [n] int64 of each token's sample in the step."""
+    """The number [n] int64 that identifies each token's sample in the step."""
     positions: Tensor
     """The position [n] int64 of each token in its sample."""
 
     def rows(self, index: slice) -> TokenNoise:
-        """Return the identities of some of the tokens."""
+        """Return the numbers that identify some of the tokens."""
         return TokenNoise(self.samples[index], self.positions[index])
 
 
@@ -42,7 +42,7 @@ def jittered_rows(rows: Tensor, noise: TokenNoise, layer: int, amount: float) ->
 
     Args:
         rows: The inputs of a router in fp32.
-        noise: The identities of the tokens.
+        noise: The numbers that identify the tokens.
         layer: The number of the layer.
         amount: The amplitude ε.
     """
@@ -54,7 +54,7 @@ def jitter_factors(noise: TokenNoise, layer: int, width: int, amount: float) -> 
     """Return the factors [n, H] in fp32 by which the inputs of a router are multiplied.
 
     Args:
-        noise: The identities of the tokens.
+        noise: The numbers that identify the tokens.
         layer: The number of the layer.
         width: The hidden width H.
         amount: The amplitude ε.

@@ -98,8 +98,8 @@ class PackedSequences(PackedSeqParams):
     layer, the router's choices, this pack and the tensor-parallel group. It returns a scalar loss, whose gradient is
     added to the gradient of the router's output."""
     noise: Tensor | None = None
-    """The identity [S] int64 of each segment's sample in a training step, from which the jitter of routers is computed;
-    None without jitter. The value of padding is ignored."""
+    """The number [S] int64 that identifies each segment's sample in a training step, from which the jitter of routers
+    is computed; None without jitter. The value of padding is ignored."""
     output_rows: Tensor | None = None
     """The rows [n] whose logits are computed, in order; None for all rows. It must be None with tensor parallelism,
     which distributes the rows over ranks."""
@@ -237,7 +237,7 @@ class PackedSequences(PackedSeqParams):
         return self._samples(device)[0]
 
     def token_noise(self, device: torch.device) -> TokenNoise:
-        """Return the identities of all t rows, computed from `noise`, which must be set."""
+        """Return the numbers that identify all t rows, computed from `noise`, which must be set."""
         assert self.noise is not None
         return TokenNoise(self.noise.index_select(0, self.row_samples(device)), self.layout(device)[0])
 

@@ -45,8 +45,8 @@ class Packs:
     part: ContextPart = ContextPart()
     """The part of every pack that this rank holds."""
     noise: Ints | None = None
-    """The identity [num_samples] of each sample in the step, from which the jitter of the LLM's routers is computed;
-    None without jitter."""
+    """The number [num_samples] that identifies each sample in the step, from which the jitter of the LLM's routers is
+    computed; None without jitter."""
 
     @property
     def pack_tokens(self) -> int:

@@ -53,7 +53,7 @@ class Groups:
     def without_context(self) -> Groups:
         """These groups, with a topology in which context-parallel ranks count as replicas.
 
-        It is used for packs that are not divided among context-parallel ranks.
+        They are used for packs that are not divided among context-parallel ranks.
         """
         return replace(self, topology=self.topology.without_context)
 
@@ -74,7 +74,7 @@ class Groups:
 
 
 COLLECTIVE_TIMEOUT_SEC = 1800.0
-"""The default time after which a collective fails."""
+"""The default time in seconds after which a collective fails."""
 
 
 def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torch.device]:
@@ -85,7 +85,7 @@ def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torc
     Collective: every rank of the world must call it.
 
     Args:
-        timeout_sec: The time after which a collective fails.
+        timeout_sec: The time in seconds after which a collective fails.
 
     Returns:
         This rank, the number of ranks, and this rank's device.
