@@ -158,7 +158,7 @@ QUIET = Quiet()
         ),
     ],
 )
-def test_an_unusable_plugin_is_one_line(
+def test_an_unusable_plugin_is_a_one_line_error(
     tmp_path: Path, package: str, source: str, group: str, point: str, message: str
 ) -> None:
     write_plugin(tmp_path, package, source, {group: {point: "EXTRA"}})

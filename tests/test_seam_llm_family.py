@@ -49,7 +49,7 @@ def test_without_the_line_it_is_unknown() -> None:
         resolve_hf_config(model_with_seed().llm)
 
 
-def test_a_family_that_does_not_describe_its_model_is_one_line(plugin: None) -> None:
+def test_a_family_that_does_not_describe_its_model_is_a_one_line_error(plugin: None) -> None:
     LLM_FAMILIES["seed_oss"] = LLMFamily(required=SEED_OSS.required)
     with pytest.raises(UserError, match=r"its LLMFamily does not describe .*layers.0.self_attn.k_proj.bias is missing"):
         build_reference(model_with_seed().llm, seed=1)

@@ -132,7 +132,7 @@ def test_wandb_continues_a_run_and_keeps_its_files(tmp_path: Path, monkeypatch: 
         time.sleep(0.2)
 
 
-def test_a_missing_package_or_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_or_name_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Missing(MlflowTracker):
         package = "no_such_package"
         extra = "fancy"

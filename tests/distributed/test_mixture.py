@@ -113,7 +113,7 @@ def forced_logits(folder: str, tp: int, pp: int, ffn_ep: int) -> dict[str, float
 
 
 @pytest.mark.parametrize(("world", "tp", "pp", "ffn_ep"), [(1, 1, 1, 1), (4, 2, 1, 4), (4, 1, 2, 2)])
-def test_an_expert_equals_the_run_that_it_is_from(runs: Path, world: int, tp: int, pp: int, ffn_ep: int) -> None:
+def test_an_expert_equals_the_run_it_comes_from(runs: Path, world: int, tp: int, pp: int, ffn_ep: int) -> None:
     for found in run_ranks(world, forced_logits, {"folder": str(runs), "tp": tp, "pp": pp, "ffn_ep": ffn_ep}):
         assert len(found) == 3 and all(difference <= 1e-4 for difference in found.values()), found
 

@@ -40,7 +40,7 @@ class Template:
         return str(self._template.render(messages=chat, **options))
 
 
-def test_a_template_that_loops_for_years_is_one_line() -> None:
+def test_a_template_that_loops_for_years_is_a_one_line_error() -> None:
     start = time.monotonic()
     with pytest.raises(UserError, match="was not rendered within 0.3 s") as caught:
         render_chat(Template(LOOP), QUESTION, limit_sec=0.3)
@@ -83,7 +83,7 @@ def test_a_template_in_time_is_never_interrupted_later() -> None:
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_a_malicious_template_is_one_line(tmp_path: Path, source: str) -> None:
+def test_a_malicious_template_is_a_one_line_error(tmp_path: Path, source: str) -> None:
     write_chat_tokenizer(tmp_path / "t")
     (tmp_path / "t" / "chat_template.jinja").write_text(source)
     with pytest.raises(UserError, match="chat template|cannot read it") as caught:
@@ -127,7 +127,7 @@ def test_an_encoders_config_does_not_choose_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["[]", "7", "null", "{", "[" * 100_000, '{"model_type": 7}', '{"model_type": "hubert"']
 )
-def test_a_malformed_config_is_one_line(tmp_path: Path, content: str) -> None:
+def test_a_malformed_config_is_a_one_line_error(tmp_path: Path, content: str) -> None:
     config = encoder(tmp_path)
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError) as caught:
@@ -142,7 +142,7 @@ def test_a_malformed_config_is_one_line(tmp_path: Path, content: str) -> None:
     "change",
     [{"rope_parameters": "x"}, {"num_attention_heads": 0}, {"num_key_value_heads": "a"}, {"hidden_size": []}],
 )
-def test_a_malformed_config_of_an_llm_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_malformed_config_of_an_llm_is_a_one_line_error(tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **change}))
     with pytest.raises(UserError) as caught:
         resolve_hf_config(LLMConfig(weights=str(tmp_path)))

@@ -140,7 +140,7 @@ def test_invalid_models_are_refused_in_one_line() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("chosen", [0, 1, 2])
-def test_bf16_whichever_expert_is_chosen(chosen: int) -> None:
+def test_bf16_works_whichever_expert_is_chosen(chosen: int) -> None:
     tower = SpeechLLM(tiny_model(), VOCAB_SIZE, seed=0).eval().audio.to(torch.bfloat16)
     tower.router.independent.logits.copy_(torch.eye(3)[chosen] * 9)
     tower.router.dependent.bias.copy_(torch.eye(3)[chosen] * 99)

@@ -67,7 +67,7 @@ def one_line(swift: Swift, error: UserError) -> str:
     return text
 
 
-def test_a_wrong_secret_is_one_line(swift: Swift, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_secret_is_a_one_line_error(swift: Swift, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "no-such-secret")
     for work in (
         lambda s: s.get("x"),

@@ -46,7 +46,9 @@ def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (["shards", "mkae"], "error: earshot shards mkae: no such command; choose shards make or shards inspect"),
     ],
 )
-def test_an_unknown_command_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_a_one_line_error(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(message)
@@ -114,7 +116,7 @@ def test_init_writes_the_files_to_edit_and_overwrites_nothing(
     ("module", "more"),
     [(evaluate, ["--data", "x"]), (export, ["out"]), (profile_experts, []), (serve, []), (transcribe, [])],
 )
-def test_a_wrong_path_of_a_model_is_said_before_anything_is_imported(
+def test_a_wrong_path_of_a_model_is_reported_before_anything_is_imported(
     module: ModuleType,
     more: list[str],
     tmp_path: Path,

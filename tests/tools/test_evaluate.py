@@ -139,7 +139,7 @@ def test_workers_answer_every_request(made: tuple[Path, Path], alone: dict[str, 
             assert answers.items() <= alone.items() and len(answers) >= len(outcomes) - 1
 
 
-def test_workers_that_die_while_loading_are_one_clear_line(made: tuple[Path, Path]) -> None:
+def test_workers_that_die_while_loading_are_a_one_line_error(made: tuple[Path, Path]) -> None:
     request = in_batches_of_two(made)
     with open_workers(request, 2) as run:
         outcomes = run([[0], [1], [2], [4], [5]])
@@ -229,7 +229,7 @@ def test_user_error_is_one_line(
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], lines
 
 
-def test_folder_without_model_is_one_line(made: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+def test_folder_without_model_is_a_one_line_error(made: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
     root, manifest = made
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm" / "config.json").write_text("{}")

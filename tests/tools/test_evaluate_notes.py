@@ -16,7 +16,7 @@ from trainer.scoring import wordnet
 from trainer.scoring.wordnet import wordnet_if_any
 
 
-def test_choice_of_samples_is_said_if_it_may_surprise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_choice_of_samples_is_reported_if_it_may_surprise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = clip_rows(tmp_path, 5)
     for i, row in enumerate(rows):
         row["split"] = "train" if i < 3 else "test"

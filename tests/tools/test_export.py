@@ -276,7 +276,7 @@ def test_rarely_used_encoders_are_dropped(run: Run, tmp_path: Path, capsys: pyte
         (["--dev", "m.jsonl"], "--dev m.jsonl: needs --activated-only"),
     ],
 )
-def test_invalid_option_is_one_line(
+def test_invalid_option_is_a_one_line_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     assert export.main([str(tmp_path / "nothing"), str(tmp_path / "out"), *arguments]) == 2
@@ -284,7 +284,7 @@ def test_invalid_option_is_one_line(
     assert message.startswith(f"error: {words}") and message.count("\n") == 1
 
 
-def test_unwritable_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_folder_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     assert export.main([str(tmp_path / "nothing"), str(tmp_path / "file" / "out")]) == 2
     message = capsys.readouterr().err
@@ -306,7 +306,7 @@ def flip(path: Path) -> None:
         (lambda c: (c / "manifest.json").write_text("{}"), ("manifest.json", "cannot be read")),
     ],
 )
-def test_a_damaged_checkpoint_is_one_line(
+def test_a_damaged_checkpoint_is_a_one_line_error(
     tmp_path: Path, spoil: Any, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path / "run")

@@ -115,7 +115,7 @@ def test_hooks_in_the_config_of_the_llm_do_not_reach_the_export(run: Path, tmp_p
         (lambda m: m.update(vocab_size=True), "vocab_size = True"),
     ],
 )
-def test_a_forged_description_is_one_line(
+def test_a_forged_description_is_a_one_line_error(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Any], Any], words: str
 ) -> None:
     forged = forge(run, tmp_path / "forged", lambda extra: change(extra["model"]))
@@ -134,7 +134,7 @@ def test_a_forged_description_is_one_line(
         lambda extra: extra.clear(),
     ],
 )
-def test_any_other_forged_state_is_one_line(
+def test_any_other_forged_state_is_a_one_line_error(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Any], Any]
 ) -> None:
     assert export.main([str(forge(run, tmp_path / "forged", change)), str(tmp_path / "out")]) == 2

@@ -132,7 +132,7 @@ def test_a_folder_of_the_user_is_not_replaced(
     assert "file: cannot be written" in refused(capsys, "tiny", "--out", str(tmp_path / "file"))
 
 
-def test_an_unknown_name_and_a_registry_that_is_unreachable_are_one_line(
+def test_an_unknown_name_and_a_registry_that_is_unreachable_are_one_line_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "whisper-bas: no such model; choose one of whisper-tiny.en, whisper-base, smollm2-135m" in refused(

@@ -96,7 +96,7 @@ def test_cpus_without_amx_train_in_fp32(
     assert finetune.precision(load_recipe(recipe, overrides), overrides, cpu_flags) == []
 
 
-def test_a_missing_manifest_is_one_line_before_anything_is_fetched(
+def test_a_missing_manifest_is_a_one_line_error_before_anything_is_fetched(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(finetune, "fetch", lambda model, out: pytest.fail("weights were fetched"))

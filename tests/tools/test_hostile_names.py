@@ -124,7 +124,7 @@ def test_a_second_evaluation_in_one_folder_is_refused(tmp_path: Path) -> None:
         run_evaluation(request, tmp_path, 1)
 
 
-def test_a_full_disk_is_one_line(
+def test_a_full_disk_is_a_one_line_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(tmp_path / "run")

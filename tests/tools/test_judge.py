@@ -111,7 +111,7 @@ def test_cache_that_is_a_file_is_refused_before_any_request(tmp_path: Path, caps
     assert error.startswith(f"error: --cache {path}: cannot be written (Not a directory") and error.count("\n") == 1
 
 
-def test_unratable_predictions_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unratable_predictions_are_one_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "p.jsonl"
     write_predictions(path, [Prediction("a", "x", True, 1.0, {"task": "sqa", "answer": "y"})])
     for more, word in (([], "no instruction"), (["--tasks", "ac"], "no prediction of ac")):

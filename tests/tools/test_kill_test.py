@@ -28,7 +28,7 @@ def test_zero_kills_or_steps_are_refused(capsys: pytest.CaptureFixture[str], opt
     assert capsys.readouterr().err == f"error: {option} 0: must be at least 1\n"
 
 
-def test_a_run_that_cannot_start_is_one_line(
+def test_a_run_that_cannot_start_is_a_one_line_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tools.kill_test.write_corpus", lambda folder, scale: None)

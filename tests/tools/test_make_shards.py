@@ -79,7 +79,7 @@ def test_a_missing_file_stops_before_anything_is_written(tmp_path: Path, capsys:
         ("", "no samples"),
     ],
 )
-def test_a_bad_manifest_is_one_line(
+def test_a_bad_manifest_is_a_one_line_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     (tmp_path / "set.jsonl").write_text(text)
@@ -99,7 +99,7 @@ def test_existing_folder_is_not_changed(tmp_path: Path, capsys: pytest.CaptureFi
     assert contents(out) == {"mine": b"x"}
 
 
-def test_file_in_place_of_the_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_in_place_of_the_folder_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("mine")
     manifest = str(write_manifest(tmp_path, clip_rows(tmp_path, 1)))
     for out in (tmp_path / "out", tmp_path / "out" / "below"):

@@ -24,7 +24,7 @@ from trainer.parity_cases import tiny_model
         (["--deepspeed", "bad.json"], "zero_optimization.overlap_comm = 'perhaps'"),
     ],
 )
-def test_bad_arguments_are_one_line(
+def test_bad_arguments_are_one_line_errors(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -65,7 +65,7 @@ def test_the_manifest_can_be_trained_on(
         assert 0.2 < row["duration"] < 6 and 0.4 < abs(samples).max() < 0.6
 
 
-def test_a_folder_without_texts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_texts_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == (
         f"error: {tmp_path}/text/botchan.txt: no such file; give the folder of the kit, which has a folder text\n"

@@ -377,7 +377,7 @@ def test_two_attempts_that_save_at_once(start: Start, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["write_tensors", "write_text", "_rename", "clean_up"])
-def test_killed_in_a_save(moment: str, start: Start) -> None:
+def test_killed_during_a_save(moment: str, start: Start) -> None:
     old = save(start(), 1)
     call = (
         f"from tests.trainer.test_checkpoint_manager import save_and_die; save_and_die({str(old.parent)!r}, {moment!r})"

@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_is_not_signed(
     assert "not signed: state.json has another checksum" in capsys.readouterr().out
 
 
-def test_a_short_key_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_key_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "secret")
     with pytest.raises(UserError, match="has 6 characters, which is too short") as caught:
         signing_key()

@@ -142,7 +142,7 @@ def test_an_export_is_read_from_a_bucket(made: tuple[Path, dict[str, Tensor]], m
     check(shards, wanted)
 
 
-def test_another_kind_of_folder_is_one_line(made: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+def test_another_kind_of_folder_is_a_one_line_error(made: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     assert export.main([str(made[0] / "run"), str(tmp_path / "llm"), "--llm-only"]) == 0
     with pytest.raises(
         UserError,

@@ -264,7 +264,7 @@ def test_closing_early_leaves_no_thread_and_no_process(prepared: PreparedData) -
     assert len(os.listdir("/proc/self/fd")) <= open_files + 1  # the first new process starts Python's resource tracker
 
 
-def test_a_process_that_dies_is_one_clear_line(prepared: PreparedData) -> None:
+def test_a_process_that_dies_is_a_one_line_error(prepared: PreparedData) -> None:
     with Loader(
         SampleStream(with_fields(prepared, num_workers=1, prefetch_batches=1), seed=5, num_batches=500)
     ) as loader:

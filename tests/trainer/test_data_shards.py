@@ -86,7 +86,7 @@ def test_a_foreign_table_is_refused(built: tuple[list[dict], Path]) -> None:
         f'{{"version": {FORMAT_VERSION}, "shards": 3}}',
     ],
 )
-def test_a_malformed_index_is_one_clear_line(tmp_path: Path, index: str) -> None:
+def test_a_malformed_index_is_a_one_line_error(tmp_path: Path, index: str) -> None:
     (tmp_path / INDEX_NAME).write_text(index)
     with pytest.raises(UserError, match=r"shards.json: .*make the shards again"):
         ShardSet(LocalStore(tmp_path))

@@ -124,7 +124,7 @@ def test_a_single_tokenizer_json_with_and_without_its_config(tmp_path: Path) -> 
         load_tokenizer(str(folder / "tokenizer.json"), word_config())
 
 
-def test_missing_placeholder_and_missing_file_are_one_line_with_a_remedy(tmp_path: Path) -> None:
+def test_missing_placeholder_and_missing_file_are_one_line_errors_with_a_remedy(tmp_path: Path) -> None:
     path = str(word_tokenizer(tmp_path / "hf", placeholder=False))
     with pytest.raises(UserError, match=r"'<SpeechHere>' is not a single token; add it"):
         load_tokenizer(path, word_config())

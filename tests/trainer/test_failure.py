@@ -24,7 +24,7 @@ def test_too_few_file_descriptors_are_named(tmp_path: Path, error: Exception, ca
     assert event["error"] in caplog.text
 
 
-def test_a_fault_of_the_machine_is_one_line_and_has_no_fingerprint(
+def test_a_fault_of_the_machine_is_a_one_line_error_and_has_no_fingerprint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert emit_failure(FaultError("gone"), Position(step=3), begin_attempt(tmp_path)) == ExitCode.FAILED

@@ -51,7 +51,7 @@ def test_a_stored_recipe_is_translated() -> None:
     assert (recipe.telemetry.trackers, recipe.telemetry.experiment) == ((), "mowe")
 
 
-def test_a_stored_recipe_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+def test_a_stored_recipe_that_cannot_be_read_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="recipe.yaml: cannot be read"):
         load_stored_recipe(tmp_path / "recipe.yaml")
 

@@ -141,7 +141,7 @@ def test_rank_killed_by_a_signal_gives_the_exit_code_of_a_shell() -> None:
     assert start_ranks(1, ranks("import os; os.kill(os.getpid(), 9)")) == 128 + 9
 
 
-def test_ctrl_c_before_the_first_step_is_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_before_the_first_step_prints_one_line(tmp_path: Path) -> None:
     (tmp_path / "demo.jsonl").write_text("")
     command = [sys.executable, "-m", "trainer", "debug", f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"]
     names = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "TRAINER_ERROR_DIR")

@@ -48,7 +48,7 @@ def outcome(data: bytes, max_sec: float | None = None) -> int | str:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (48_000, 2), (8000, 1)])
-def test_decoding_in_blocks_gives_the_bits_of_decoding_at_once(
+def test_decoding_in_blocks_equals_decoding_at_once(
     kind: str, rate: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = encoded(kind, 2.0, rate, channels)
@@ -72,7 +72,7 @@ def test_a_part_of_a_file_is_refused_unless_it_is_nearly_whole(kind: str, share:
 @pytest.mark.parametrize("kind", ["FLAC", "MP3", "VORBIS", "OPUS"])
 @given(seconds=st.lists(st.sampled_from([0.3, 0.5, 1.0]), min_size=2, max_size=4))
 @settings(max_examples=5, deadline=None)
-def test_all_files_that_were_concatenated_are_heard(kind: str, seconds: list[float]) -> None:
+def test_all_files_that_were_concatenated_are_decoded(kind: str, seconds: list[float]) -> None:
     parts = [encoded(kind, s, seed=i) for i, s in enumerate(seconds)]
     expected = np.concatenate([decode_audio(part) for part in parts])
     np.testing.assert_array_equal(decode_audio(b"".join(parts)), expected)
@@ -95,7 +95,7 @@ def test_concatenated_files_may_have_different_rates() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 2**36 - 1, 10**9])
-def test_flac_with_an_unknown_or_absurd_number_of_frames_is_whole(count: int) -> None:
+def test_flac_with_an_unknown_or_absurd_number_of_frames_is_decoded_completely(count: int) -> None:
     data = bytearray(encoded("FLAC", 1.0))
     data[21] = data[21] & 0xF0 | count >> 32
     data[22:26] = (count & 0xFFFFFFFF).to_bytes(4, "big")
@@ -120,7 +120,7 @@ def test_mp3_in_wav_is_decoded() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000024, 0xFFFFFFFF])
-def test_wav_from_a_pipe_is_whole(size: int) -> None:
+def test_wav_from_a_pipe_is_decoded_completely(size: int) -> None:
     data = bytearray(encoded("WAV", 1.0))
     data[4:8] = data[40:44] = struct.pack("<I", size)
     assert outcome(bytes(data)) == 16_000
@@ -159,7 +159,7 @@ def silent_flac(num_frames: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_digital_silence_is_whole() -> None:
+def test_digital_silence_is_decoded_completely() -> None:
     assert outcome(silent_flac(16_000 * 120)) == 16_000 * 120
     buffer = io.BytesIO()
     soundfile.write(buffer, np.zeros(48_000 * 20), 48_000, format="OGG", subtype="OPUS")

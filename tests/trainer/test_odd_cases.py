@@ -92,7 +92,7 @@ def test_an_odd_tar_is_refused_with_a_reason(tmp_path: Path, case: str, words: s
     assert words in str(caught.value)
 
 
-def test_companions_of_macos_do_not_part_a_sample(tmp_path: Path) -> None:
+def test_macos_companion_files_do_not_split_a_sample(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes((CASES / "tar-macos" / "a.tar").read_bytes())
     assert build_index(LocalStore(tmp_path), {"split": "train"}) == []
     assert [e.num_clips for e in ShardSet(LocalStore(tmp_path)).table(0)] == [1, 1]

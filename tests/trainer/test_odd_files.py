@@ -121,7 +121,7 @@ def test_gpus_of_slurm_are_counted(asked: str, num: int) -> None:
         ({"SLURM_JOB_ID": ""}, "SLURM_JOB_ID = ''"),
     ],
 )
-def test_a_job_without_slurms_variables_is_one_line(environ: dict[str, str], message: str) -> None:
+def test_a_job_without_slurms_variables_is_a_one_line_error(environ: dict[str, str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         Allocation.read(environ)
     assert message in str(caught.value)

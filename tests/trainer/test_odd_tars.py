@@ -105,7 +105,7 @@ def test_a_tar_without_any_usable_sample_says_why(tmp_path: Path) -> None:
         build_index(LocalStore(tmp_path), DEFAULTS)
 
 
-def test_companions_of_macos_and_byte_order_marks_are_ignored(tmp_path: Path) -> None:
+def test_macos_companion_files_and_byte_order_marks_are_ignored(tmp_path: Path) -> None:
     files = [("./._a.flac", b"Mac"), ("./a.flac", CLIPS[0]), ("./._a.txt", b"Mac"), ("./a.txt", b"\xef\xbb\xbfone\n")]
     files += [("__MACOSX/._a.flac", b"Mac"), ("b.json", b'\xef\xbb\xbf{"answer": "two"}'), ("b.FLAC", CLIPS[1])]
     found, skipped = indexed(tmp_path, {"a.tar": tar_of(files)})

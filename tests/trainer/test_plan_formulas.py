@@ -95,7 +95,7 @@ def test_fp8_halves_the_inputs_of_matmuls_but_attention_keeps_its_output(again: 
 
 
 @pytest.mark.slow
-def test_what_the_trainer_keeps_beyond_that() -> None:
+def test_the_trainer_keeps_more_without_fused_kernels() -> None:
     fused, padded = of_layer(2, "none", FUSED), of_layer(2, "none", Kernels())
     attends = of_layer(2, "none", Kernels(transformer_engine=True))
     on_cpu = of_layer(2, "none", Kernels("cpu"))

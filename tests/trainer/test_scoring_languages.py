@@ -82,7 +82,7 @@ def test_normalised_text_is_stable(text: str, language: str) -> None:
     st.text(st.characters(min_codepoint=97, max_codepoint=122) | st.just(" "), min_size=1),
     st.sampled_from(["en", "de"]),
 )
-def test_plain_text_is_normalised_as_before(text: str, language: str) -> None:
+def test_plain_text_is_normalised_as_by_the_former_version(text: str, language: str) -> None:
     assert normalise(text, language) == normalise_former(text, language)
 
 

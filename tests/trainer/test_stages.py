@@ -54,7 +54,7 @@ def test_the_stages_decide_the_number_of_steps() -> None:
         (("stages=[{name: a, steps: 2, train: connector}]",), "stages[0].train = 'connector': expected a list"),
     ],
 )
-def test_an_illegal_stage_is_one_line(overrides: tuple[str, ...], words: str) -> None:
+def test_an_illegal_stage_is_a_one_line_error(overrides: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserError) as caught:
         recipe(*overrides)
     assert words in str(caught.value) and "\n" not in str(caught.value)
