@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run all tests: tests/run_all.sh PYTHON JOBS
-# The files of tests are distributed over JOBS processes. Many tests start processes and limit how long they wait for them,
-# so on a loaded machine, a test may fail that passes alone. If at most five tests fail, they run again, one after another.
-# Their names are printed, because a test that often needs a second run has a defect.
+# The files of tests are distributed over JOBS processes. Many tests start processes and limit how long they wait for
+# them, so on a loaded machine, a test may fail that passes alone. If at most five tests fail, they run again, one after
+# another. Their names are printed, because a test that often needs a second run has a defect.
 set -uo pipefail
 python=$1 jobs=$2
 report=(--durations=40 --durations-min=3)
