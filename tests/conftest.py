@@ -29,8 +29,8 @@ SLOW_PLACES = (
     "test_survive.py",
     "test_wheel.py",
     "tools/test_kill_test.py",
-    "tools/test_serve.py",  # a browser
-    "trainer/test_expert_usage_page.py",  # a browser
+    "tools/test_serve.py",  # starts a browser
+    "trainer/test_expert_usage_page.py",  # starts a browser
     "trainer/test_scorecard_page.py",
 )
 

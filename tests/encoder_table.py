@@ -77,7 +77,7 @@ class Case:
 
 
 def of_waveform(base: str) -> Callable[[Any, Any, Tensor], Tensor]:
-    """Return the reference of models that read waveforms; `base` is the attribute that holds the encoder."""
+    """Return `Case.reference` for models that read waveforms. `base` is the attribute that holds the encoder."""
 
     def reference(published: Any, extractor: Any, wave: Tensor) -> Tensor:
         values = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt")["input_values"]
@@ -104,7 +104,7 @@ CTC: dict[str, Any] = {"vocab_size": 8, "pad_token_id": 0}
 
 
 def ctc(model: Any, config: Any) -> Callable[[dict[str, Any]], Any]:
-    """Return a builder of a CTC model, which is the form of published fine-tuned checkpoints."""
+    """Return a builder of a CTC model. Fine-tuned checkpoints are published in this form."""
     return lambda fields: model(config(**fields, **CTC))
 
 
@@ -114,7 +114,7 @@ BERT = ctc(Wav2Vec2BertForCTC, Wav2Vec2BertConfig)
 def bert(positions: str | None) -> Case:
     """Return the case of wav2vec2-BERT with one kind of position embedding.
 
-    Only distances up to 8 frames are learned, so that clips also contain distances beyond them.
+    The learned distances are so short that clips also contain longer ones.
     """
     fields = {"left_max_position_embeddings": 8, "right_max_position_embeddings": 3, "conv_depthwise_kernel_size": 5}
     fields |= {"feature_projection_input_dim": 80, "position_embeddings_type": positions}
@@ -124,7 +124,7 @@ def bert(positions: str | None) -> Case:
 
 
 def of_mel(base: str) -> Callable[[Any, Any, Tensor], Tensor]:
-    """Return the reference of models that read a spectrogram and a mask; `base` is the attribute with the encoder."""
+    """Return `Case.reference` for models that read a masked spectrogram. `base` is the attribute with the encoder."""
 
     def reference(published: Any, extractor: Any, wave: Tensor) -> Tensor:
         inputs = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt")

@@ -53,7 +53,7 @@ from trainer.telemetry.jsonl import StepLog, read_metrics
 
 MAX_SEC = 10.0
 MAX_BYTES = 1 << 30
-"""The largest growth of the process's address space in bytes, from the first input of the first parser."""
+"""The limit, in bytes, for the growth of the process's address space while it parses inputs."""
 _ODD: tuple[Any, ...] = (
     *(None, True, -1, 0, 1.5, 2**63, 10**400, 1e308, "", "all", "\u2028", "../x", "a" * 5000, [], {}, [[]], {"a": []}),
     *("\ud800", "nan", ["x", 1], float("nan")),

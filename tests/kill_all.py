@@ -145,7 +145,7 @@ def newest_of(checkpoints: Checkpoints) -> int:
 
 
 def shards_of(folder: Path) -> dict[str, int | bytes]:
-    """Return the files of finished shards, without the build's own state, which a kill at the end leaves behind."""
+    """Return the files of finished shards. A kill at the end also leaves the state of the build, which is excluded."""
     found = contents(folder)
     return {name: value for name, value in found.items() if not name.endswith(("/building.json", ".part.json"))}
 
@@ -163,7 +163,7 @@ def bucket(folder: Path) -> BucketCheckpoints:
 
 
 def contents(folder: Path) -> dict[str, int | bytes]:
-    """Return the content of every file by its name; for JSON files, which differ between calls, return the size.
+    """Return the content of every file by its name, or the size of a JSON file, because these differ between calls.
 
     The hidden files that a killed writer may leave are deleted first. A later call deletes them after an hour.
     """
@@ -278,7 +278,7 @@ def make_source(folder: Path) -> Path:
 
 
 PAIRS = tuple(w for w in WRITERS if w.name not in ("events", "metrics"))
-"""The writers of which two may run at the same time.
+"""The writers that are also run in pairs.
 
 Two attempts write their events to the same file by design, and only one attempt writes metrics.
 """

@@ -61,6 +61,6 @@ def test_every_goal_can_be_missed(ours: list[bench.Record]) -> None:
 
 
 def test_clips_have_the_lengths_of_the_kit(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr("bench.trainer_work.KIT", tmp_path)  # without the kit
+    monkeypatch.setattr("bench.trainer_work.KIT", tmp_path)  # the kit is not there
     seconds = sorted(len(s.clips[0]) / 16_000 for s in draw_samples(TINY))
     assert 0.1 < seconds[0] < 1 and 1 < sum(seconds) / len(seconds) < 4 and seconds[-1] <= 12.5

@@ -100,7 +100,7 @@ def problems(command: Documented) -> Iterator[str]:
         return
     if program in ("sbatch", "slurm/submit.sh", "slurm/sweep.sh"):
         if program == "slurm/sweep.sh":
-            words = [w.split(",")[0] for w in words]  # the first of each list of values
+            words = [w.split(",")[0] for w in words]  # keeps the first value of each list
         scripts = [w for w in words if w.endswith(".sh")]
         yield from (f"no script {s}" for s in scripts if not (ROOT / s).is_file())
         yield from recipe_problems(words, "mowe_70b")

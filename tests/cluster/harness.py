@@ -1,4 +1,4 @@
-"""Small runs on a real Slurm, which `sbatch slurm/train_70b.sh` submits and which are compared with a whole run."""
+"""Small runs that `sbatch slurm/train_70b.sh` submits to a real Slurm, and their comparison with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RANK = r"(?s)^\S*python\S* -u .*trainer debug"
 
 @dataclass
 class Run:
-    """A run of the recipe `debug`, and its Slurm job."""
+    """A run of the recipe `debug` and its Slurm job."""
 
     bench: Bench
     folder: Path

@@ -1,4 +1,4 @@
-"""Tests of random routings on four ranks: no hangs, no lost or duplicated clips, and the gradients of one process."""
+"""Tests of random routings on four ranks: no rank hangs, no clip is lost or duplicated, and gradients are correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of convolutions as matmuls, compared with PyTorch's convolutions."""
+"""Tests that convolutions that are computed as matmuls equal PyTorch's convolutions."""
 
 from __future__ import annotations
 

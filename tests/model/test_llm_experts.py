@@ -40,7 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"model_type": "qwen2_moe", **EXPERTS["qwen2_moe"], "mlp_only_layers": [1]},
     "gpt_oss": {"model_type": "gpt_oss", **EXPERTS["gpt_oss"], "intermediate_size": 64},
 }
-CONFIG = ModelConfig.__new__(ModelConfig)  # the losses read no option
+CONFIG = ModelConfig.__new__(ModelConfig)  # the tested losses do not read the config
 
 
 def stock_folder(path: Path, family: str) -> Any:

@@ -72,7 +72,7 @@ ADDED = {"experts": ["b", "c", "a"], "layers": [1], "top_k": 2, "normalize": Tru
 FAMILIES |= {
     f"{family}-experts": {"model_type": family, **features(family, 2), "ffn_experts": ADDED}
     for family in ("qwen2", "qwen3", *FEATURED)
-    if family not in ("phi3", "gemma2", "gemma3_text")  # refused: fused projections, or an activation other than SiLU
+    if family not in ("phi3", "gemma2", "gemma3_text")  # experts cannot be added to these
 }
 
 

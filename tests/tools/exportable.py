@@ -133,7 +133,7 @@ def write_run(
 
 
 def routing_history() -> LoadInterval:
-    """Return a history of 198 clips, of which one (of the task sqa) was routed to wavlm and all others to hubert."""
+    """Return a history of 198 clips. One clip of the task sqa was routed to wavlm, and all others to hubert."""
     pairs, experts = np.ones((1, 2)), ("hubert", "wavlm")
     cells = {
         ClipGroup(task, "en", "-", "0-1 s"): Load(

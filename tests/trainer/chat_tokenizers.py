@@ -35,7 +35,7 @@ THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
-"""A template that puts an empty thought only before the new answer, as those of several reasoning models do."""
+"""A template that puts an empty thought before the new answer only, as templates of several reasoning models do."""
 
 CHATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "chatml": (CHATML, "<|im_end|>", ("<|im_start|>", "<|im_end|>")),
