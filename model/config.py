@@ -89,9 +89,9 @@ class RouterConfig:
         if self.temperature <= 0:
             raise UserError(f"model.router.temperature = {self.temperature}: must be positive")
         if self.mode == "all_routed" and self.join == "add":
-            raise UserError("model.router.join = add: mode all_routed has no primary to add to; use concatenate")
+            raise UserError("model.router.join = add: mode all_routed has no primary encoder; use concatenate")
         if self.mode == "all_routed" and self.input == "primary" and "data_dependent" in self.gates:
-            raise UserError("model.router.input = primary: mode all_routed has no primary; use log_mel or prompt")
+            raise UserError("model.router.input = primary: all_routed has no primary encoder; use log_mel or prompt")
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,9 @@ class ModelConfig:
         if any("." in n for n in names):
             raise UserError(f"model.experts: encoder names {names} must not contain a dot")
         if self.router.mode == "primary_plus_experts" and self.primary is None:
-            raise UserError("model.primary is missing: mode primary_plus_experts needs it (or choose all_routed)")
+            raise UserError("model.primary is missing: mode primary_plus_experts needs it; set it, or use all_routed")
         if self.router.mode == "all_routed" and self.primary is not None:
-            raise UserError("model.primary is set: mode all_routed has none; list the encoder in model.experts")
+            raise UserError("model.primary is set: mode all_routed has no primary encoder; list it in model.experts")
         if self.router.mode == "all_routed" and not self.experts:
             raise UserError("model.experts is empty: mode all_routed needs at least one encoder")
         if self.experts and not 1 <= self.router.top_k <= len(self.experts):

@@ -95,7 +95,7 @@ def load_ds_json(path: Path) -> dict[str, Any]:
     zero = tree.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
-        raise UserError(f"{path}: zero_optimization.stage = {stage}: the audio side needs stage 3")
+        raise UserError(f"{path}: zero_optimization.stage = {stage}: the audio side needs stage 3; set it to 3")
     return tree
 
 
@@ -174,7 +174,7 @@ def _refuse_duplicates(path: Path) -> Any:
         tree: dict[str, Any] = {}
         for key, value in pairs:
             if key in tree:
-                raise UserError(f"{path}: key {key} is given twice")
+                raise UserError(f"{path}: key {key} is given twice; remove one of the two")
             tree[key] = value
         return tree
 
