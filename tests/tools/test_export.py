@@ -320,7 +320,7 @@ def test_a_damaged_checkpoint_is_a_one_line_error(
 
 @pytest.mark.slow
 def test_it_needs_no_more_memory_than_the_largest_tensor(run: Run, tmp_path: Path) -> None:
-    """Check the growth of memory over a process that only imports the command's packages, because that one varies."""
+    """Compare with the memory of a process that only imports the same packages, which depends on the installation."""
     code = "import torch, transformers, tools.export, trainer.export.publish; "
     code += "from trainer.telemetry.metrics import peak_memory_bytes; print(peak_memory_bytes()['host'])"
     root = Path(__file__).parents[2]

@@ -99,7 +99,7 @@ def test_a_rank_joins_two_gloo_groups_at_any_size(topology: Topology, most: int)
 
 
 def lazy_body() -> dict[str, Any]:
-    """Return by how many this rank's open files grow: for the world, for all groups, and for a gather to rank 0."""
+    """Return how many files this rank opens for the world, for all other groups, and for a gather to rank 0."""
 
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))

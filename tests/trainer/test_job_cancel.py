@@ -1,4 +1,4 @@
-"""Tests that cancelled jobs are detected from Slurm's output and signals. tests/cluster does this with a real Slurm."""
+"""Tests that cancelled jobs are detected from Slurm's output and signals. tests/cluster uses a real Slurm."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ run `python -m tests.trainer.test_meetings`."""
 
 
 def meetings() -> list[tuple[list[str], list[str]]]:
-    """Return 60 random meetings. Each has what each speaker said, and what the speakers say in a transcript of it."""
+    """Return 60 random meetings, each as the words of its speakers and those of the speakers in its transcript."""
     rng, found = random.Random(0), []
     for _ in range(60):
         spoken = [[rng.choice("abcdefg") for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 5))]

@@ -39,7 +39,7 @@ def wav(values: np.ndarray, subtype: str, rate: int = 8000) -> bytes:
 
 
 def outcome(data: bytes, max_sec: float | None = None) -> int | str:
-    """Return the number of decoded samples, or the reason of the error."""
+    """Return the number of decoded samples, or the reason that the error gives."""
     try:
         return len(decode_audio(data, max_sec))
     except SampleError as error:

@@ -86,7 +86,7 @@ def test_by_hand(texts: list[str], wanted: str) -> None:
 
 
 def test_repetitions_beyond_the_overlap_are_kept() -> None:
-    """Check eight times the word "five" in windows of words 0 to 5 and 3 to 8, which have two words in common."""
+    """Check repeated words, such as eight times "five" in the windows 0-5 and 3-8, which have two words in common."""
     assert join_windows(["a b c five five five", "five five five x y z"], [0.5]) == "a b c five five five x y z"
     joined = join_units(["five"] * 5, ["five"] * 5, 2, 2)
     assert [unit.strip() for unit in joined] == ["five"] * 8

@@ -108,7 +108,7 @@ def test_stragglers_are_judged_off_the_training_thread(monkeypatch: pytest.Monke
 
 
 def waiting_body() -> dict[str, Any]:
-    """Let rank 1 sleep while rank 0 waits for it in a collective, and return each rank's work."""
+    """Let rank 1 sleep while rank 0 waits for it in a collective, and return the seconds of phases and of waits."""
     dist.init_process_group("gloo")
     timer = PhaseTimer()
     with WaitSampler(timer) as waits:
