@@ -1,6 +1,6 @@
 """Compare the planned time of steps with measurements on this machine's CPU, for the recipes of `bench.plan_memory`.
 
-    python -m bench.plan_time [CASE …] [--rounds N] [--json]
+    python -m bench.plan_time [CASE …] [--rounds N]
 
 The ranks alternate between calibrating the machine (`bench.calibrate`, on all ranks at the same time, as in a step) and
 training steps, so that other programs affect both equally. The samples have the lengths that the plan assumes. Three
@@ -197,7 +197,6 @@ def main() -> int:
         "--rounds", type=int, default=5, help="number of calibrations, each followed by a step (default: 5)"
     )
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     if options.rank:
         return work(options.cases[0])
@@ -218,8 +217,7 @@ def main() -> int:
         print(f"   planned: {parts}\n   measured: ", end="")
         print(", ".join(f"{n} {s:.3f}" for n, s in row["phases_sec"].items()), f"; load {row['load']:.1f}", flush=True)
     passed = all(row["wall"]["in_range"] for row in rows)
-    if options.json:
-        print(json.dumps({"passed": passed, "rows": rows}))
+    print(json.dumps({"passed": passed, "rows": rows}))
     return 0 if passed else 1
 
 
