@@ -15,6 +15,8 @@ SLOW_PLACES = (
     "cluster",
     "distributed",
     "golden",
+    "model/test_encoder_families.py",
+    "model/test_pretended_device.py",
     "real_weights",
     "services",
     "test_end_to_end.py",
@@ -28,8 +30,15 @@ SLOW_PLACES = (
     "test_seam_tracker.py",
     "test_survive.py",
     "test_wheel.py",
+    "tools/test_export.py",
+    "tools/test_export_lora.py",
+    "tools/test_export_trust.py",
+    "tools/test_import_model.py",
     "tools/test_kill_test.py",
+    "tools/test_profile_experts.py",
     "tools/test_serve.py",  # starts a browser
+    "tools/test_vllm_plugin.py",
+    "trainer/test_audiobench.py",
     "trainer/test_expert_usage_page.py",  # starts a browser
     "trainer/test_scorecard_page.py",
 )

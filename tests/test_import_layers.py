@@ -139,6 +139,7 @@ def global_changes(path: Path) -> Iterator[str]:
                 yield f"{path.relative_to(ROOT)}: changes the module's {name.id}"
 
 
+@pytest.mark.slow
 def test_no_function_changes_module_state() -> None:
     found = [change for path in SOURCES for change in global_changes(path)]
     assert not set(found) - PROCESS_WIDE, "\n".join(found)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "security.md"
 NAME = re.compile(r"[A-Z][A-Z0-9_]{3,}")
@@ -47,6 +49,7 @@ def read_variables(path: Path) -> set[str]:
     return found - NOT_VARIABLES
 
 
+@pytest.mark.slow
 def test_every_environment_variable_is_listed() -> None:
     table = PAGE.read_text(encoding="utf-8").partition("## Environment variables")[2]
     listed = set(re.findall(r"`([A-Z][A-Z0-9_*]+)`", table))

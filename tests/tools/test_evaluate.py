@@ -76,6 +76,7 @@ def loaded(made: tuple[Path, Path]) -> Loaded:
     return load_model(find_model(made[0] / "out"), torch.float32, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_rotary_frequencies_of_a_checkpoint_stay_in_fp32(made: tuple[Path, Path], loaded: Loaded) -> None:
     half = load_model(find_model(made[0] / "run"), torch.bfloat16, torch.device("cpu")).model
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}

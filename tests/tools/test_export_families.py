@@ -65,6 +65,7 @@ def tracer_of(encoder: EncoderConfig) -> EncoderTracer:
     return EncoderTracer(tower, OptimConfig(), torch.float32, recompute=False, device="cuda")
 
 
+@pytest.mark.slow
 def test_an_encoder_without_a_list_of_layers_is_traced_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check SEW-D in the family `auto`. Its list of layers is called `layer`, so it is not found."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}

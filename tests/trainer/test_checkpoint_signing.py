@@ -52,6 +52,7 @@ def test_unsigned_checkpoints_are_refused_everywhere(
         open_origin(str(run), exported=False)
 
 
+@pytest.mark.slow
 def test_signed_checkpoints_are_read_with_and_without_the_key(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

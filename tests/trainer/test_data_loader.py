@@ -147,6 +147,7 @@ def test_resume_takes_the_same_number_of_reads_at_any_position(
     assert sum(Counting.requests.values()) <= 5
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_batches(prepared: PreparedData) -> None:
     """Load on 1 rank with 1 process, on 4 ranks without processes, and on 2 ranks with 2 processes each.
 

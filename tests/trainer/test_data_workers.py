@@ -35,6 +35,7 @@ def endless() -> Iterator[list[int]]:
         yield [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ahead", [1, 3])
 def test_everything_arrives_in_order_and_unchanged(num_ahead: int) -> None:
     workers = Workers([(1, 60), (2, 60)], serve=numbers, num_ahead=num_ahead, buffer_bytes=256 << 10)

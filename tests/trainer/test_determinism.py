@@ -149,6 +149,7 @@ def test_list_equals_torchs_documentation() -> None:
     assert named == DOCUMENTED
 
 
+@pytest.mark.slow
 def test_no_new_use_of_an_operation_that_raises_in_deterministic_mode() -> None:
     found = {
         (str(path.relative_to(ROOT)), name)

@@ -26,6 +26,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", refuse)
 
 
+@pytest.mark.slow
 def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mowe_70b", "--dry-run", "--no-data", "--verbose"]) == 0
     out = capsys.readouterr().out
@@ -36,6 +37,7 @@ def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [8, 16])
 def test_the_published_mowe(num_ranks: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mowe_published", "--dry-run", "--no-data", f"parallel.num_ranks={num_ranks}"]) == 0
@@ -49,6 +51,7 @@ def test_the_published_mowe(num_ranks: int, capsys: pytest.CaptureFixture[str]) 
     assert ("llm", "8.04", "B", "13.63", "M", "8.03", "B") in rows
 
 
+@pytest.mark.slow
 def test_the_lengths_of_packs_are_printed() -> None:
     found = describe(load_recipe("mowe_70b"))
     assert "an LLM pack up to 10240 tokens, padded to a multiple of 4 (the tensor-parallel ranks)." in found
