@@ -26,7 +26,7 @@ include_patterns = [
     "requirements/README.md",
     "docs/*.md",
 ]
-exclude_patterns = [".venv*", "runs", "site"]  # Sphinx would walk through them
+exclude_patterns = [".venv*", "runs", "site"]  # Otherwise, Sphinx would search these folders.
 myst_heading_anchors = 3
 suppress_warnings = ["misc.highlighting_failure"]
 
@@ -54,7 +54,7 @@ PAGES = {
         "docs/checkpoints",
         "ds_configs/README",
     ],
-    "Judge and serve": ["docs/evaluation", "docs/profile", "docs/export"],
+    "Evaluate and serve": ["docs/evaluation", "docs/profile", "docs/export"],
     "Understand": ["docs/architecture", "docs/security", "docs/glossary", "docs/gpu", "docs/scale", "BENCHMARKS"],
     "Contribute": ["CONTRIBUTING", "CHANGELOG"],
 }
@@ -67,7 +67,7 @@ def setup(app: Any) -> None:
 
 
 def _add_contents(app: Any, docname: str, source: list[str]) -> None:
-    # Not in README.md itself: a code host would show the directives as text.
+    # README.md itself has no table of contents, because a code host would show its directives as text.
     if docname == root_doc:
         listed = {root_doc, *(page for pages in PAGES.values() for page in pages)}
         contents = {**PAGES, "More": sorted(app.env.found_docs - listed)}
