@@ -3,8 +3,8 @@
     python -m bench.calibrate [--device cuda|cpu] [--out device.json] [--like h100]
     earshot plan RECIPE --accelerator device.json
 
-The sweep takes about a minute on a GPU or a CPU. Values that cannot be measured on one device (links, memory size,
-devices per node) are copied from the accelerator `--like`. The last line is the JSON object that `--out` stores.
+The measurements take about a minute on a GPU or a CPU. Values that cannot be measured on one device (links, memory
+size, devices per node) are copied from the accelerator `--like`. The last line is the JSON object that `--out` stores.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def main() -> int:
         print(f"{at:8.1f} FLOPs per byte: {share:6.1%} of {found.tflops:.4g} TFLOP/s")
     print(
         f"attention {found.attention_efficiency:.1%}, memory {found.memory_tb_s:.4g} TB/s, "
-        f"start of a kernel {found.kernel_us:.1f} us"
+        f"kernel launch {found.kernel_us:.1f} us"
     )
     text = json.dumps(dataclasses.asdict(found))
     if options.out is not None:

@@ -155,7 +155,7 @@ def measure() -> dict[str, Any]:
 
 
 def check(arms: dict[str, Callable[[], list[Tensor]]], work: Work) -> None:
-    """Check that no arm loses a frame, and that MOELayer keeps the order of frames. Its expert is the identity."""
+    """Check that no arm loses a frame, and that MOELayer, whose expert is the identity, keeps the order of frames."""
     frames, expert = work.frames()
     for name, run in arms.items():
         to_others = sum(n for r, n in enumerate(work.frames_to()) if r != dist.get_rank())

@@ -66,7 +66,7 @@ class Work:
     def frames(self) -> tuple[Tensor, Tensor]:
         """Return the clips as frames [ΣF, 320], and the index of each frame's encoder [ΣF].
 
-        Last frames are zero-padded.
+        The last frame of each clip is zero-padded.
         """
         counts = [num_frames(n) for n in self.clips.lengths]
         rows = torch.zeros(sum(counts), FRAME_SAMPLES)

@@ -141,7 +141,7 @@ def bench(folder: Path) -> int:
     for name, found in results.items():
         times = " ".join(f"{s:.2f}" for s, _ in found)
         print(f"{name:13} {seconds[name]:6.2f} s (runs: {times})   peak {peaks[name] / 2**20:6.0f} MiB")
-    print(f"{speed:.1f} times faster; {num_tensors - different} of {num_tensors} tensors bit-equal")
+    print(f"{speed:.1f} times as fast; {num_tensors - different} of {num_tensors} tensors bit-equal")
     report = {
         "passed": passed,
         "goal": {"times_faster": SPEED_GOAL, "peak_bytes": largest + MEMORY_GOAL_BYTES},

@@ -70,7 +70,7 @@ def utterances(num: int, subsets: Sequence[str] = ("nemo", "timit_sample", "ljsp
 
 
 def write_dataset(store: Store, samples: Sequence[Utterance], per_shard: int) -> None:
-    """Write samples as a dataset of shards, which webdataset can read, too."""
+    """Write samples as a dataset of shards, which webdataset can also read."""
     shards = []
     for start in range(0, len(samples), per_shard):
         writer = ShardWriter(store, len(shards))

@@ -2,9 +2,8 @@
 
     python -m bench.loader_memory [BATCHES] [WORKERS]
 
-The defaults are 100000 batches (about half an hour) and 0 workers.
-
-The data is the kit, a set of small public recordings in the folder $KIT_DIR.
+The defaults are 100000 batches (about half an hour) and 0 workers. The data is the kit, a set of small public
+recordings in the folder $KIT_DIR.
 
 Goal: the maximum resident memory of this process and its decoding processes in the second half of the batches is at
 most 5 % above the maximum in the second tenth of the batches. The exit code is 1 if the goal is missed, and 3 without

@@ -3,10 +3,11 @@
     python -m bench.long_recording [--minutes 60] [--ranks 1 2 4]
 
 The recording is synthetic, and is encoded in windows of 30 s. Its audio tokens and 1000 text tokens form one packed
-sequence, which is divided among the context-parallel ranks of a small LLM. Nothing is recomputed. For each number of
-ranks, the command prints the loss, the largest difference between a gradient and the same gradient on a single rank
-(relative to the largest entry of the parameter's gradient), and the peak memory of each rank during the forward and
-backward pass of the LLM. PyTorch's CPU allocator reports this memory.
+sequence, which is divided among the context-parallel ranks of a small LLM. Nothing is recomputed except the scores of
+attention between different chunks of this sequence. For each number of ranks, the command prints the loss, the largest
+difference between a gradient and the same gradient on a single rank (relative to the largest entry of the parameter's
+gradient), and the peak memory of each rank during the forward and backward pass of the LLM. PyTorch's CPU allocator
+reports this memory.
 
 Goal: losses and gradients differ by at most 1e-5, and each of N ranks needs at most 1.3/N of the memory of one rank.
 The last line is one JSON object. The exit code is 1 if the goal is missed.

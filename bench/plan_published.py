@@ -43,8 +43,11 @@ class Published:
     recipe: str
     mechanisms: str
     settings: dict[str, int]
+    """The columns with whole numbers, such as the sizes of the model and of the layout, by name."""
     step_sec: float
+    """The published duration of a step in seconds."""
     peak_gib: float | None
+    """The published peak memory of a GPU in GiB; None if it was not published."""
     source: str
     note: str
     """The properties of the run that a recipe cannot express."""
@@ -56,9 +59,11 @@ class Compared:
 
     row: Published
     step_sec: float
+    """The planned duration of a step in seconds. `low_sec` and `high_sec` are the bounds of its range."""
     low_sec: float
     high_sec: float
     peak_gib: float | None
+    """The planned peak memory of a GPU in GiB; None if it was not planned."""
 
     @property
     def ratio(self) -> float:

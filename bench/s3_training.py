@@ -1,7 +1,8 @@
 """Compare training from a bucket, with two interruptions, with training from disk.
 
-    python -m bench.s3_training [RECIPE] [--steps N] [key=value …]      default: kit_cpu with the recipe's number of
-    steps
+    python -m bench.s3_training [RECIPE] [--steps N] [key=value …]
+
+The default is the recipe kit_cpu with its own number of steps.
 
 The benchmark writes shards of the kit (a set of small public speech and sound datasets, in the folder $KIT_DIR), both
 to disk and to a local Swift server, and trains RECIPE from disk on 2 ranks. It then trains from `s3://` on 2, 1 and 2

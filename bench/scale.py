@@ -4,11 +4,11 @@
 
 The trainer's code creates process groups of the full size with PyTorch's fake process group, which needs no other
 ranks, and the benchmark counts the groups. It computes the number of connections from the sizes of the groups, and the
-number of open files with `trainer.parallel.environment`. The trainer's code also computes the metadata of checkpoints
-(`bench.scale_checkpoint`), the detection of stragglers and the planning of a step (`bench.scale_step`) for data of the
-full size. Small collectives on the host are measured with real processes on this machine. For more ranks, a model
-multiplies the number of rounds by the time of a round, which consists of the measured time and an assumed network
-latency.
+number of open files with `trainer.parallel.environment`. It also runs the trainer's code that makes the metadata of
+checkpoints (`bench.scale_checkpoint`), detects stragglers and plans a step (`bench.scale_step`), with data of the full
+size. Small collectives on the host are measured with real processes on this machine. For more ranks, a model adds up
+the measured time of the rounds, an assumed network latency per round, and the time to receive the data at an assumed
+rate.
 
 Goals: the following values do not exceed the limits in this file: the number of open files, the number of gloo groups,
 the number of a checkpoint's files; with 10,240 ranks, the size of the metadata (50 MB) and the times for detecting
@@ -125,7 +125,7 @@ def _deepspeed_groups(topology: Topology) -> None:
 
 
 def judge_sec(num_ranks: int) -> float:
-    """Return the CPU seconds that rank 0 needs to detect stragglers in one period, as the maximum of three values."""
+    """Return the CPU seconds that rank 0 needs to detect stragglers in one period (the maximum of three calls)."""
     parts = [
         RankWork(r, f"node{r // 8}", {p: 1.0 + r % 7 / 10 for p in ("load", "encode", "llm", "update")}, {"llm": 0.2})
         for r in range(num_ranks)
@@ -146,7 +146,7 @@ def main() -> int:
     print("on rank 0, with GPUs")
     _print_row("ranks", "grows with", [t.world for t in TOPOLOGIES])
     _print_row("process groups", "1", [c.groups for c in counted.values()])
-    _print_row("of these with gloo", "1", [c.gloo_groups for c in counted.values()])
+    _print_row("process groups with a gloo group", "1", [c.gloo_groups for c in counted.values()])
     _print_row("gloo peers, each connected when first used", "N", [c.gloo_peers for c in counted.values()])
     _print_row("open files, at most", "N", list(files.values()))
     goals = {f"open files, {world} ranks": files[world] <= most for world, most in GOALS_FILES.items()}
@@ -156,16 +156,16 @@ def main() -> int:
     saved = {t.world: measure(model, t) for t in LARGE}
     judged = {t.world: judge_sec(t.world) for t in LARGE}
     planned = {t.world: planning_sec(t) for t in LARGE}
-    print("\nof mowe_70b")
+    print("\nfor the recipe mowe_70b")
     _print_row("ranks", "grows with", [t.world for t in LARGE])
     _print_row("metadata that a rank sends, KB", "1", [m.sent_bytes / 1e3 for m in saved.values()])
     _print_row("metadata that rank 0 receives, KB", "N", [m.gathered_bytes / 1e3 for m in saved.values()])
     _print_row("manifest of a checkpoint, KB", "N", [m.manifest_bytes / 1e3 for m in saved.values()])
     _print_row("files of a checkpoint, 8 ranks per node", "nodes", [m.num_files for m in saved.values()])
-    _print_row("making it on rank 0, CPU ms", "N", [1e3 * m.merge_sec for m in saved.values()])
-    _print_row("reading it on a rank, CPU ms", "N", [1e3 * m.parse_sec for m in saved.values()])
-    _print_row("judging stragglers on rank 0, CPU ms", "N log N", [1e3 * s for s in judged.values()])
-    _print_row("planning of a step, CPU ms", "N log N", [1e3 * sum(p.values()) for p in planned.values()])
+    _print_row("making the manifest on rank 0, CPU ms", "N", [1e3 * m.merge_sec for m in saved.values()])
+    _print_row("reading the manifest on a rank, CPU ms", "N", [1e3 * m.parse_sec for m in saved.values()])
+    _print_row("looking for stragglers on rank 0, CPU ms", "N log N", [1e3 * s for s in judged.values()])
+    _print_row("planning a step, CPU ms", "N log N", [1e3 * sum(p.values()) for p in planned.values()])
     _print_row("rounds of a small collective", "log N", [rounds(t.world) for t in LARGE])
     most = LARGE[-1].world
     goals[f"metadata, {most} ranks"] = (
@@ -181,7 +181,7 @@ def main() -> int:
     for arm, law in (("tree", "log N"), ("ring", "N")):
         _print_row(arm, law, [1e3 * found[arm] for found in calls.values()])
     starts = {num: start_sec(num) for num in STARTED}
-    print("\nstart of a gloo group on processes of this machine, ms")
+    print("\ncreation of a gloo group by processes of this machine, ms")
     _print_row("processes", "grows with", list(STARTED))
     _print_row("start", "N²", [1e3 * sec for sec in starts.values()])
     _print_row("per pair, µs", "1", [1e6 * sec / num**2 for num, sec in starts.items()])
@@ -190,7 +190,7 @@ def main() -> int:
     _print_row("all ranks have connected", "N²", [meeting_limit_sec(t.world, {}) for t in LARGE])
     _print_row("the preflight's all-reduce has ended", "N²", [start_limit_sec(t.world, {}) for t in LARGE])
     modelled = {t.world: modelled_sec(t.world, calls[PROCESSES[0]]["undisturbed"]) for t in LARGE}
-    print("\nsmall collectives of a step by the model, ms")
+    print("\nsmall collectives of a step, estimated by the model, ms")
     _print_row("ranks", "grows with", [t.world for t in LARGE])
     _print_row(f"{COLLECTIVES} small collectives", "log N", [1e3 * sec for sec in modelled.values()])
     goals["small collectives, 1,024 ranks"] = modelled[1024] <= GOAL_COLLECTIVES_SEC

@@ -58,7 +58,7 @@ class Everything(nn.Module):
 
 
 class Grouped(Sampler[int]):
-    """A sampler of the warm-up's clips in order, followed by all other clips in the order of `LengthGroupedSampler`.
+    """A sampler that yields the warm-up's clips in order, and then the others in the order of `LengthGroupedSampler`.
 
     With thousands of samples, `LengthGroupedSampler` sorts 50 batches at a time. The few clips of this benchmark are
     sorted all at once.
@@ -125,7 +125,7 @@ def collate(rows: Sequence[Sample]) -> dict[str, Any]:
 
 
 def deepspeed_config(setting: Setting) -> dict[str, Any]:
-    """Return DeepSpeed's config. Trainer replaces the values `auto` by its own settings."""
+    """Return DeepSpeed's config. Trainer replaces the values `auto` with its own settings."""
     config: dict[str, Any] = json.loads(DS_CONFIG.read_text(encoding="utf-8"))
     config["zero_optimization"] |= {"stage3_param_persistence_threshold": setting.persistent}
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")

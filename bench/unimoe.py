@@ -3,27 +3,27 @@
     python -m bench.unimoe --arm mixture --seed 1     train one arm with one seed, for at most 12 minutes
     python -m bench.unimoe --table                    print the results of all arms and seeds so far
 
-`KEY=VALUE` arguments change all runs, as in `earshot chain`. On two cores, two seeds side by side on one rank each take
-about 60 % of the time that they take one after the other on two ranks:
+`KEY=VALUE` arguments change all runs, as in `earshot chain`. On two cores, training two seeds at the same time, each on
+one rank, takes about 60 % of the time of training them one after the other on two ranks:
 
     python -m bench.unimoe --arm mixture --seed 1 parallel.num_ranks=1 parallel.expert=1 parallel.ffn_expert=1 &
     python -m bench.unimoe --arm mixture --seed 2 parallel.num_ranks=1 parallel.expert=1 parallel.ffn_expert=1
 
-The chain `unimoe_cpu` trains a small speech LLM, then adapters for speech, emotion and sound, and then a mixture of
-these experts and the untouched network. The arms differ only in the last run:
+The chain `unimoe_cpu` trains a small speech LLM, then adapters on its feed-forward networks as experts for speech,
+emotion and sound, and then a mixture of these experts and the original network. The arms differ only in the last run:
 
     mixture       the chain as it is, with two experts per token and no balance loss
     top1          one expert per token
     balance       with the balance loss (`model.losses.expert_balance`)
-    copies        four identical copies of the untouched network
+    copies        four identical copies of the original network
     dense         no experts; the same data and as many steps as the mixture's own run
     dense_long    no experts; as many steps as the mixture's run and those of the three experts together
 
-The arms of a seed share the first run, and those with experts share the experts. An arm needs more than one call until
-these are trained, and every call resumes where the last one stopped. A finished arm is added to `results.jsonl` in the
-folder, with its scores on the test split of the kit (a set of small public recordings, in the folder KIT_DIR) and the
-share of each expert in the choices for each task and modality. The exit code is 0 if the arm is finished, 75 if it must
-be called again, 1 if a run failed, and 3 if the kit is missing.
+The arms of a seed share the first run, and those with donors' experts share the runs that train these experts. An arm
+may need several calls, and each call resumes where the last one stopped. A finished arm is added to `results.jsonl`
+in the folder, with its scores on the test split of the kit (a set of small public recordings, in the folder KIT_DIR)
+and the share of each expert in the choices for each task and modality. The exit code is 0 if the arm is finished, 75 if
+it must be called again, 1 if a run failed, and 3 if the kit is missing.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def run(recipe: Recipe, folder: Path, deadline: float) -> int:
 
 
 def train(arm: str, seed: int, folder: Path, minutes: float, scale: float = 1.0, changes: Sequence[str] = ()) -> int:
-    """Train an arm for a limited time, and add its result to the file when it is finished; return the exit code."""
+    """Train an arm for a limited time, add its result to the file if it is finished, and return the exit code."""
     if any((result.arm, result.seed) == (arm, seed) for result in read_results(folder)):
         print(f"{arm}, seed {seed}: finished earlier")
         return 0
@@ -164,7 +164,7 @@ def train(arm: str, seed: int, folder: Path, minutes: float, scale: float = 1.0,
 
 
 def read_result(arm: str, seed: int, recipe: Recipe) -> Result:
-    """Return the result of an arm whose runs are finished, given the last of them."""
+    """Return the result of an arm whose runs are finished, given the recipe of its last run."""
     place = Path(recipe.train.run_dir) / recipe.name
     scores = json.loads((place / "summary.json").read_text(encoding="utf-8"))["scores"]["test"]
     shares: dict[str, dict[str, float]] = {}

@@ -153,7 +153,7 @@ def _deepspeed_buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.P
 
 
 def main() -> int:
-    """Run the benchmark, and return the exit code."""
+    """Run the benchmark, and return the exit code: 0 if the goal is met, else 1."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

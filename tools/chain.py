@@ -106,7 +106,7 @@ def run(recipes: Sequence[Recipe]) -> int:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Return whether a run did its last step, or was stopped early by a condition in its recipe."""
+    """Return whether a run completed its last step, or was stopped early by a condition in its recipe."""
     done = steps_done(recipe)
     if done >= recipe.train.steps:
         return True

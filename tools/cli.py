@@ -45,9 +45,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command("tokenizer", "tools.train_tokenizer", "train a SentencePiece tokenizer on a manifest's text"),
     ),
     "Train": (
-        Command("train", "trainer.__main__", "train or resume a recipe on this machine, or as a rank of a cluster"),
+        Command("train", "trainer.__main__", "train a recipe or resume its run, on this machine or on a cluster"),
         Command(
-            "chain", "tools.chain", "train several runs, of which later runs start from the weights of earlier runs"
+            "chain", "tools.chain", "train several runs in order; later runs start from the weights of earlier ones"
         ),
         Command("job", "trainer.job.__main__", "do the work of a Slurm batch script: plan, check nodes, run, requeue"),
         Command(
@@ -59,7 +59,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command("metrics", "tools.exporter", "serve the status of runs to Prometheus"),
         Command("checkpoints", "tools.checkpoints", "list, check and compare a run's checkpoints"),
     ),
-    "Judge a model": (
+    "Evaluate a model": (
         Command("evaluate", "tools.evaluate", "score a model on data: tables and a page with audio"),
         Command("compare", "tools.compare", "compare runs, or two models sample by sample"),
         Command("judge", "tools.judge", "rate open answers with an LLM behind an HTTP endpoint"),
@@ -76,7 +76,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     ),
     "Verify": (
         Command("parity", "tools.parity", "compare every topology with the single-process model"),
-        Command("reshard", "tools.reshard", "save on one topology, load on others, compare"),
+        Command("reshard", "tools.reshard", "save checkpoints, load them on other topologies, compare"),
     ),
 }
 

@@ -70,7 +70,7 @@ class Regression:
 
     @property
     def loss(self) -> float:
-        """The absolute difference of `first` and `other`."""
+        """The absolute difference between `first` and `other`."""
         return abs(self.other - self.first)
 
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="for runs: write the comparison as a page")
     parser.add_argument(
-        "--wordnet", help="folder of WordNet 3.0, for METEOR (default: where operating systems' packages install it)"
+        "--wordnet", help="folder of WordNet 3.0, for METEOR (default: where the system's packages install it)"
     )
     parser.add_argument(
         "--all-metrics", action="store_true", help="show every metric of every subset (default: the main ones)"
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=int,
         default=10,
         metavar="N",
-        help="list the N samples with the largest losses (default: 10)",
+        help="list the N samples that became worse by the largest amounts (default: 10)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all metrics and regressions")
     add_plugins(parser)

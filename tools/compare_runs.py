@@ -31,7 +31,7 @@ _SPEEDS: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak_bytes": ("peak memory", lambda v: f"{v / 2**30:.1f} GiB"),
     "goodput": ("goodput", lambda v: f"{v:.0%}"),
 }
-"""The title and the format of each number about a run's speed."""
+"""The title and the number format of each row of the throughput table, by the name of the metric."""
 _IGNORED = ("name", "train.run_dir")
 """Recipe keys that are not compared, since they always differ between runs."""
 
@@ -158,7 +158,7 @@ def describe(tree: Mapping[str, Any]) -> str:
 
 
 def _speeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of numbers about speed with titles and with numbers as text; None remains None."""
+    """Return the rows of the throughput table with titles, and with numbers formatted as text; None remains None."""
     found = []
     for row in rows:
         title, form = _SPEEDS.get(row["name"], (row["name"], lambda v: f"{v:,.4g}"))

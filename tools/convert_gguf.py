@@ -51,7 +51,7 @@ def convert_llama(path: Path, folder: Path) -> None:
         kind = (fields["general.architecture"], fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"])
         if kind != ("llama", "gpt2", "smollm"):
             raise UserError(
-                f"{path}: architecture and tokenizer are {kind}; only Llama with SmolLM2's can be converted"
+                f"{path}: architecture and tokenizer are {kind}; only Llama with SmolLM2's tokenizer can be converted"
             )
         tensors = {
             _hugging_face_name(t.name): _rotary_halves(

@@ -257,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--overlap", type=float, metavar="SEC", help="minimum overlap of windows (default: a sixth of a window)")
     add(
         "--wordnet",
-        help="folder of WordNet 3.0, for METEOR of captions (default: where operating systems' packages install it)",
+        help="folder of WordNet 3.0, for METEOR of captions (default: where the system's packages install it)",
     )
     add("--audio-mib", type=float, default=12.0, help="audio to include in report.html, in MiB (default: 12)")
     add(

@@ -308,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="earshot models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help=", ".join(model.name for model in MODELS))
-    parser.add_argument("--list", action="store_true", help="list the models (also without a NAME)")
+    parser.add_argument("--list", action="store_true", help="list the models (the default without a NAME)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: $EARSHOT_MODELS, or ~/.cache/earshot/models")
     return parser
 

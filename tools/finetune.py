@@ -4,9 +4,9 @@ earshot finetune data.root=DIR               trains on the kit of real recording
 earshot finetune --seed 2 data.root=DIR      the same with another seed, in a run of its own
 earshot finetune stages.1.steps=1000         trains for more steps
 
-It downloads the models, speaks the additional training data, trains the recipe finetune_kit, evaluates the test split
-before and after, and appends the results to finetune_kit.jsonl in the folder of runs. If it is interrupted, the same
-command resumes.
+The command downloads the models, synthesizes the additional training data, trains the recipe finetune_kit, evaluates
+the test split before and after training, and appends the results to finetune_kit.jsonl in the folder of runs. Rerun an
+interrupted command to resume it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from trainer.run.command import module_command
 RECIPE = "finetune_kit"
 SPLIT = "test"
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-"""Variables that make glibc keep freed memory. Otherwise, it is returned and fetched again in every step."""
+"""Variables that make glibc keep freed memory. Otherwise, every step returns memory to the kernel and requests it
+again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +111,7 @@ def speak(recipe: Recipe) -> list[str]:
     """Write the synthetic speech that a dataset of the recipe refers to, unless it exists.
 
     Returns:
-        The keys that name its manifest; empty if no dataset refers to it, or if it is in `data.root`.
+        Overrides with the path of its manifest; empty if no dataset refers to it, or if it is in `data.root`.
 
     Raises:
         UserError: If the kit has no texts, or a synthesizer is missing.
@@ -127,11 +128,11 @@ def speak(recipe: Recipe) -> list[str]:
 
 
 def precision(recipe: Recipe, overrides: Sequence[str], cpu_flags: str | None = None) -> list[str]:
-    """Return the key that trains in fp32 where bf16 would be slower, which are CPUs without AMX; else no key.
+    """Return the override that trains in fp32 on a CPU without AMX, where bf16 would be slower; empty if not needed.
 
     Args:
         recipe: The recipe, with the overrides.
-        overrides: The keys that the user gives. The precision that one of them names is kept.
+        overrides: The user's overrides. If one of them sets the precision, it is kept.
         cpu_flags: The contents of Linux's /proc/cpuinfo; None to read it. An unknown CPU counts as one without AMX.
     """
     if recipe.train.precision != "bf16" or torch.cuda.is_available():

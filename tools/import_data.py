@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         description=f"{__doc__}\nFormats:\n{formats}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--from", dest="format", required=True, choices=IMPORTERS, metavar="FORMAT", help="see below")
+    parser.add_argument("--from", dest="format", required=True, choices=IMPORTERS, metavar="FORMAT", help="see above")
     parser.add_argument("source", type=Path, metavar="SRC", help="the file or folder in that format")
     parser.add_argument(
         "out", metavar="OUT", help="empty folder (or bucket URL), or one with an unfinished import of SRC"

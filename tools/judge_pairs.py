@@ -77,7 +77,9 @@ def align(
     for key in keys:
         for field in _SAME_FIELDS:
             if ours[key].meta.get(field) != theirs[key].meta.get(field):
-                raise UserError(f"{other_path}: {field} of '{key}' is not that of {path}; judge evaluations of one set")
+                raise UserError(
+                    f"{other_path}: {field} of '{key}' is not that of {path}; judge evaluations of one dataset"
+                )
     return [(ours[key], theirs[key]) for key in keys]
 
 

@@ -1,4 +1,4 @@
-"""Command-line options that several tools share, and checks of options before a command starts work of hours."""
+"""Command-line options that several tools share, and checks of options before a command starts hours of work."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def check_output(what: str, path: Path, *, is_folder: bool = False) -> None:
     """Check that a file, or files in a folder, can be written. Parent folders need not exist.
 
     Args:
-        what: The path, possibly with the name of its option, for the error.
+        what: The path, possibly with the name of its option, for the error message.
         path: The file or folder.
         is_folder: True if `path` is a folder.
 

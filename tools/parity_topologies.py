@@ -32,8 +32,8 @@ def topologies(max_ranks: int, experts: bool = False, max_virtual: int = 1, shar
         experts: True for an LLM with experts. Its experts are distributed over 1, 2 or 4 ranks. Each expert is on one
             rank, or divided among the tensor-parallel ranks. The encoders' expert-parallel size is then 1.
         max_virtual: The maximum number of virtual stages of a pipeline with two stages.
-        shard: `parallel.audio_shard`. Topologies that do not allow it, or in which it is the number of processes, are
-            omitted.
+        shard: `parallel.audio_shard`. Topologies that do not allow this value, or whose number of processes is equal
+            to it, are omitted.
     """
     if shard is not None:
         found = topologies(max_ranks, experts, max_virtual)

@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         raise UserError(f"--plot {options.plot}: draws a sweep; add --sweep KEY=v1,v2,…")
     recipe = load_recipe(options.recipe, options.overrides)
-    # The following modules import PyTorch and Megatron, which takes seconds. A misspelt key is reported before.
+    # The following modules import PyTorch and Megatron, which takes seconds. A misspelled key is reported before that.
     from trainer.config.checks import check_recipe
 
     check_recipe(recipe)
@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _announce(name: str, options: argparse.Namespace) -> None:
-    """Say on a terminal what the command does, because it may take a minute on a slow machine."""
+    """Print on a terminal what the command does, because it may take a minute on a slow machine."""
     if sys.stderr.isatty():
         search = (
             "" if not options.advice or options.fit else ", then looking for a faster layout (--no-advice skips this)"
@@ -176,7 +176,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from trainer.config.load import load_recipe
     from trainer.engine.imports import lean_imports
 
-    recipe = load_recipe(options.recipe, options.overrides)  # A misspelt key is reported before PyTorch is imported.
+    recipe = load_recipe(options.recipe, options.overrides)  # Report a misspelled key before importing PyTorch.
     with lean_imports():
         from trainer.config.checks import check_recipe
         from trainer.plan.plan import Plan

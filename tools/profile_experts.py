@@ -1,4 +1,4 @@
-"""Report how often a run uses each encoder expert for each task, the experts' cost, and the use of the LLM's experts.
+"""Report how often a run uses each encoder expert for each task, the experts' cost, and the use of FFN experts.
 
     earshot profile runs/demo                                  the routing during training
     earshot profile runs/demo --data test.jsonl                the routing of other data
@@ -30,11 +30,11 @@ class Limits:
     """The limits of `--fail-on`."""
 
     dead: bool = False
-    """True to fail if an encoder expert, or an expert of the LLM, is never chosen."""
+    """True to fail if an encoder expert or an FFN expert is dead, which means that it is (almost) never chosen."""
     imbalance: float = math.inf
     """The largest allowed load of the slowest rank, relative to the mean load."""
     overload: float = math.inf
-    """The largest allowed number of choices of an expert of the LLM, relative to the mean of its layer's experts."""
+    """The largest allowed number of choices of an FFN expert, relative to the mean over the experts of its layer."""
 
     @staticmethod
     def parse(text: str) -> Limits:

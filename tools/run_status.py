@@ -180,7 +180,9 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
 
 
 def read_stored(url: str, now_sec: float) -> list[Status]:
-    """Return the status of all runs whose checkpoints are below a bucket's prefix. Other fields have default values.
+    """Return the status of all runs whose checkpoints are below a bucket's prefix.
+
+    Fields that checkpoints do not contain have default values.
 
     Raises:
         UserError: If there are no checkpoints, or the bucket cannot be read.

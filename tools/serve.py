@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--max-request-mib", type=int, default=100, metavar="N", help="maximum size of a request, in MiB (default: 100)"
     )
     parser.add_argument(
-        "--max-upload-sec", type=int, default=60, metavar="N", help="longest upload of a request, in s (default: 60)"
+        "--max-upload-sec", type=int, default=60, metavar="N", help="time limit for receiving a request (default: 60)"
     )
     options = parser.parse_args(arguments)
     be_calm()
@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("earshot serve needs additional packages: pip install 'earshot[serve]'") from None
     for name in options.allow_host:
         if "*" in name.removeprefix("*."):
-            raise UserError(f"--allow-host {name}: give a name, or *. and a domain")
+            raise UserError(f"--allow-host {name}: give a name, or a pattern such as *.example.org")
     check_model(options.model)
     import uvicorn
 

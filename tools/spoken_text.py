@@ -2,9 +2,10 @@
 
 earshot spoken-text KIT OUT
 
-The sentences are captions and a novel in KIT/text; strings of digits are added. OUT becomes a data root with the file
-spoken.jsonl. The voices are those of espeak-ng, and of flite if it is installed (`apt-get install flite`), whose voices
-were made from recordings of people. No sentence of the kit's dev and test splits is spoken.
+KIT is the folder of the kit, a set of small public recordings. The sentences are from the captions and the novel in
+KIT/text, and strings of digits are added. OUT becomes a folder for `data.root` with the manifest spoken.jsonl. The
+voices are those of espeak-ng, and of flite if it is installed (`apt-get install flite`), whose voices were made from
+recordings of people. No sentence of the kit's dev and test splits is spoken.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("kit", type=Path, help="the folder of the kit")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument(
-        "--sentences", type=int, default=NUM_SENTENCES, metavar="N", help="how many sentences (default: %(default)s)"
+        "--sentences", type=int, default=NUM_SENTENCES, metavar="N", help="number of sentences (default: %(default)s)"
     )
     parser.add_argument(
         "--digits",
         type=int,
         default=NUM_DIGIT_STRINGS,
         metavar="N",
-        help="how many strings of digits (default: %(default)s)",
+        help="number of strings of digits (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of texts and voices (default: 1)")
     options = parser.parse_args(arguments)
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write(
     kit: Path, out: Path, num_sentences: int = NUM_SENTENCES, num_digits: int = NUM_DIGIT_STRINGS, seed: int = 1
 ) -> float:
-    """Write the recordings and the manifest; return their length in seconds.
+    """Write the recordings and the manifest, and return the total duration of the recordings in seconds.
 
     Raises:
         UserError: If the kit has no texts, or espeakng-loader is not installed.
@@ -131,7 +132,8 @@ def row(
 
 
 def sentences(kit: Path) -> list[str]:
-    """Return sentences and clauses of 3 to 14 words, sorted, without those of the kit's dev and test splits.
+    """Return the sentences and clauses of 3 to 14 words in the kit's texts, sorted, without those of its dev and test
+    splits.
 
     Raises:
         UserError: If the kit has no texts.
