@@ -101,7 +101,7 @@ def simulate(ranks: int = 64) -> dict[str, Any]:
 
 def time_plans(ranks: int = 4096) -> dict[str, Any]:
     """Return the median CPU time of planning. Other processes on the machine hardly affect the CPU time."""
-    torch.zeros(num_samples(240))  # freed immediately, so that malloc keeps large blocks, as in training
+    torch.zeros(num_samples(240))  # Once this is freed, malloc keeps large blocks, as in training.
 
     def dispatch(encoders: Sequence[EncoderConfig], ep: int, chosen: int) -> Callable[[], object]:
         clips, costs = draw_clips(ranks, len(encoders), chosen, seed=0), [clip_cost(e) for e in encoders]

@@ -129,7 +129,7 @@ def bench(folder: Path) -> int:
     for n in range(ROUNDS):
         for name, script, source in (("ours", OURS, folder / "run"), ("zero_to_fp32", PEER, folder / "peer")):
             out = folder / f"{name}-{n}"
-            os.sync()  # so that pending writes of one arm do not slow the next arm
+            os.sync()  # Otherwise, pending writes of one arm would slow the next.
             results[name].append(measure(script, source, out))
             if n:
                 shutil.rmtree(out)

@@ -52,8 +52,7 @@ def llm_layer(sizes: Sizes, groups: Groups, ds_config: dict[str, Any], dtype: to
     (first_sec, first_peak), (last_sec, last_peak) = found
     between = DEPTHS[1] - DEPTHS[0]
     width = sizes.llm["hidden_size"]
-    # Causal attention computes half of the score matrix. Each of the four samples has a quarter of the sequence's
-    # tokens.
+    # Causal attention computes half of the score matrix. Each of the four samples has a quarter of the tokens.
     attention = 3 * 2 * 2 * (sizes.tokens // 4) ** 2 / 2 * width * 4
     memory = None if first_peak is None or last_peak is None else (last_peak - first_peak) // between
     return Layer((last_sec - first_sec) / between, 6.0 * parameters * sizes.tokens + attention, memory)

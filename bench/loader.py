@@ -81,7 +81,7 @@ def ours_clips(prepared: PreparedData) -> Arm:
     (reader,) = prepared.open_training()
 
     def run() -> int:
-        reader.shards.table.cache_clear()  # as for a dataset with more shards than fit in the cache of tables
+        reader.shards.table.cache_clear()  # Tables of a large dataset do not fit in this cache.
         reader.selected.cache_clear()
         spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.rate, (), None, 0, 1 << 40)
         lanes = {lane: LaneState() for lane in range(LANES)}
@@ -137,7 +137,7 @@ def lhotse_arm(folder: Path) -> Arm:
 
 def timed(arm: Arm) -> tuple[float, float, int]:
     """Run an arm once, and return the CPU seconds of all threads, the wall seconds and the number of samples."""
-    gc.collect()  # so that garbage of the previous arm is not collected during this one
+    gc.collect()  # Otherwise, garbage of the previous arm would be collected during this one.
     cpu, wall = time.process_time(), time.perf_counter()
     num = arm()
     return time.process_time() - cpu, time.perf_counter() - wall, num
@@ -147,7 +147,7 @@ def compare(arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, fl
     """Return the samples per CPU-second and per second of every arm and round. The first arm changes in every round."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for arm in arms.values():
-        arm()  # fills the page cache and imports modules
+        arm()  # The warm-up fills the page cache and imports modules.
     names = list(arms)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:

@@ -135,7 +135,7 @@ def _as_planned(recipe: Any, batch: Any) -> Any:
     for row, sample in enumerate(batch.samples):
         for gate in range(gates):
             noise[row, gate, (int(sample.key) + gate) % experts] = (
-                200.0  # with larger values, some probabilities would be 0
+                200.0  # With larger values, some probabilities would be 0.
             )
     return noise
 

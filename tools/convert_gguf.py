@@ -110,7 +110,7 @@ def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
         "head_dim": fields["llama.rope.dimension_count"],
         "max_position_embeddings": fields["llama.context_length"],
         "rope_theta": fields["llama.rope.freq_base"],
-        "rms_norm_eps": round(fields["llama.attention.layer_norm_rms_epsilon"], 9),  # stored in fp32
+        "rms_norm_eps": round(fields["llama.attention.layer_norm_rms_epsilon"], 9),  # GGUF has it in fp32.
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,

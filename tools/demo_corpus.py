@@ -170,8 +170,7 @@ class _Corpus:
     def _write(self, split: str, kind: str, wave: Wave) -> dict[str, Any]:
         quiet = [np.zeros(int(n), np.float32) for n in self.rng.integers(800, 3200, 2)]
         wave = np.concatenate([quiet[0], wave.astype(np.float32) * self.rng.uniform(0.5, 0.9), quiet[1]])
-        # Real recordings are never digitally silent. A model that is trained on digital silence could come to depend on
-        # it.
+        # Real recordings are never digitally silent. A model trained on digital silence could come to depend on it.
         wave = np.clip(wave + self.rng.normal(0, 5e-4, len(wave)), -1, 1).astype(np.float32)
         self._num_clips += 1
         name = f"audio/{kind}/{split}-{self._num_clips:05d}.flac"
