@@ -252,7 +252,7 @@ def test_the_plan_shows_the_price_of_whole_audio_weights() -> None:
         assert sum(t.bytes for t in found) == 4 * elements / 2 and [t.calls for t in found] == [1, 1]
     assert whole.worst.whole_weights == 4 * total and whole.worst.whole_gradients >= 4 * learned
     assert parts.worst.whole_weights == parts.worst.whole_gradients == 0
-    assert "per_module saves them" in " ".join(report(whole).split())
+    assert "per_module avoids both" in " ".join(report(whole).split())
 
 
 @pytest.mark.slow
