@@ -59,7 +59,7 @@ class Plan:
     traffic: list[Traffic]
     time: StepTime
     seconds_range: tuple[float, float]
-    """The range of the step time in seconds, for assumed rates that are better or worse by `UNCERTAINTY`."""
+    """The range of the step time in seconds if the rates are up to `UNCERTAINTY` better or worse than assumed."""
     fixed_share: float
     """The fraction of a step that is spent on kernel launches and link latencies."""
     attention: str
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def too_small(self) -> bool:
-        """True if more than half of a step is kernel launches and link latencies. Its time is then not forecast."""
+        """True if kernel launches and link latencies take more than half of a step, whose time is then not forecast."""
         return self.fixed_share > 0.5
 
     def cost(self, step_sec: float, price_per_gpu_hour: float) -> float:
@@ -93,12 +93,12 @@ class Plan:
 
     @cached_property
     def host(self) -> HostMemory:
-        """The host memory of the node that needs the most."""
+        """The host memory of the node that needs the most host memory."""
         return host_memory(self.recipe, self.states, self.workload, self.accelerator.per_node)
 
     @cached_property
     def disk(self) -> DiskSpace:
-        """The disk space of checkpoints."""
+        """The disk space that checkpoints need."""
         return disk_space(self.recipe, self.states)
 
     @property
