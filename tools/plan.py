@@ -8,7 +8,7 @@
 
 The command needs no GPU, cluster, weights or network. docs/plan.md explains the numbers.
 
-Exit code 0: the run fits into the accelerator's memory. 2: it does not fit, or the recipe is invalid.
+Exit code 0: the run fits into memory. 2: it does not fit, or the recipe or an option is invalid.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
                 raise UserError(f"--{name.replace('_', '-')}: a sweep only prints a table; remove it, or --sweep")
         return _sweep(options)
     if options.tokens_per_update is not None and not options.fit:
-        raise UserError(f"--tokens-per-update {options.tokens_per_update:g}: chooses the batch of --fit; add --fit")
+        raise UserError("--tokens-per-update: chooses the batch of --fit; add --fit")
     if options.plot is not None:
         raise UserError(f"--plot {options.plot}: draws a sweep; add --sweep KEY=v1,v2,…")
     recipe = load_recipe(options.recipe, options.overrides)
@@ -207,11 +207,14 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> float:
-    """Parse a positive number with an optional suffix, such as 500k or 2.1M. Raises a ValueError for other text."""
+    """Parse a positive number with an optional suffix, such as 500k or 2.1M, for argparse."""
     units = {"k": 1e3, "M": 1e6}
-    number = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
+    try:
+        number = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number < float("inf"):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 500k or 2.1M")
     return number
 
 
@@ -221,7 +224,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe in trainer/recipes, or path of a .yaml file")
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="recipe keys to change, such as parallel.tensor=4"
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],  # Without a default, argparse calls the overrides required if the recipe is missing.
+        help="recipe keys to change, such as parallel.tensor=4",
     )
     parser.add_argument(
         "--accelerator",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from model.errors import UserError
-from tools.plan import _accelerator
+from tools.plan import _accelerator, _parser, main
 from trainer.plan.accelerator import KNOWN, parse_accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,6 +156,30 @@ def test_a_sweep_is_a_table() -> None:
 def test_options_that_a_sweep_would_ignore_are_refused(arguments: list[str], refused: str) -> None:
     done = plan("debug", "--sweep", "parallel.num_ranks=1", *arguments)
     assert done.returncode == 2 and done.stdout == "" and refused in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: RECIPE\n"),
+        (
+            ["debug", "--fit", "--tokens-per-update", "2T"],
+            "argument --tokens-per-update: '2T' is not a positive number such as 500k or 2.1M\n",
+        ),
+        (["debug", "--fit", "--tokens-per-update", "-1"], "argument --tokens-per-update: '-1' is not a positive"),
+    ],
+)
+def test_errors_of_options_name_what_to_give(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_help_fits_into_100_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert max(map(len, _parser().format_help().splitlines())) <= 100
 
 
 def test_a_node_has_as_many_ranks_as_asked_for() -> None:

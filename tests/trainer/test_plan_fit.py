@@ -155,6 +155,6 @@ def test_a_budget_of_tokens_decides_the_batch() -> None:
     tokens = typical_workload(found, build_topology(found.parallel, 16)).tokens
     assert tokens <= 2.1e6 < tokens * (1 + 256 / 16384)
     with pytest.raises(
-        UserError, match=r"--tokens-per-update 1000: one sample in each of data.num_lanes = 256 has 32,5"
+        UserError, match=r"--tokens-per-update 1,000: one sample in each of data.num_lanes = 256 has 32,5"
     ):
         batch_within(recipe, workload, 1000)

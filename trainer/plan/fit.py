@@ -307,7 +307,7 @@ def batch_within(recipe: Recipe, workload: Workload, tokens_per_update: float) -
     samples = int(tokens_per_update / mean / lanes) * lanes
     if samples < 1:
         raise UserError(
-            f"--tokens-per-update {tokens_per_update:g}: one sample in each of data.num_lanes = {lanes} has "
+            f"--tokens-per-update {tokens_per_update:,.0f}: one sample in each of data.num_lanes = {lanes} has "
             f"{lanes * mean:,.0f} tokens; allow more, or lower data.num_lanes"
         )
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, global_batch_samples=samples))
