@@ -180,10 +180,11 @@ def _sweep(options: argparse.Namespace) -> int:
     with lean_imports():
         from trainer.config.checks import check_recipe
         from trainer.plan.plan import Plan
-        from trainer.plan.sweep import as_tree, fastest, parse_sweeps, sweep, sweep_table
+        from trainer.plan.sweep import as_tree, check_keys, fastest, parse_sweeps, sweep, sweep_table
         from trainer.plan.sweep_plot import check_plot, plot
 
     swept = parse_sweeps(options.sweep)
+    check_keys(swept, lambda override: load_recipe(options.recipe, [*options.overrides, override]))
     if options.plot is not None:
         check_plot(options.plot)
 

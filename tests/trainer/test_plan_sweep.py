@@ -15,7 +15,7 @@ from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import parse_accelerator
 from trainer.plan.plan import Plan, Planner
 from trainer.plan.report import WIDTH, duration_text
-from trainer.plan.sweep import Sweep, as_tree, fastest, parse_sweeps, sweep, sweep_table
+from trainer.plan.sweep import Sweep, as_tree, check_keys, fastest, parse_sweeps, sweep, sweep_table
 from trainer.plan.sweep_plot import check_plot, plot
 from trainer.plan.workload import typical_workload
 
@@ -28,6 +28,17 @@ def test_values_may_contain_commas_in_brackets() -> None:
             parse_sweeps([wrong])
     with pytest.raises(UserError, match="the key a is given twice"):
         parse_sweeps(["a=1", "a=2"])
+
+
+def test_a_key_without_a_valid_value_is_refused_before_any_plan() -> None:
+    def load(override: str) -> None:
+        load_recipe("debug", [override])
+
+    check_keys(parse_sweeps(["parallel.tensor=1,two"]), load)  # The table says why the second value is invalid.
+    with pytest.raises(UserError, match="--sweep parallel.tensr: unknown key"):
+        check_keys(parse_sweeps(["parallel.num_ranks=1,2", "parallel.tensr=1,2"]), load)
+    with pytest.raises(UserError, match="--sweep parallel.tensor = 'two': expected a whole number"):
+        check_keys(parse_sweeps(["parallel.tensor=two"]), load)
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,27 @@ def parse_sweeps(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
     return list(found.items())
 
 
+def check_keys(swept: Sequence[tuple[str, Sequence[str]]], load: Callable[[str], object]) -> None:
+    """Check the keys of a sweep, before time is spent on plans.
+
+    Args:
+        swept: The keys and their values.
+        load: A function that loads the recipe with one override `key=value`, or raises a UserError.
+
+    Raises:
+        UserError: If the recipe cannot be loaded with any value of a key. This is the error of the first value.
+    """
+    for key, values in swept:
+        errors = []
+        for value in values:
+            try:
+                load(f"{key}={value}")
+            except UserError as error:
+                errors.append(error)
+        if len(errors) == len(values):
+            raise UserError(f"--sweep {errors[0]}")
+
+
 def _split(text: str) -> list[str]:
     parts, depth = [""], 0
     for character in text:
