@@ -241,7 +241,7 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
     [
         (["debug", "optim.lrr=1"], "error: optim.lrr: unknown key; did you mean lr?\n"),
         (["nope"], "error: recipe nope: not one of "),
-        (["debug", "parallel.tensor=3"], "error: parallel.tensor = 3: must be one of 1, 2 for 2 ranks\n"),
+        (["debug", "parallel.tensor=3"], "error: parallel.tensor = 3: must be one of 1, 2 for 2 ranks;"),
     ],
 )
 def test_user_error_is_one_line_and_exit_code_2(

@@ -121,12 +121,18 @@ def test_legal_sizes() -> None:
 @pytest.mark.parametrize(
     ("parallel", "world", "message"),
     [
-        (ParallelConfig(12, tensor=5), 12, "parallel.tensor = 5: must be one of 1, 2, 3, 4, 6, 12 for 12 ranks"),
+        (
+            ParallelConfig(12, tensor=5),
+            12,
+            "parallel.tensor = 5: must be one of 1, 2, 3, 4, 6, 12 for 12 ranks; or set parallel.num_ranks to a "
+            "multiple of 5",
+        ),
         (ParallelConfig(8, tensor=0), 8, "parallel.tensor = 0: must be one of 1, 2, 4, 8 for 8 ranks"),
         (
             ParallelConfig(8, tensor=2, pipeline=8),
             8,
-            "parallel.pipeline = 8: must be one of 1, 2, 4 for 8 ranks with tensor=2",
+            "parallel.pipeline = 8: must be one of 1, 2, 4 for 8 ranks with tensor=2; or set parallel.num_ranks to a "
+            "multiple of 16",
         ),
         (
             ParallelConfig(8, tensor=2, ffn_expert_tensor=1),
@@ -141,9 +147,14 @@ def test_legal_sizes() -> None:
         (
             ParallelConfig(8, tensor=2, pipeline=2, ffn_expert=4, ffn_expert_tensor=2),
             8,
-            "parallel.ffn_expert = 4: must be one of 1, 2 for 4 ranks per stage with ffn_expert_tensor=2",
+            "parallel.ffn_expert = 4: must be one of 1, 2 for 4 ranks per stage with ffn_expert_tensor=2; or set "
+            "parallel.num_ranks to a multiple of 16",
         ),
-        (ParallelConfig(8, expert=3), 8, "parallel.expert = 3: must be one of 1, 2, 4, 8 for 8 ranks"),
+        (
+            ParallelConfig(8, expert=3),
+            8,
+            "parallel.expert = 3: must be one of 1, 2, 4, 8 for 8 ranks; or set parallel.num_ranks to a multiple of 3",
+        ),
         (
             ParallelConfig(8, expert=2, audio_shard=1),
             8,

@@ -250,11 +250,12 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
             f"parallel.num_ranks = {parallel.num_ranks}, but {world} ranks were started: "
             f"start {parallel.num_ranks} or set parallel.num_ranks={world}"
         )
-    _check_divides("parallel.tensor", parallel.tensor, world, f"{world} ranks")
-    stages = world // parallel.tensor
-    _check_divides("parallel.pipeline", parallel.pipeline, stages, f"{world} ranks with tensor={parallel.tensor}")
-    held = f"{world} ranks with tensor={parallel.tensor} and pipeline={parallel.pipeline}"
-    _check_divides("parallel.context", parallel.context, stages // parallel.pipeline, held)
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    _check_divides("parallel.tensor", tensor, world, f"{world} ranks")
+    held = f"{world} ranks with tensor={tensor}"
+    _check_divides("parallel.pipeline", pipeline, world // tensor, held, tensor)
+    held = f"{held} and pipeline={pipeline}"
+    _check_divides("parallel.context", parallel.context, world // tensor // pipeline, held, tensor * pipeline)
     _check_divides("parallel.expert", parallel.expert, world, f"{world} ranks")
     shard = _shard(parallel, world)
     if parallel.virtual_stages < 1 or (parallel.virtual_stages > 1 and parallel.pipeline == 1):
@@ -302,7 +303,8 @@ def _expert_tensor(parallel: ParallelConfig) -> int | None:
             f"ffn_expert={ep}"
         )
     ranks = parallel.num_ranks // parallel.pipeline
-    _check_divides("parallel.ffn_expert", ep, ranks // etp, f"{ranks} ranks per stage with ffn_expert_tensor={etp}")
+    what = f"{ranks} ranks per stage with ffn_expert_tensor={etp}"
+    _check_divides("parallel.ffn_expert", ep, ranks // etp, what, parallel.pipeline * etp)
     return None if etp == tensor else etp
 
 
@@ -311,6 +313,13 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _check_divides(key: str, value: int, total: int, what: str) -> None:
+def _check_divides(key: str, value: int, total: int, what: str, others: int = 1) -> None:
+    """Check that a size divides `total`, which is the number of ranks divided by the product `others` of other sizes.
+
+    Raises:
+        UserError: If it does not.
+    """
     if value < 1 or total % value:
-        raise UserError(f"{key} = {value}: must be one of {', '.join(map(str, divisors(total)))} for {what}")
+        legal = ", ".join(map(str, divisors(total)))
+        ranks = f"; or set parallel.num_ranks to a multiple of {others * value}" if value > 1 else ""
+        raise UserError(f"{key} = {value}: must be one of {legal} for {what}{ranks}")
