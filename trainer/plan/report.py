@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 
 import numpy as np
@@ -84,10 +85,15 @@ def _summary(plan: Plan, advice: Advice | None, price: float | None) -> list[str
         rows.append(("cost", f"{costs(plan, price)} for the run at {price:g} per accelerator-hour"))
     if plan.mechanisms.labels():
         rows.append(("WHAT IF", f"the trainer cannot run this: {', '.join(plan.mechanisms.labels())}"))
-    lines = [f"{plan.recipe.name} on {plan.topology.world} x {plan.accelerator.name}"]
+    lines = [f"{plan.recipe.name} on {plan.topology.world} x {plan.accelerator.name} ({_nodes(plan)})"]
     for name, text in rows:
         lines += textwrap.wrap(text, WIDTH, initial_indent=f"  {name:12s}", subsequent_indent=" " * 14)
     return lines
+
+
+def _nodes(plan: Plan) -> str:
+    count = math.ceil(plan.topology.world / plan.accelerator.per_node)
+    return f"{count} node{'s' if count > 1 else ''}"
 
 
 def _advice(plan: Plan, advice: Advice | None) -> list[tuple[str, str]]:
@@ -115,12 +121,13 @@ def _model(plan: Plan) -> list[str]:
     total, learned = (sum(getattr(s, k) for s in plan.sizes.values()) for k in ("total", "learned"))
     padding = 1 - work.tokens / (packs.num_microbatches * packs.pack_tokens * topology.dp)
     context = f" x CP {topology.cp}" if topology.cp > 1 else ""
+    virtual = f" ({topology.vp} virtual stages)" if topology.vp > 1 else ""
     return _wrapped(
-        f"Layout: TP {topology.tp}{context} x PP {topology.pp} x DP {topology.dp}, EP {topology.ep} (encoder experts), "
-        f"{recipe.train.precision}; {count_text(total)} parameters, {count_text(learned)} of them trainable.",
+        f"Layout: TP {topology.tp}{context} x PP {topology.pp}{virtual} x DP {topology.dp}, EP {topology.ep} (encoder "
+        f"experts), {recipe.train.precision}; {count_text(total)} parameters, {count_text(learned)} of them trainable.",
         *_experts(plan),
-        f"A step processes {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio and {work.tokens:,} "
-        f"tokens, in {packs.num_microbatches} packs of {packs.pack_tokens} tokens per replica; {padding:.1%} of the "
+        f"A step processes {len(work.num_tokens):,} samples, {work.audio_sec:,.0f} s of audio and {work.tokens:,} "
+        f"tokens, in {packs.num_microbatches} packs of {packs.pack_tokens:,} tokens per replica; {padding:.1%} of the "
         "packs is padding.",
         *_stages(plan),
     )
@@ -200,6 +207,7 @@ def _memory(plan: Plan) -> list[str]:
         at = f", EP place {kind.place}" if plan.topology.ep > 1 else ""
         rows.append([f"stage {ranks_text(stages)}{at}", *(f"{part / unit:.2f}" for part in parts), kind.phase])
     device, whole = plan.accelerator, []
+    places = ", and an EP place is a rank's position in its expert-parallel group" if plan.topology.ep > 1 else ""
     if plan.worst.whole_weights:
         whole = _wrapped(
             f"Buffers include the whole weights of the audio side ({gib(plan.worst.whole_weights)} GiB) and, in the "
@@ -210,7 +218,7 @@ def _memory(plan: Plan) -> list[str]:
     return [
         *_wrapped(
             f"Peak memory in {name} on the fullest rank of each stage ({len(plan.kinds)} kinds of ranks in total); "
-            "the columns LLM and encoders are activations:"
+            f"the columns LLM and encoders are activations{places}:"
         ),
         *table(rows),
         *whole,
@@ -276,19 +284,23 @@ def _time(plan: Plan) -> list[str]:
     share = f"{device.efficiency:.0%}" if device.efficiency else f"up to {device.matrix[-1][1]:.0%}"
     lines = [
         f"FLOPs per step: LLM {flops.llm:.3g}, encoders {flops.encoders:.3g}, recomputed {flops.recomputed:.3g}.",
-        f"Expected step: {duration_text(time.total)} = encoders {time.encoders:.3g} + LLM {time.llm:.3g} (bubble "
-        f"{time.bubble:.0%}) + exchange {time.exchange:.3g} + update {time.update:.3g}. The range above is for assumed "
-        f"rates that are {UNCERTAINTY:.0%} better or worse.",
+        f"Expected step: {duration_text(time.total)} = encoders {duration_text(time.encoders)} + LLM "
+        f"{duration_text(time.llm)} (bubble {time.bubble:.0%}) + exchange {duration_text(time.exchange)} + update "
+        f"{duration_text(time.update)}. The range above is for assumed rates that are {UNCERTAINTY:.0%} better or "
+        "worse.",
         f"Assumed, not measured here: matmuls reach {share} of the peak rate on the data sheet, "
         f"attention {device.attention_efficiency:.0%}, memory {device.memory_efficiency:.0%}, links "
         f"{device.link_efficiency:.0%}.",
     ]
     if not plan.too_small:
-        work, per_day = plan.workload, plan.steps_per_day
-        lines.append(
-            f"{count_text(work.tokens * per_day)} tokens and {work.audio_sec / 3600 * per_day:,.0f} h of audio per day."
-        )
+        whole, daily = (_amount(plan, steps) for steps in (plan.recipe.train.steps, plan.steps_per_day))
+        lines.append(f"The run processes {whole} in {plan.recipe.train.steps:,} steps; per day, {daily}.")
     return _wrapped(*lines)
+
+
+def _amount(plan: Plan, steps: float) -> str:
+    work = plan.workload
+    return f"{count_text(work.tokens * steps)} tokens and {work.audio_sec / 3600 * steps:,.0f} h of audio"
 
 
 def duration_text(seconds: float) -> str:

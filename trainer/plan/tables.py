@@ -25,7 +25,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 def count_text(number: float) -> str:
     """Return a count as text such as `70.55 B`."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return str(int(number))
@@ -33,7 +33,7 @@ def count_text(number: float) -> str:
 
 def bytes_text(number: float) -> str:
     """Return a number of bytes as text such as `4.26 GiB`."""
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{int(number)} B"
