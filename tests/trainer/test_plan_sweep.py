@@ -14,7 +14,7 @@ from trainer.config.load import load_recipe
 from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import parse_accelerator
 from trainer.plan.plan import Plan, Planner
-from trainer.plan.report import WIDTH, duration_text
+from trainer.plan.report import WIDTH, duration_text, report
 from trainer.plan.sweep import Sweep, as_tree, check_keys, fastest, parse_sweeps, sweep, sweep_table
 from trainer.plan.sweep_plot import check_plot, plot
 from trainer.plan.workload import typical_workload
@@ -79,6 +79,19 @@ def test_the_table_has_all_combinations(found: Sweep) -> None:
     assert text.count("invalid") == 2 and "16 LLM replicas" in " ".join(text.split())
     fitting = [row.plan for row in found.rows if row.plan is not None and row.plan.fits]
     assert found.any_fits and f"after {duration_text(86400 * min(p.days for p in fitting))}." in fastest(found)
+
+
+def test_a_plan_with_little_free_memory_is_tight(found: Sweep) -> None:
+    plan = next(row.plan for row in found.rows if row.plan is not None)
+
+    def with_usable(usable_bytes: float) -> Plan:
+        device = dataclasses.replace(plan.accelerator, memory_gib=usable_bytes / 2**30 + plan.accelerator.reserve_gib)
+        return dataclasses.replace(plan, accelerator=device)
+
+    verdicts = {1.2: "yes", 1.01: "tight", 0.99: "NO"}
+    assert {k: with_usable(k * plan.worst.total).verdict for k in verdicts} == verdicts
+    assert "fits        yes, but tightly: " in report(with_usable(1.01 * plan.worst.total))
+    assert "7% higher" not in report(with_usable(1.2 * plan.worst.total))
 
 
 def test_the_png_is_drawn(found: Sweep, tmp_path: Path) -> None:

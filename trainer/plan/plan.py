@@ -39,6 +39,9 @@ from trainer.plan.workload import EncoderWork, Workload, encoder_balance, encode
 SECONDS_PER_DAY = 86_400.0
 UNCERTAINTY = 0.15
 """The assumed relative error of the rates, from which the range of the step time is computed."""
+MEMORY_MARGIN = 0.07
+"""The fraction of the usable memory that should stay free. Except for one run, published peaks exceed the planned ones
+by at most about as much (docs/plan.md)."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,16 @@ class Plan:
     def fits(self) -> bool:
         """True if every rank's peak memory fits into the accelerator's usable memory."""
         return self.worst.total <= self.accelerator.usable_bytes
+
+    @property
+    def is_tight(self) -> bool:
+        """True if the run fits, but less than `MEMORY_MARGIN` of the usable memory stays free."""
+        return self.fits and self.worst.total > (1 - MEMORY_MARGIN) * self.accelerator.usable_bytes
+
+    @property
+    def verdict(self) -> str:
+        """Whether the run fits into memory: `yes`, `tight` or `NO`."""
+        return "tight" if self.is_tight else "yes" if self.fits else "NO"
 
     @cached_property
     def host(self) -> HostMemory:
@@ -376,6 +389,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "accelerator": plan.accelerator.name,
         "usable_bytes": int(plan.accelerator.usable_bytes),
         "fits": plan.fits,
+        "is_tight": plan.is_tight,
         "ranks": topology.world,
         "tensor": topology.tp,
         "context": topology.cp,

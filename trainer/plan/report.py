@@ -11,7 +11,7 @@ from trainer.engine.stages import stages_of
 from trainer.plan.accelerator import GIB
 from trainer.plan.advice import WORTH, Advice, limits
 from trainer.plan.memory import RankMemory
-from trainer.plan.plan import UNCERTAINTY, Plan
+from trainer.plan.plan import MEMORY_MARGIN, UNCERTAINTY, Plan
 from trainer.plan.sizes import sized_model, stage_sizes
 from trainer.plan.tables import bytes_text, count_text, gib, ranks_text, table
 
@@ -50,13 +50,14 @@ def explain(plan: Plan) -> str:
 
 def _summary(plan: Plan, advice: Advice | None, price: float | None) -> list[str]:
     usable, worst = plan.accelerator.usable_bytes, plan.worst
-    verdict = "yes" if plan.fits else "NO"
+    verdict = "yes, but tightly" if plan.is_tight else plan.verdict
+    margin = f"; real peaks may be {MEMORY_MARGIN:.0%} higher" if plan.is_tight else ""
     phase = "LLM" if worst.phase == "llm" else worst.phase
     rows = [
         (
             "fits",
             f"{verdict}: the fullest rank needs {gib(worst.total)} of {gib(usable)} usable GiB (stage "
-            f"{worst.stages[0]}, in the {phase} phase)",
+            f"{worst.stages[0]}, in the {phase} phase){margin}",
         )
     ]
     if plan.too_small:

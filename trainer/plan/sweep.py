@@ -153,7 +153,7 @@ def sweep_table(found: Sweep) -> str:
 
 
 def _cells(plan: Plan, price: float | None) -> list[str]:
-    cells = [str(plan.topology.world), "yes" if plan.fits else "NO", gib(plan.worst.total)]
+    cells = [str(plan.topology.world), plan.verdict, gib(plan.worst.total)]
     if plan.too_small:
         return [*cells, "too small"]
     low, high = plan.seconds_range
@@ -175,6 +175,7 @@ def as_tree(found: Sweep) -> dict[str, Any]:
             tree |= {
                 "ranks": world,
                 "fits": plan.fits,
+                "verdict": plan.verdict,
                 "too_small": plan.too_small,
                 "peak_gib": plan.worst.total / GIB,
                 "usable_gib": plan.accelerator.usable_bytes / GIB,
