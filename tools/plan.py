@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -180,6 +181,7 @@ def _sweep(options: argparse.Namespace) -> int:
     with lean_imports():
         from trainer.config.checks import check_recipe
         from trainer.plan.plan import Plan
+        from trainer.plan.report import WIDTH
         from trainer.plan.sweep import as_tree, check_keys, fastest, parse_sweeps, sweep, sweep_table
         from trainer.plan.sweep_plot import check_plot, plot
 
@@ -197,8 +199,8 @@ def _sweep(options: argparse.Namespace) -> int:
     device = _accelerator(options).name
     found = sweep(recipe.name, device, swept, planned, options.price_per_gpu_hour)
     print(sweep_table(found))
-    if fastest(found):
-        print(f"\n{fastest(found)}")
+    if best := fastest(found):
+        print("", *textwrap.wrap(best, WIDTH), sep="\n")
     if options.plot is not None:
         plot(as_tree(found), options.plot)
         print(f"plot: {options.plot}")

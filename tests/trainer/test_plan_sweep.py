@@ -81,6 +81,25 @@ def test_the_table_has_all_combinations(found: Sweep) -> None:
     assert found.any_fits and f"after {duration_text(86400 * min(p.days for p in fitting))}." in fastest(found)
 
 
+def test_the_cheapest_plan_and_the_amounts_of_data_are_named(found: Sweep) -> None:
+    plans = [row for row in found.rows if row.plan is not None and row.plan.fits]
+    assert plans[0].plan is not None and "costs" not in fastest(dataclasses.replace(found, rows=(plans[0],)))
+    time = dataclasses.replace(plans[0].plan.time, encoders=plans[0].plan.time.encoders * 0.9)
+    wide = dataclasses.replace(plans[0].plan.topology, world=1000)
+    quick = dataclasses.replace(
+        plans[0], values=("9", "9"), plan=dataclasses.replace(plans[0].plan, time=time, topology=wide)
+    )
+    both = dataclasses.replace(found, rows=(plans[0], quick))
+    slow = " ".join(f"{key}={value}" for key, value in zip(found.keys, plans[0].values, strict=True))
+    assert "parallel.num_ranks=9" in fastest(both).split(" finishes first")[0]
+    assert f"{slow} costs least, " in fastest(both) and "less data" not in fastest(both)
+    assert f"{slow} needs the fewest accelerator-hours, " in fastest(dataclasses.replace(both, price=None))
+    assert quick.plan is not None
+    longer = dataclasses.replace(quick.plan.recipe.train, steps=100)
+    more = dataclasses.replace(quick.plan, recipe=dataclasses.replace(quick.plan.recipe, train=longer))
+    assert "less data" in fastest(dataclasses.replace(both, rows=(plans[0], dataclasses.replace(quick, plan=more))))
+
+
 def test_a_plan_with_little_free_memory_is_tight(found: Sweep) -> None:
     plan = next(row.plan for row in found.rows if row.plan is not None)
 

@@ -204,15 +204,32 @@ def as_tree(found: Sweep) -> dict[str, Any]:
 
 
 def fastest(found: Sweep) -> str:
-    """Return a sentence about the plan that finishes first among the plans that fit; empty if no plan fits."""
-    fitting = [row for row in found.rows if row.plan is not None and row.plan.fits and not row.plan.too_small]
+    """Return sentences about the plans that finish first and cost least among those that fit; empty if none fits."""
+    fitting = [
+        (row.values, row.plan)
+        for row in found.rows
+        if row.plan is not None and row.plan.fits and not row.plan.too_small
+    ]
     if not fitting:
         return ""
 
-    def seconds(row: Row) -> float:
-        assert row.plan is not None
-        return row.plan.time.total * row.plan.recipe.train.steps
+    def seconds(one: tuple[tuple[str, ...], Plan]) -> float:
+        return one[1].time.total * one[1].recipe.train.steps
 
-    best = min(fitting, key=seconds)
-    named = " ".join(f"{key}={value}" for key, value in zip(found.keys, best.values, strict=True))
-    return f"{named} finishes first, after {duration_text(seconds(best))}."
+    def named(one: tuple[tuple[str, ...], Plan]) -> str:
+        return " ".join(f"{key}={value}" for key, value in zip(found.keys, one[0], strict=True))
+
+    first = min(fitting, key=seconds)
+    cheapest = min(fitting, key=lambda one: seconds(one) * one[1].topology.world)
+    text = f"{named(first)} finishes first, after {duration_text(seconds(first))}."
+    if cheapest is not first:
+        hours = seconds(cheapest) / 3600 * cheapest[1].topology.world
+        cost = (
+            f"costs least, {hours * found.price:,.0f}"
+            if found.price
+            else f"needs the fewest accelerator-hours, {hours:,.0f}"
+        )
+        text += f" {named(cheapest)} {cost}."
+    if len({len(plan.workload.num_tokens) * plan.recipe.train.steps for _, plan in fitting}) > 1:
+        text += " The runs differ in how many samples they process, so a shorter run may also learn from less data."
+    return text
