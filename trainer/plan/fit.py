@@ -107,13 +107,20 @@ class Search:
 
         The dtype of gradients is never the changed key, because it changes the learned weights and not only the layout.
         """
-        own = [
-            half
-            for half in (*self.llm, *self.audio)
-            if half.recipe.parallel.grad_reduce_dtype == self.recipe.parallel.grad_reduce_dtype
-            if len(changes_between(self.recipe, half.recipe)) == 1
-        ]
-        return sorted((Candidate(half.seconds, 0.0, 0.0, half.recipe) for half in own), key=lambda one: one.seconds)
+        found = []
+        for halves, others in ((self.llm, self.audio), (self.audio, self.llm)):
+            # The recipe's own settings of the other half are missing if they do not fit.
+            other = next((one for one in others if one.recipe == self.recipe), _Half(self.recipe, 0, 0, 0, 0))
+            for half in halves:
+                if half.recipe.parallel.grad_reduce_dtype != self.recipe.parallel.grad_reduce_dtype:
+                    continue
+                if len(changes_between(self.recipe, half.recipe)) != 1:
+                    continue
+                states = half.states + other.states
+                in_llm, backward = states + half.in_llm + other.in_llm, states + half.backward + other.backward
+                if max(in_llm, backward) <= self.usable:
+                    found.append(Candidate(half.seconds, in_llm, backward, half.recipe))
+        return sorted(found, key=lambda one: one.seconds)
 
     def _bytes(self, phase: str) -> NDArray[np.float64]:
         """Return the lower bound of the memory in a phase for every pair of halves, [LLM, audio]."""
