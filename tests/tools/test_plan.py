@@ -54,7 +54,7 @@ def test_the_70b_plan() -> None:
         "fits",
         "time",
     ] and "Layout: TP 4 x PP 4 x DP 8" in text
-    assert lines[0] == "mowe_70b on 128 x h100" and lines[1].startswith("  fits        yes: ")
+    assert lines[0] == "mowe_70b on 128 x h100 (16 nodes)" and lines[1].startswith("  fits        yes: ")
     for word in ("  MFU  ", "  limited by  computing the LLM, ", "  would help  "):
         assert word in text
     assert max(map(len, lines[:-1])) <= 100
