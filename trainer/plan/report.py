@@ -144,7 +144,11 @@ def _data(plan: Plan) -> list[str]:
     work = f"{balance}, and {plan.encoder_padding:.0%} of the encoders' input is padding."
     data = plan.workload.data
     if data is None:
-        return _wrapped(f"The lengths of clips are assumed (log-normal), not read from the data. {work}")
+        mean = plan.workload.audio_sec / len(plan.workload.num_tokens)
+        return _wrapped(
+            f"The lengths of clips are assumed (log-normal with a mean of {mean:.1f} s; --audio-sec changes it), not "
+            f"read from the data (--data). {work}"
+        )
     rows = [["dataset", "samples", "hours", "share", "epochs", "mean s", "95 % s", "longest s", "too long"]]
     for one in data.datasets:
         lengths = one.lengths
