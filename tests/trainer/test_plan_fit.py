@@ -126,24 +126,31 @@ def test_the_search_finds_the_optimum() -> None:
     estimated = {
         tuple(changes_between(recipe, one.recipe)): one for one in Search(planner, recipe, workload).candidates()
     }
+    single = {
+        tuple(changes_between(recipe, one.recipe)): one for one in Search(planner, recipe, workload).single_changes()
+    }
+    assert single and all(len(changes) == 1 and 0 < one.in_llm for changes, one in single.items())
     halves = (list(of(recipe, planner.model.llm, 8)) for of in (llm_layouts, audio_layouts))
     everything = []
     for pair in itertools.product(*halves):
         plan = planner.plan(combined(*pair), workload)
         everything.append(plan)
-        one = estimated.pop(tuple(changes_between(recipe, plan.recipe)), None)
-        if one is not None:  # another layout may have the same packs, and is estimated instead
-            assert plan.time.total == pytest.approx(one.seconds, rel=0.03)
-            assert max(one.in_llm, one.backward) <= plan.worst.total * 1.02
+        changes = tuple(changes_between(recipe, plan.recipe))
+        for one in (estimated.pop(changes, None), single.get(changes)):
+            if one is not None:  # another layout may have the same packs, and is estimated instead
+                assert plan.time.total == pytest.approx(one.seconds, rel=0.03)
+                assert max(one.in_llm, one.backward) <= plan.worst.total * 1.02
     assert len(everything) > 300 and not estimated
     sizes = sorted(one.worst.total for one in everything)
     usable = sizes[len(sizes) // 10]
     planner.accelerator = dataclasses.replace(planner.accelerator, memory_gib=usable / GIB, reserve_gib=0.0)
     best = min(one.time.total for one in everything if one.worst.total <= usable)
     assert min(one.time.total for one in everything) < best
-    plan, changes = fit(planner, recipe, workload)
+    for one in Search(planner, recipe, workload).single_changes():
+        assert max(one.in_llm, one.backward) <= usable
+    plan, found = fit(planner, recipe, workload)
     assert plan.fits and plan.time.total <= best * 1.01
-    assert load_recipe("debug", [*SMALL, *changes]) == plan.recipe
+    assert load_recipe("debug", [*SMALL, *found]) == plan.recipe
 
 
 def test_a_budget_of_tokens_decides_the_batch() -> None:
