@@ -137,7 +137,7 @@ def test_a_sweep_is_a_table() -> None:
     done = plan("debug", "--sweep", "parallel.num_ranks=1,2,3,16", "--price-per-gpu-hour", "2")
     assert done.returncode == 0, done.stderr
     header, *rows = [line.split() for line in done.stdout.splitlines()]
-    assert header[:4] == ["num_ranks", "ranks", "fits", "GiB"] and header[-1] == "cost"
+    assert header[:5] == ["num_ranks", "ranks", "fits", "peak", "GiB"] and header[-1] == "cost"
     assert [row[:3] for row in rows[:3]] == [["1", "1", "yes"], ["2", "2", "yes"], ["3", "3", "yes"]]
     assert rows[3] == ["16", "invalid"]
     assert "parallel.num_ranks=16: data.global_batch_samples = 8: 16 LLM replicas" in done.stdout

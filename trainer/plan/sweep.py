@@ -132,7 +132,7 @@ def sweep(
 
 def sweep_table(found: Sweep) -> str:
     """Return a table with one row per plan in at most 100 columns, and the reasons why recipes are invalid."""
-    header = [*found.labels, "ranks", "fits", "GiB", "step", "bubble", "MFU", "all steps"]
+    header = [*found.labels, "ranks", "fits", "peak GiB", "step", "bubble", "MFU", "all steps"]
     header += ["cost"] if found.price else []
     lines, refused = [header], []
     for row in found.rows:

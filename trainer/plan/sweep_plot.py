@@ -58,10 +58,11 @@ def _draw(tree: dict[str, Any], path: Path) -> None:
     others = list(dict.fromkeys(tuple(row["values"][1:]) for row in tree["rows"]))
     days = max((row["hours"][1] for row in tree["rows"] if "hours" in row), default=0.0) > 48
     price = tree["price"]
+    usable = next((row["usable_gib"] for row in tree["rows"] if "usable_gib" in row), None)
     measures = (
         ("days to finish" if days else "hours to finish", "hours", 1 / 24 if days else 1.0),
         ("MFU in %", "mfu", 100.0),
-        ("GiB on the fullest rank", "peak_gib", 1.0),
+        ("GiB on the fullest rank" + (f" (usable: {usable:.1f}, dashed)" if usable else ""), "peak_gib", 1.0),
         (f"cost at {price:g} per accelerator-hour" if price else "accelerator-hours", "gpu_hours", price or 1.0),
     )
     for axes, (title, key, factor) in zip(panels.flat, measures, strict=True):
@@ -82,11 +83,9 @@ def _draw(tree: dict[str, Any], path: Path) -> None:
             for x, y, row in zip(at, middle, mine, strict=True):
                 face = bars.lines[0].get_color() if row["fits"] else "white"
                 axes.plot([x], [y], marker="o", color=bars.lines[0].get_color(), markerfacecolor=face)
-        usable = next((row["usable_gib"] for row in tree["rows"] if "usable_gib" in row), None)
         if key == "peak_gib" and usable is not None:
             axes.axhline(usable, color="firebrick", linestyle="--", linewidth=1)
-            axes.annotate("usable", (0.99, usable), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         for x, value in enumerate(values):
             if all(row["reason"] for row in tree["rows"] if row["values"][0] == value):
