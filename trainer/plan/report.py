@@ -285,7 +285,11 @@ def _traffic(plan: Plan) -> list[str]:
         over = "node" if one.within_node else "network"
         seconds = f"{one.seconds(plan.accelerator):.3f}"
         rows.append([one.name, str(one.ranks), bytes_text(one.bytes), over, seconds])
-    return table(rows)
+    note = (
+        "The seconds are those of the transfers alone. Transfers that overlap with computation add less to a step; "
+        "--explain shows how much."
+    )
+    return [*table(rows), *_wrapped(note)]
 
 
 def _time(plan: Plan) -> list[str]:
