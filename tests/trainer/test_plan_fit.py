@@ -151,6 +151,9 @@ def test_the_search_finds_the_optimum() -> None:
     plan, found = fit(planner, recipe, workload)
     assert plan.fits and plan.time.total <= best * 1.01
     assert load_recipe("debug", [*SMALL, *found]) == plan.recipe
+    planner.accelerator = dataclasses.replace(planner.accelerator, memory_gib=0.99 * sizes[0] / GIB)
+    with pytest.raises(UserError, match="^--fit: .*; use more ranks$"):
+        fit(planner, recipe, workload)
 
 
 def test_a_budget_of_tokens_decides_the_batch() -> None:

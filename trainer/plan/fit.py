@@ -195,8 +195,8 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
             f"--fit: no layout of parallel.num_ranks = {recipe.parallel.num_ranks} is legal for this model and can "
             "hold its weights; use more ranks"
         )
-    closest.check_fits()
-    raise AssertionError("check_fits accepted a plan that does not fit")
+    changes = " ".join(changes_between(recipe, closest.recipe)) or "the recipe without changes"
+    raise UserError(f"--fit: found no layout that fits; with {changes}, {closest.misfit}; use more ranks")
 
 
 def first_that_fits(

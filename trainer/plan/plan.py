@@ -124,6 +124,18 @@ class Plan:
         """The expected duration of all steps in days, without evaluations and checkpoints."""
         return self.recipe.train.steps / self.steps_per_day
 
+    @property
+    def misfit(self) -> str:
+        """A clause that names the rank that needs the most memory, the parts of its memory, and the usable memory."""
+        worst = self.worst
+        return (
+            f"a rank of stage {worst.stages[0]} at place {worst.place} of its expert-parallel group needs "
+            f"{worst.total / GIB:.1f} GiB (weights, gradients and optimizer {worst.states.total / GIB:.1f}, LLM "
+            f"activations {worst.activations / GIB:.1f}, encoder activations {worst.encoder_activations / GIB:.1f}, "
+            f"buffers {worst.buffers / GIB:.1f}), but {self.accelerator.name} has "
+            f"{self.accelerator.usable_bytes / GIB:.1f} GiB usable"
+        )
+
     def check_fits(self) -> None:
         """Check that the run fits into memory.
 
@@ -140,13 +152,7 @@ class Plan:
             "buffers": worst.buffers,
         }
         remedy = memory_remedy(max(parts, key=lambda part: parts[part]), self.recipe, bool(worst.whole_weights))
-        raise UserError(
-            f"{self.recipe.name} does not fit: a rank of stage {worst.stages[0]} at place {worst.place} of its "
-            f"expert-parallel group needs {worst.total / GIB:.1f} GiB (weights, gradients and optimizer "
-            f"{worst.states.total / GIB:.1f}, LLM activations {worst.activations / GIB:.1f}, encoder activations "
-            f"{worst.encoder_activations / GIB:.1f}, buffers {worst.buffers / GIB:.1f}), but {self.accelerator.name} "
-            f"has {self.accelerator.usable_bytes / GIB:.1f} GiB usable; try {remedy}, or use --fit"
-        )
+        raise UserError(f"{self.recipe.name} does not fit: {self.misfit}; try {remedy}, or use --fit")
 
 
 class Planner:
