@@ -231,7 +231,7 @@ def _batch(recipe: Any, workload: Any, rank: int) -> Any:
 def compare(case: str) -> list[dict[str, Any]]:
     """Run the ranks of a case, plan the same case, and return the measured and the planned memory of each rank."""
     from trainer.plan.accelerator import KNOWN
-    from trainer.plan.plan import Planner
+    from trainer.plan.planner import Planner
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ[_RESULT] = folder

@@ -173,7 +173,8 @@ def compare(row: Published, memory: bool, scale: float = 1.0) -> Compared:
     """
     from trainer.parallel.topology import build_topology
     from trainer.plan.accelerator import parse_accelerator
-    from trainer.plan.plan import UNCERTAINTY, Planner
+    from trainer.plan.plan import UNCERTAINTY
+    from trainer.plan.planner import Planner
     from trainer.plan.states import States
     from trainer.plan.workload import Workload, source_ranks_of
 

@@ -139,7 +139,7 @@ def accelerator_of(rounds: Sequence[dict[str, Any]], choose: Callable[[list[floa
 
 def compare(case: str, num_rounds: int) -> dict[str, Any]:
     """Run the ranks of a case, plan the case with the measured rates, and return the measured and the planned times."""
-    from trainer.plan.plan import Planner
+    from trainer.plan.planner import Planner
 
     recipe, workload = _case(case)
     world = recipe.parallel.num_ranks

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trainer.plan.accelerator import Accelerator
     from trainer.plan.advice import Advice
     from trainer.plan.data import DataSummary
-    from trainer.plan.plan import Planner
+    from trainer.plan.planner import Planner
     from trainer.plan.workload import Workload
 
 _ADVICE_RANKS = 1024
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.plan.advice import advise
     from trainer.plan.fit import batch_within, fit
     from trainer.plan.layouts import changes_between
-    from trainer.plan.plan import as_json
+    from trainer.plan.plan_json import as_json
     from trainer.plan.report import explain, report
     from trainer.plan.store import store
 
@@ -141,7 +141,7 @@ def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Work
     with lean_imports():
         from model.llm.attention import transformer_engine
         from trainer.parallel.topology import build_topology
-        from trainer.plan.plan import Planner
+        from trainer.plan.planner import Planner
         from trainer.plan.workload import data_workload, typical_workload
 
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)

@@ -26,7 +26,8 @@ from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import KNOWN
 from trainer.plan.forecast import Forecast, digest_of, read_forecast
 from trainer.plan.host import disk_space
-from trainer.plan.plan import Planner, as_json
+from trainer.plan.plan_json import as_json
+from trainer.plan.planner import Planner
 from trainer.plan.ranks import rank_states
 from trainer.plan.workload import typical_workload
 from trainer.telemetry.metrics import PhaseTimer, StepReport, flatten

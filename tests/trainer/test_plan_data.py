@@ -20,7 +20,8 @@ from trainer.data.stream import SampleStream
 from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import KNOWN
 from trainer.plan.data import is_local, is_present, summarize
-from trainer.plan.plan import Planner, as_json
+from trainer.plan.plan_json import as_json
+from trainer.plan.planner import Planner
 from trainer.plan.report import WIDTH, report
 from trainer.plan.workload import data_workload
 

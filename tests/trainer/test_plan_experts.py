@@ -19,7 +19,7 @@ from trainer.config.schema import Recipe
 from trainer.parallel.topology import Topology, build_topology
 from trainer.plan.accelerator import KNOWN
 from trainer.plan.experts import active_parameters, as_dense, expert_parameters, expert_plan
-from trainer.plan.plan import Planner
+from trainer.plan.planner import Planner
 from trainer.plan.workload import typical_workload
 
 QWEN3_30B_A3B: dict[str, Any] = {

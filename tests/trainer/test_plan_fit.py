@@ -19,7 +19,7 @@ from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import GIB, KNOWN
 from trainer.plan.fit import Search, batch_within, fit
 from trainer.plan.layouts import AUDIO_KEYS, audio_layouts, changes_between, combined, llm_layouts
-from trainer.plan.plan import Planner
+from trainer.plan.planner import Planner
 from trainer.plan.workload import typical_workload
 
 

@@ -17,7 +17,8 @@ from trainer.plan.accelerator import KNOWN
 from trainer.plan.communication import CONTEXT, Traffic, tensor_units, traffic
 from trainer.plan.llm_memory import Kernels, StageMemory, interleaved_in_flight, stage_memory
 from trainer.plan.mechanisms import Mechanisms
-from trainer.plan.plan import Plan, Planner
+from trainer.plan.plan import Plan
+from trainer.plan.planner import Planner
 from trainer.plan.report import report
 from trainer.plan.states import States
 from trainer.plan.trace import Traced

@@ -10,7 +10,8 @@ import pytest
 from trainer.config.load import load_recipe
 from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import KNOWN
-from trainer.plan.plan import Plan, Planner
+from trainer.plan.plan import Plan
+from trainer.plan.planner import Planner
 from trainer.plan.report import report
 from trainer.plan.workload import typical_workload
 

@@ -13,7 +13,8 @@ from tests.browser import browse, measure, need_chromium
 from trainer.config.load import load_recipe
 from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import parse_accelerator
-from trainer.plan.plan import Plan, Planner
+from trainer.plan.plan import Plan
+from trainer.plan.planner import Planner
 from trainer.plan.report import WIDTH, duration_text, report
 from trainer.plan.sweep import Sweep, as_tree, check_keys, fastest, parse_sweeps, sweep, sweep_table
 from trainer.plan.sweep_plot import check_plot, plot

@@ -14,7 +14,7 @@ from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe
 from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import KNOWN
-from trainer.plan.plan import Planner
+from trainer.plan.planner import Planner
 from trainer.plan.states import States
 from trainer.plan.step_time import update_bytes
 from trainer.plan.trace import trace

@@ -10,7 +10,7 @@ import torch
 from trainer.config.load import load_recipe
 from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import KNOWN
-from trainer.plan.plan import Planner
+from trainer.plan.planner import Planner
 from trainer.plan.workload import typical_workload
 from trainer.telemetry.metrics import StepReport, flatten
 from trainer.training.utilization import kept_generators, measure, utilization_of

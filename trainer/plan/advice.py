@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from trainer.plan.fit import Search, first_that_fits
 from trainer.plan.layouts import changes_between
-from trainer.plan.plan import Plan, Planner
+from trainer.plan.plan import Plan
+from trainer.plan.planner import Planner
 from trainer.plan.remedies import remedy
 from trainer.plan.workload import Workload
 

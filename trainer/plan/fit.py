@@ -21,7 +21,8 @@ from trainer.plan.encoder_memory import EncoderTracer
 from trainer.plan.experts import expert_parameters
 from trainer.plan.layouts import audio_layouts, changes_between, combined, llm_layouts
 from trainer.plan.llm_memory import interleaved_in_flight
-from trainer.plan.plan import Plan, Planner
+from trainer.plan.plan import Plan
+from trainer.plan.planner import Planner
 from trainer.plan.sizes import Size
 from trainer.plan.states import FP32_BYTES, States
 from trainer.plan.workload import EncoderWork, Workload

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from model.errors import UserError
-from trainer.plan.plan import Plan, as_json
+from trainer.plan.plan import Plan
+from trainer.plan.plan_json import as_json
 from trainer.plan.report import report
 from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.origin import PLAN_JSON_NAME, PLAN_NAME
