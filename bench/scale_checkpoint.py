@@ -24,8 +24,6 @@ from trainer.checkpoint.layout import (
     EXP_AVG_SQ,
     MOMENTS,
     PARAM,
-    FileEntry,
-    Manifest,
     Shard,
     Slices,
     entries_of,
@@ -35,6 +33,7 @@ from trainer.checkpoint.layout import (
     sliced_elements,
 )
 from trainer.checkpoint.llm_state import rect_of
+from trainer.checkpoint.manifest import FileEntry, Manifest
 from trainer.checkpoint.reader import MANIFEST, STATE
 from trainer.checkpoint.rect import Rect, matrix_of, rects_of_range
 from trainer.engine.placement import place

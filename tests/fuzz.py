@@ -33,7 +33,8 @@ from model.conversation import audio_blocks
 from model.errors import UserError
 from tests import fuzz_importers
 from tests.trainer.data_corpus import audio_bytes, row, write_shards
-from trainer.checkpoint.layout import FileEntry, Manifest, TensorEntry
+from trainer.checkpoint.layout import TensorEntry
+from trainer.checkpoint.manifest import FileEntry, Manifest
 from trainer.checkpoint.rect import Rect
 from trainer.config.load import load_recipe
 from trainer.data.decode import decode_audio

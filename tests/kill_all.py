@@ -35,8 +35,9 @@ from trainer.checkpoint.attempt import Attempt, FencedError
 from trainer.checkpoint.bucket import BucketCheckpoints
 from trainer.checkpoint.catalog import Checkpoints, damage_of
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.layout import PARAM, Manifest, Shard, entries_of, file_of, key_of
+from trainer.checkpoint.layout import PARAM, Shard, entries_of, file_of, key_of
 from trainer.checkpoint.local import LocalCheckpoints
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import MANIFEST, STATE
 from trainer.checkpoint.rect import Rect
 from trainer.checkpoint.writer import write_tensors, write_text

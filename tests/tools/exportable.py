@@ -16,18 +16,9 @@ from model.config import LoraConfig, ModelConfig, is_factor
 from model.hub.configuration import describe
 from model.lora import Adapters, add_adapters
 from model.speech_llm import SpeechLLM
-from trainer.checkpoint.layout import (
-    MOMENTS,
-    PARAM,
-    FileEntry,
-    Manifest,
-    Shard,
-    entries_of,
-    file_of,
-    key_of,
-    merge_entries,
-)
+from trainer.checkpoint.layout import MOMENTS, PARAM, Shard, entries_of, file_of, key_of, merge_entries
 from trainer.checkpoint.local import LocalDraft
+from trainer.checkpoint.manifest import FileEntry, Manifest
 from trainer.checkpoint.reader import MANIFEST, STATE
 from trainer.checkpoint.rect import matrix_of, rects_of_range
 from trainer.checkpoint.writer import write_tensors, write_text

@@ -17,7 +17,7 @@ from model.errors import UserError
 from tests.tools.exportable import STEP, write_chat_tokenizer, write_manifest, write_run
 from tools import export, transcribe
 from trainer.checkpoint.folder import LocalFolder
-from trainer.checkpoint.layout import Manifest
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import MANIFEST, STATE, hash_file
 from trainer.data.config import TokenizerConfig
 from trainer.data.tokenizer import load_tokenizer

@@ -16,9 +16,6 @@ from safetensors.torch import load_file
 from model.errors import UserError
 from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import (
-    FORMAT_VERSION,
-    FileEntry,
-    Manifest,
     Shard,
     Slices,
     TensorEntry,
@@ -29,6 +26,7 @@ from trainer.checkpoint.layout import (
     sliced_elements,
 )
 from trainer.checkpoint.local import JoinedDraft, LocalCheckpoints, LocalDraft
+from trainer.checkpoint.manifest import FORMAT_VERSION, FileEntry, Manifest
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, hash_file
 from trainer.checkpoint.rect import Rect, matrix_of, rects_of_range
 from trainer.checkpoint.tensor_file import TensorFile

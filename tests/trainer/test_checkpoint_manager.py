@@ -23,8 +23,9 @@ from trainer.checkpoint import manager as manager_module
 from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best, kept_steps
 from trainer.checkpoint.engine_state import EngineState
 from trainer.checkpoint.folder import LocalFolder
-from trainer.checkpoint.layout import Manifest, Shard
+from trainer.checkpoint.layout import Shard
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.rect import matrix_of
 from trainer.parallel.groups import Groups

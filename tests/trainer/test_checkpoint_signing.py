@@ -14,7 +14,7 @@ from tests.tools.exportable import STEP, write_run
 from tools import checkpoints, export
 from trainer.checkpoint.catalog import damage_of
 from trainer.checkpoint.folder import LocalFolder
-from trainer.checkpoint.layout import Manifest
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.origin import open_origin
 from trainer.checkpoint.reader import MANIFEST, STATE, DamagedError, hash_file, read_manifest
 from trainer.checkpoint.signing import VARIABLE, signing_key

@@ -19,8 +19,9 @@ from model.config import RouterConfig
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE
 from tests.trainer.data_corpus import clip_rows, row, write_manifest
-from trainer.checkpoint.layout import PARAM, FileEntry, Manifest, Shard, entries_of, key_of, merge_entries
+from trainer.checkpoint.layout import PARAM, Shard, entries_of, key_of, merge_entries
 from trainer.checkpoint.local import LocalDraft
+from trainer.checkpoint.manifest import FileEntry, Manifest
 from trainer.checkpoint.rect import matrix_of
 from trainer.checkpoint.writer import write_tensors, write_text
 from trainer.config.load import dump, load_recipe

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.errors import UserError
-from trainer.checkpoint.layout import FROZEN, Manifest, frozen_folder_of
+from trainer.checkpoint.layout import FROZEN, frozen_folder_of
+from trainer.checkpoint.manifest import Manifest
 
 
 class FencedError(Exception):

@@ -26,8 +26,6 @@ from trainer.checkpoint.layout import (
     FROZEN,
     MOMENTS,
     PARAM,
-    FileEntry,
-    Manifest,
     Shard,
     Slices,
     TensorEntry,
@@ -41,6 +39,7 @@ from trainer.checkpoint.layout import (
     sliced_elements,
     step_name,
 )
+from trainer.checkpoint.manifest import FileEntry, Manifest
 from trainer.checkpoint.reader import MANIFEST, STATE
 from trainer.checkpoint.rect import Rect
 from trainer.checkpoint.signing import signing_key

@@ -28,7 +28,8 @@ from model.errors import UserError
 from trainer.checkpoint.attempt import Attempt
 from trainer.checkpoint.bucket_folder import BucketFolder
 from trainer.checkpoint.config import CheckpointConfig, kept_steps
-from trainer.checkpoint.layout import STEP, FileEntry, Manifest, frozen_folder_of, step_name
+from trainer.checkpoint.layout import STEP, frozen_folder_of, step_name
+from trainer.checkpoint.manifest import FileEntry, Manifest
 from trainer.checkpoint.writer import Hashed, Region
 from trainer.storage.store import MissingError, Store
 

@@ -12,8 +12,9 @@ from trainer.checkpoint.attempt import Attempt
 from trainer.checkpoint.bucket import BucketCheckpoints
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.folder import Folder, read_text
-from trainer.checkpoint.layout import Manifest, step_of
+from trainer.checkpoint.layout import step_of
 from trainer.checkpoint.local import LocalCheckpoints
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import MANIFEST, STATE, DamagedError, check_files, hash_file, read_manifest
 from trainer.checkpoint.writer import Draft, Region
 from trainer.storage.open import join_url, open_store, scheme_of

@@ -19,7 +19,8 @@ from pathlib import Path
 from trainer.checkpoint.attempt import Attempt
 from trainer.checkpoint.config import CheckpointConfig, kept_steps
 from trainer.checkpoint.folder import LocalFolder
-from trainer.checkpoint.layout import FROZEN, FileEntry, Manifest, frozen_folder_of, joined_file, step_name, step_of
+from trainer.checkpoint.layout import FROZEN, frozen_folder_of, joined_file, step_name, step_of
+from trainer.checkpoint.manifest import FileEntry, Manifest
 from trainer.checkpoint.reader import DamagedError, read_manifest
 from trainer.checkpoint.writer import Hashed, Region
 

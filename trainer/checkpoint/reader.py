@@ -12,7 +12,8 @@ from torch import Tensor
 from model.config import is_factor
 from model.errors import UserError
 from trainer.checkpoint.folder import Folder, read_text
-from trainer.checkpoint.layout import FileEntry, Manifest, Shard, file_of_kind, key_of
+from trainer.checkpoint.layout import Shard, file_of_kind, key_of
+from trainer.checkpoint.manifest import FileEntry, Manifest
 from trainer.checkpoint.rect import Rect
 from trainer.checkpoint.signing import SHA256_CHARACTERS, new_digest, signing_key
 from trainer.checkpoint.tensor_file import TensorFile

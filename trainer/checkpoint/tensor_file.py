@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.folder import Folder
-from trainer.checkpoint.layout import FileEntry
+from trainer.checkpoint.manifest import FileEntry
 
 DTYPES = {
     "F64": torch.float64,

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.layout import FileEntry
+from trainer.checkpoint.manifest import FileEntry
 from trainer.checkpoint.signing import new_digest, signing_key
 from trainer.checkpoint.tensor_file import DTYPES, memory_of
 

@@ -24,7 +24,8 @@ from model.errors import UserError
 from model.lengths import SAMPLE_RATE, WHOLE, num_samples
 from model.lora import Adapters, add_adapters
 from trainer.checkpoint.catalog import SUBFOLDER, open_checkpoints, read_extra
-from trainer.checkpoint.layout import PARAM, Manifest, Shard, files_of
+from trainer.checkpoint.layout import PARAM, Shard, files_of
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, read_manifest
 from trainer.checkpoint.rect import matrix_of
 from trainer.config.load import load_stored_recipe, parse_stored_recipe
