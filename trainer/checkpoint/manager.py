@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 
 from model.config import LoraConfig
@@ -21,19 +17,19 @@ from trainer.checkpoint.background import Content, Frozen, Outcome, Place, Save
 from trainer.checkpoint.bucket import BucketCheckpoints
 from trainer.checkpoint.catalog import find_checkpoint, open_checkpoints, read_extra
 from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best
+from trainer.checkpoint.damage import find_damage
 from trainer.checkpoint.engine_state import ENGINE_STATE, Engines, EngineState
 from trainer.checkpoint.folder import Folder
-from trainer.checkpoint.layout import Shard, file_of, rank_of
+from trainer.checkpoint.layout import Shard, file_of
 from trainer.checkpoint.origin import is_export, open_origin
-from trainer.checkpoint.reader import DamagedError, Reader, check_files, manifest_text, parse_manifest
+from trainer.checkpoint.reader import Reader, manifest_text, parse_manifest
 from trainer.checkpoint.signing import signing_key
 from trainer.checkpoint.snapshot import HostBuffer
 from trainer.checkpoint.start import check_adapters, fill_moments, fill_weights
 from trainer.checkpoint.together import from_rank0, gather, together
 from trainer.parallel.exchange import gather_distinct
 from trainer.parallel.groups import Groups
-from trainer.parallel.plan import Ints
-from trainer.parallel.tree import all_gather_numbers
+from trainer.parallel.nodes import nodes_of_ranks
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +69,7 @@ class CheckpointManager:
         self.checkpoints = together(self.groups, url, lambda: open_checkpoints(url, config.retry_sec))
         attempt = from_rank0(groups, url, self.checkpoints.begin_attempt, (Attempt,))
         writers = dist.new_group(backend="gloo")
-        nodes = None if isinstance(self.checkpoints, BucketCheckpoints) else _nodes(groups)
+        nodes = None if isinstance(self.checkpoints, BucketCheckpoints) else nodes_of_ranks(groups)
         self._place = Place(self.checkpoints, config, attempt, writers, groups.rank, self._topology(), heartbeat, nodes)
         self._buffer = HostBuffer(groups.device)
         self._verified: set[str] = set()
@@ -348,34 +344,11 @@ class CheckpointManager:
     # ---- finding
 
     def _damage(self, folder: Folder) -> str | None:
-        """Verify a checkpoint. Return a description of the damage, or None if the checkpoint is undamaged.
+        """Verify a checkpoint, and remember it if it is undamaged; see `find_damage`.
 
-        Collective: every rank of the world must call it. Rank 0 reads the manifest for all ranks, and each rank
-        verifies a part of the files.
+        Collective: every rank of the world must call it.
         """
-        rank, world = self.groups.rank, self.groups.topology.world
-
-        def read() -> tuple[str, str | None]:
-            try:
-                return manifest_text(folder), None
-            except DamagedError as error:
-                return "", str(error)
-
-        text, unreadable = from_rank0(self.groups, folder.url, read)
-        if unreadable is not None:
-            return unreadable
-
-        def check() -> str | None:
-            try:
-                manifest = parse_manifest(folder, text)
-                mine = [n for n in manifest.files if rank_of(n) % world == rank]
-                check_files(folder, manifest, mine, self._place.heartbeat)
-            except DamagedError as error:
-                return str(error)
-            return None
-
-        own = together(self.groups, folder.url, check)
-        damage = next((d for d in gather(self.groups, own) if d is not None), None)
+        damage = find_damage(self.groups, folder, self._place.heartbeat)
         if damage is None:
             self._verified.add(folder.url)
         return damage
@@ -391,19 +364,3 @@ class CheckpointManager:
         topology = self.groups.topology
         sizes = {"world": topology.world, "tp": topology.tp, "pp": topology.pp, "ep": topology.ep}
         return sizes | ({"cp": topology.cp} if topology.cp > 1 else {})
-
-
-def _nodes(groups: Groups) -> Ints | None:
-    """Return the number of each rank's node; None if no node has more than one rank.
-
-    Collective: every rank of the world must call it.
-    """
-    boot = Path("/proc/sys/kernel/random/boot_id")  # Machines may have the same name.
-    machine = socket.gethostname() + (boot.read_text() if boot.is_file() else "")
-    digest = hashlib.sha256(machine.encode()).digest()
-    names = all_gather_numbers(np.frombuffer(digest[:8], dtype=np.int64), groups.world)[:, 0]
-    _, first, number = np.unique(names, return_index=True, return_inverse=True)
-    if len(first) == len(names):
-        return None
-    ordered = np.argsort(np.argsort(first))  # Nodes are numbered in the order of their first ranks.
-    return ordered[number]
