@@ -13,7 +13,7 @@ from model.batch import IGNORE
 from model.losses.next_token import NextToken
 from model.losses.vocabulary import Vocabulary
 from trainer.engine import token_losses
-from trainer.engine.llm import _TrainedPacks
+from trainer.engine.microbatches import TrainedPacks
 from trainer.engine.packs import Packs
 from trainer.engine.token_losses import PackedLoss
 
@@ -40,17 +40,15 @@ def test_losses_are_summed_by_sample_without_padding() -> None:
 
 
 def test_micro_batch_does_not_change_the_gradients_of_others() -> None:
-    engine = SimpleNamespace(groups=SimpleNamespace(topology=SimpleNamespace(tp=2), is_first_stage=True))
-    step = _TrainedPacks(cast(Any, engine), packs(), [], None)
+    step = step_of(2, [], packs().labels)
     assert [part.shape for part in step.audio] == [(2000, 2)] * 4
     step.audio[1].sum().backward()
     assert [part.grad is None for part in step.audio] == [True, False, True, True]
 
 
-def step_of(tp: int, losses: list[Any], labels: torch.Tensor) -> _TrainedPacks:
-    engine = SimpleNamespace(groups=SimpleNamespace(topology=SimpleNamespace(tp=tp), is_first_stage=True))
-    found = packs()
-    return _TrainedPacks(cast(Any, engine), replace(found, labels=labels), losses, None)
+def step_of(tp: int, losses: list[Any], labels: torch.Tensor) -> TrainedPacks:
+    groups = SimpleNamespace(topology=SimpleNamespace(tp=tp), is_first_stage=True)
+    return TrainedPacks(None, cast(Any, groups), replace(packs(), labels=labels), losses, None)
 
 
 def test_only_rows_with_a_label_need_logits() -> None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from model.llm.megatron import embed_tokens
 from model.llm.packing import KVCache, PackedSequences
 from model.transfer import to_device
-from trainer.engine.llm import LLMEngine, embed_pack
+from trainer.engine.llm import LLMEngine
+from trainer.engine.microbatches import embed_pack
 from trainer.engine.packs import Packs
 
 
