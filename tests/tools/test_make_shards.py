@@ -12,7 +12,7 @@ from model.errors import UserError
 from tests.trainer.data_corpus import clip_rows, row, write_manifest
 from tools.make_shards import main
 from tools.train_tokenizer import main as train_tokenizer
-from trainer.data import shard_build
+from trainer.data import row_check, shard_build
 from trainer.data.manifest import Row
 from trainer.data.shards import read_index
 from trainer.storage.store import LocalStore
@@ -123,9 +123,9 @@ def test_an_interrupted_build_resumes(
     manifest, options = str(write_manifest(tmp_path, rows)), ["--max-shard-samples", "2", "--max-skipped-fraction", "1"]
     assert main([manifest, str(tmp_path / "whole"), *options]) == 0
     checked: list[str] = []
-    check = shard_build._check
+    check = row_check._check
 
-    def check_some(candidate: Row) -> shard_build.Checked:
+    def check_some(candidate: Row) -> row_check.Checked:
         if len(checked) == 7:
             if isinstance(end, OSError):
                 monkeypatch.setattr(Path, "read_bytes", unreadable)
@@ -137,8 +137,8 @@ def test_an_interrupted_build_resumes(
     def unreadable(path: Path) -> bytes:
         raise end
 
-    monkeypatch.setattr(shard_build, "_check", check_some)
-    monkeypatch.setattr(shard_build, "_CHECKED_AHEAD", 1)
+    monkeypatch.setattr(row_check, "_check", check_some)
+    monkeypatch.setattr(row_check, "_CHECKED_AHEAD", 1)
     with contextlib.suppress(Cut):
         assert main([manifest, str(tmp_path / "cut"), *options, "--workers", "1"]) == 2
     monkeypatch.undo()
@@ -147,8 +147,8 @@ def test_an_interrupted_build_resumes(
     with pytest.raises(UserError, match="shards.json"):
         read_index(LocalStore(tmp_path / "cut"))
     checked.clear()
-    monkeypatch.setattr(shard_build, "_CHECKED_AHEAD", 1)
-    monkeypatch.setattr(shard_build, "_check", lambda candidate: checked.append(candidate.key) or check(candidate))
+    monkeypatch.setattr(row_check, "_CHECKED_AHEAD", 1)
+    monkeypatch.setattr(row_check, "_check", lambda candidate: checked.append(candidate.key) or check(candidate))
     capsys.readouterr()
     assert main([manifest, str(tmp_path / "cut"), *options, "--json"]) == 0
     num_before = json.loads(capsys.readouterr().out)["num_resumed_shards"]

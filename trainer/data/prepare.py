@@ -24,16 +24,10 @@ from trainer.data.dataset_reader import DatasetReader
 from trainer.data.manifest import Row, read_manifest
 from trainer.data.metadata import earlier_texts, has_earlier_answers
 from trainer.data.node_cache import QUEUE_BYTES, NodeCache
+from trainer.data.row_check import check_fields
 from trainer.data.sample import earlier_answers_error
 from trainer.data.sentencepiece_training import train_sentencepiece
-from trainer.data.shard_build import (
-    SKIPPED_NAME,
-    BuildReport,
-    ShardLimits,
-    build_shards,
-    check_fields,
-    source_digest,
-)
+from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards, source_digest
 from trainer.data.shards import INDEX_NAME, Selection, ShardIndex, ShardSet, read_index
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.storage.open import join_url, open_store, scheme_of

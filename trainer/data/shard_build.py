@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any
 
 from model.errors import UserError
 from model.json_text import parse_json
-from trainer.data.decode import AUDIO_TYPES, check_audio
-from trainer.data.errors import SampleError, sample_errors
+from trainer.data.errors import SampleError
 from trainer.data.manifest import Row, read_manifest
-from trainer.data.metadata import check_metadata
+from trainer.data.row_check import SkippedRow, UnusableError, check_skipped, checked_rows
 from trainer.data.shard_writer import ShardWriter, write_index, write_json
 from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, Shard, read_shard, table_name
 from trainer.files import locked, sweep_leftovers
@@ -32,11 +30,6 @@ from trainer.storage.store import LocalStore, Store
 SKIPPED_NAME = "skipped.jsonl"
 _BUILDING_NAME = "building.json"
 _LOCK_NAME = ".building.lock"
-_CHECKED_AHEAD = 128
-"""The number of rows that are checked in advance. The clips of these rows and of the open shard are held in memory."""
-
-Checked = tuple[list[tuple[str, bytes]], float] | SampleError
-"""Either the clips of a row as (type, content) with their total length in seconds, or the reason to skip the row."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +38,6 @@ class ShardLimits:
 
     max_samples: int = 4096
     max_bytes: int = 256 << 20
-
-
-@dataclass(frozen=True)
-class SkippedRow:
-    """A line of the manifest whose sample is not in the shards, with the reason."""
-
-    line: int
-    key: str
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -182,10 +165,6 @@ def source_digest(rows: Sequence[Row], limits: ShardLimits) -> str:
     return digest.hexdigest()
 
 
-class UnusableError(UserError):
-    """Raised when too few samples of a manifest can be used."""
-
-
 class _Build:
     """The state of one build: its finished shards, the open shard, and the skipped rows."""
 
@@ -216,7 +195,7 @@ class _Build:
         """
         done = self.parts[-1].end_row if self.parts else 0
         on_progress(done, len(self.rows))
-        for row, checked in _checked(self.rows[done:], num_workers):
+        for row, checked in checked_rows(self.rows[done:], num_workers):
             done += 1
             if isinstance(checked, SampleError):
                 self.skipped.append(SkippedRow(row.line, row.key, checked.reason, checked.detail))
@@ -265,41 +244,9 @@ class _Build:
         self._writer, self._num_recorded = None, len(self.skipped)
 
     def _check_skipped(self) -> None:
-        _check_share(self.manifest, self.skipped, len(self.rows), self.max_skipped_fraction)
+        check_skipped(self.manifest, self.skipped, len(self.rows), self.max_skipped_fraction)
         if not self.rows:
             raise UnusableError(f"{self.manifest}: no samples in the requested split; check the split")
-
-
-def check_fields(manifest: str, rows: Sequence[Row], max_skipped_fraction: float) -> None:
-    """Check the fields of a manifest's rows, without reading their audio.
-
-    Args:
-        manifest: The manifest, for the error message.
-        rows: The rows of one split.
-        max_skipped_fraction: The largest fraction of rows that may be skipped.
-
-    Raises:
-        UnusableError: If a larger fraction of the rows cannot be used.
-    """
-    skipped = []
-    for row in rows:
-        try:
-            check_metadata(row.metadata, len(row.audio))
-        except SampleError as error:
-            skipped.append(SkippedRow(row.line, row.key, error.reason, error.detail))
-    _check_share(manifest, skipped, len(rows), max_skipped_fraction)
-
-
-def _check_share(manifest: str, skipped: Sequence[SkippedRow], num_rows: int, max_skipped_fraction: float) -> None:
-    if len(skipped) <= max_skipped_fraction * num_rows and not 0 < num_rows == len(skipped):
-        return
-    counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(s.reason for s in skipped).items()))
-    first = {s.reason: s for s in sorted(skipped, key=lambda s: -s.line)}
-    examples = "; ".join(f"line {s.line} id {s.key}: {s.detail}" for s in sorted(first.values(), key=lambda s: s.line))
-    raise UnusableError(
-        f"{manifest}: {len(skipped)} of {num_rows} samples cannot be used ({counts}), more than max_skipped_fraction = "
-        f"{max_skipped_fraction}; first of each reason: {examples}; fix the samples or raise the fraction"
-    )
 
 
 def _finished_parts(store: Store, digest: str) -> list[_Part]:
@@ -352,53 +299,3 @@ def _read_part(value: dict[str, Any]) -> _Part | None:
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-
-
-def _checked(rows: Sequence[Row], num_workers: int) -> Iterator[tuple[Row, Checked]]:
-    """Yield the rows in order, each with the result of its check.
-
-    Threads are sufficient, because decoding releases the interpreter's lock.
-    """
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        waiting: deque[tuple[Row, Future[Checked]]] = deque()
-        for row in rows:
-            waiting.append((row, pool.submit(_check, row)))
-            if len(waiting) >= _CHECKED_AHEAD:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for row, future in waiting:
-            yield row, future.result()
-
-
-def _check(row: Row) -> Checked:
-    try:
-        with sample_errors(row.key):
-            return _checked_clips(row)
-    except SampleError as error:
-        return error
-
-
-def _checked_clips(row: Row) -> tuple[list[tuple[str, bytes]], float]:
-    """Return the clips of a row and their total length in seconds.
-
-    Raises:
-        SampleError: If the row cannot be used.
-        UserError: If an audio file cannot be read.
-    """
-    if row.error:
-        raise row.error
-    clips, seconds = [], 0.0
-    check_metadata(row.metadata, len(row.audio))
-    for path in row.audio:
-        extension = path.suffix[1:].lower()
-        if extension not in AUDIO_TYPES:
-            raise SampleError("wrong_type", f"{path.name}: type must be one of {', '.join(AUDIO_TYPES)}")
-        try:
-            data = path.read_bytes()
-        except OSError as error:  # No sample may be skipped because of a problem with the disk.
-            raise UserError(
-                f"line {row.line} id {row.key}: {path}: {error.strerror}; rerun the same command to resume"
-            ) from None
-        seconds += check_audio(data)
-        clips.append((extension, data))
-    return clips, seconds
