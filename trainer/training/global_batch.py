@@ -235,20 +235,3 @@ def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple
         return plan_packs(whole.num_tokens, topology.dp, int(whole.num_tokens.sum()), topology.row_multiple)
     multiple = multiple_tokens or topology.row_multiple
     return plan_packs(whole.num_tokens, topology.dp, budget_tokens, multiple, topology.microbatch_multiple)
-
-
-def plan_references(whole: GlobalBatch, packing: PackPlan, loss: str, multiple_tokens: int) -> PackPlan:
-    """Return a plan that assigns each reference of a loss to the replica and micro-batch of its sample."""
-    tokens = whole.reference_tokens[loss]
-    return packing.with_lengths(np.flatnonzero(tokens), tokens[tokens > 0], multiple_tokens)
-
-
-def target_rows(whole: GlobalBatch, packing: PackPlan, replica: int, microbatch: int, kept: Ints) -> Ints:
-    """Return the rows of a pack that have a label and belong to the samples `kept`, in the order of `kept`.
-
-    The samples are given by their indices in the global batch.
-    """
-    members = kept[packing.pack[kept] == replica * packing.num_microbatches + microbatch]
-    ends = packing.replica_rows(members) - microbatch * packing.pack_tokens + packing.num_tokens[members]
-    targets = whole.num_targets[members]
-    return np.concatenate([np.arange(e - n, e) for e, n in zip(ends, targets, strict=True)] or [ends[:0]])

@@ -44,7 +44,6 @@ from trainer.parallel.balance import Floats
 from trainer.parallel.exchange import FIRST, check_same_plan
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan
-from trainer.parallel.plan import Ints
 from trainer.parallel.values import gather_values
 from trainer.run.lifecycle import StopRequest, signal_counts
 from trainer.scoring.tasks import task_names
@@ -52,18 +51,10 @@ from trainer.telemetry.load_history import RANK_LOAD_KINDS, LoadInterval, LoadMe
 from trainer.telemetry.metrics import PhaseTimer, StepReport
 from trainer.telemetry.token_load import SampleKinds, TokenLoad
 from trainer.training.expert_routing import ExpertRouting
-from trainer.training.global_batch import (
-    GlobalBatch,
-    References,
-    Shared,
-    gather,
-    plan,
-    plan_references,
-    references_of,
-    target_rows,
-)
+from trainer.training.global_batch import GlobalBatch, References, Shared, gather, plan, references_of
+from trainer.training.reference_logits import reference_logits
 from trainer.training.router_noise import RouterNoise, router_noise
-from trainer.training.send import send, send_text
+from trainer.training.send import send
 from trainer.training.spike_guard import SpikeGuard
 from trainer.training.stage_switch import StageSwitch
 
@@ -306,29 +297,15 @@ class Step:
 
         Collective: every rank of the world must call it.
         """
-        whole, packing, groups = embedded.whole, embedded.packing, self.groups
+        whole = embedded.whole
         factor = loss.weight(self.model) / max(1, whole.counts[loss.name])
         if not loss.has_reference or not whole.reference_tokens[loss.name].any():
             return PackedLoss(loss, self.model, factor)
-        chosen = whole.references(loss.name)
-        multiple = self.pack_multiple_tokens or groups.topology.row_multiple
-        own_packing = plan_references(whole, packing, loss.name, multiple)
-        batch = Batch(tuple(s for s in embedded.references[loss.name] if s is not None))
-        packs = send_text(batch, chosen, own_packing, groups)
-
-        def rows(batch: GlobalBatch, packing: PackPlan, kept: Ints) -> list[Ints]:
-            return [target_rows(batch, packing, groups.place.dp, m, kept) for m in range(packing.num_microbatches)]
-
-        wanted = rows(chosen, own_packing, np.arange(len(chosen)))
-        compared = rows(whole, packing, np.flatnonzero(whole.reference_tokens[loss.name]))
-        # Each context-parallel rank computes the whole references, which are short, and keeps the logits of its rows.
-        place = np.full(packing.pack_tokens, -1)
-        place[groups.part.rows(packing.pack_tokens)] = np.arange(packing.pack_tokens // groups.topology.cp)
-        own = [place[r] >= 0 for r in compared]
-        wanted_here = tuple(to_device(r[kept], groups.device) for r, kept in zip(wanted, own, strict=True))
-        compared_here = tuple(to_device(place[r[kept]], groups.device) for r, kept in zip(compared, own, strict=True))
-        reference = self.llm.reference_logits(packs, wanted_here)
-        return PackedLoss(loss, self.model, factor, compared_here, reference)
+        multiple = self.pack_multiple_tokens or self.groups.topology.row_multiple
+        rows, logits = reference_logits(
+            self.llm, loss.name, whole, embedded.packing, embedded.references[loss.name], multiple
+        )
+        return PackedLoss(loss, self.model, factor, rows, logits)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks in place.
