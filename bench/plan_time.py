@@ -45,7 +45,7 @@ def work(case: str) -> int:
     import torch
 
     from bench.calibrate import calibrate
-    from trainer.build import build_step
+    from trainer.build_step import build_step
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import build_topology
     from trainer.plan.accelerator import KNOWN

@@ -14,7 +14,8 @@ import torch
 
 from model.batch import Batch
 from model.errors import UserError
-from trainer.build import build_hooks, build_step, describe_run, prepare_once, run_training
+from trainer.build import build_hooks, describe_run, prepare_once, run_training
+from trainer.build_step import build_step
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.load import load_recipe
 from trainer.data.loader import Loader

@@ -11,24 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from model.audio_tower import AudioTower
 from model.errors import UserError
 from model.hub.configuration import describe
-from model.llm.names import Index
-from model.llm.reference import resolve_hf_config, weight_source
+from model.llm.reference import resolve_hf_config
 from model.llm.rotary import num_positions
-from model.llm.weights import WeightSource, embedding_rms
-from model.lora import Adapters, adaptable_layers, add_adapters, llm_layers
 from model.losses.table import text_fields
+from trainer.build_step import build_step
 from trainer.checkpoint.attempt import FencedRunError
 from trainer.checkpoint.catalog import SUBFOLDER
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.changes import say_changes
-from trainer.config.checks import deepspeed_json
 from trainer.config.convert import to_tree
-from trainer.config.llm_checks import check_llm, check_router_losses
 from trainer.config.load import dump
 from trainer.config.provenance import KEY as ORIGINS
 from trainer.config.schema import Recipe
@@ -36,19 +30,11 @@ from trainer.data.config import TokenizerConfig
 from trainer.data.config_files import place_of
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.shard_build import BuildReport
-from trainer.donors import Donors, find_donors, provenance
+from trainer.donors import find_donors, provenance
 from trainer.dry_run import write_plan
 from trainer.engine.determinism import deterministic_kernels
-from trainer.engine.ds_config import build_ds_config
-from trainer.engine.encoders import AudioEngine
-from trainer.engine.llm import LLMEngine
-from trainer.engine.llm_optimizer import Reduction
-from trainer.engine.optim import check_patterns
-from trainer.engine.placement import place
-from trainer.engine.stages import check_stages
 from trainer.files import sweep_leftovers
 from trainer.parallel.environment import meeting_limit_sec
-from trainer.parallel.exchange import gather_distinct
 from trainer.parallel.groups import COLLECTIVE_TIMEOUT_SEC, Groups, build_groups, connect
 from trainer.parallel.topology import build_topology
 from trainer.parallel.values import broadcast_value
@@ -83,8 +69,6 @@ from trainer.training.loop import Loop
 from trainer.training.report import closing, final_table
 from trainer.training.step import Step
 from trainer.training.utilization import kept_generators
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run_training(recipe: Recipe, env: RankEnv) -> int:
@@ -257,108 +241,6 @@ def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) ->
         max_tokens=max_tokens,
         tokenizer_path=path,
         on_built=announce,
-    )
-
-
-class WatchedSource:
-    """A source of weights that calls `heartbeat` before each read."""
-
-    def __init__(self, source: WeightSource, heartbeat: Callable[[str], None]) -> None:
-        self._source, self._heartbeat = source, heartbeat
-        self.shape, self.where = source.shape, source.where
-
-    def read(self, name: str, index: Index) -> Tensor:
-        """Implement `WeightSource.read`."""
-        self._heartbeat(f"the read of {name}")
-        return self._source.read(name, index)
-
-
-def build_step(
-    recipe: Recipe,
-    groups: Groups,
-    vocab_size: int,
-    heartbeat: Callable[[str], None] = lambda what: None,
-    kinds: SampleKinds | None = None,
-    donors: Donors | None = None,
-) -> Step:
-    """Build both engines with their initial weights, and return the training step that uses them.
-
-    Collective: every rank of the world must call it.
-
-    Args:
-        recipe: The recipe of the run.
-        groups: The process groups of this rank.
-        vocab_size: The size of the tokenizer's vocabulary.
-        heartbeat: A function that is called with a description of each part before it is built.
-        kinds: The kinds of samples whose tokens are counted separately; None to count tokens only by task.
-        donors: The initial weights of the FFN experts; None to call `find_donors`.
-
-    Raises:
-        UserError: If weights are missing or do not fit, the tokenizer has more tokens than the LLM, or a pattern of
-            `optim.parts` or `lora` matches nothing.
-    """
-    hf_config = resolve_hf_config(recipe.model.llm)
-    check_llm(hf_config, recipe.parallel)
-    check_router_losses(recipe.model, hf_config)
-    if vocab_size > hf_config.vocab_size:
-        raise UserError(
-            f"data.tokenizer: has {vocab_size} tokens, but model.llm.config.vocab_size is only {hf_config.vocab_size}; "
-            "use the LLM's own tokenizer, or a smaller data.tokenizer.train_vocab_size"
-        )
-    donors = donors or find_donors(recipe, hf_config, groups)
-    source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed, donors.sources), heartbeat)
-    train, adapters = recipe.train, Adapters.of(recipe.lora, recipe.seed)
-    llm = LLMEngine(
-        hf_config,
-        source,
-        recipe.staged_optim,
-        groups,
-        DTYPES[train.precision],
-        train.recompute_llm,
-        adapters,
-        Reduction.of(recipe.parallel),
-    )
-    heartbeat("the encoders")
-    torch.manual_seed(recipe.seed)
-    topology = groups.topology
-    held = place(recipe.model, topology.ep).held_by(groups.rank)
-    tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size, held, embedding_rms(source, hf_config))
-    layers = [name for name, _ in adaptable_layers(tower, "audio.")]
-    add_adapters(tower, "audio.", adapters)
-    tower.set_recompute(train.recompute_encoders)
-    ds_config = build_ds_config(deepspeed_json(recipe), precision=train.precision)
-    audio = AudioEngine(
-        tower,
-        recipe.staged_optim,
-        ds_config,
-        groups,
-        train.encoder_batch_sec,
-        train.debug_plan,
-        gathering=train.gather_audio_weights,
-        recompute_calls=train.recompute_encoder_calls,
-    )
-    held_names = [n for n, _ in audio.named_parameters()] + [llm.hf_name(n) for n, _ in llm.parameters()]
-    all_layers = gather_distinct(layers, groups.world)
-    all_names = gather_distinct(held_names, groups.world)
-    adapters.check([*llm_layers(hf_config), *(name for names in all_layers for name in names)])
-    everyones = [name for names in all_names for name in names]
-    check_patterns(recipe.optim, everyones)
-    check_stages(recipe.staged_optim, everyones)
-    # If a config enables dropout, the dropped values must differ between ranks.
-    torch.manual_seed(recipe.seed + 1000 * groups.rank)
-    return Step(
-        recipe.model,
-        recipe.staged_optim,
-        audio,
-        llm,
-        groups,
-        num_steps=train.steps,
-        tokens_per_microbatch=train.llm_tokens_per_microbatch,
-        seed=recipe.seed,
-        pack_multiple_tokens=train.pack_multiple_tokens,
-        debug_plan=train.debug_plan,
-        spike=recipe.spike,
-        kinds=kinds,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.harness import run_ranks
 from tests.tools.exportable import write_manifest, write_run
 from tools import evaluate, export
-from trainer.build import build_step
+from trainer.build_step import build_step
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.data.config import DatasetConfig
