@@ -60,7 +60,6 @@ def work(folder: Path) -> int:
     from model.batch import Batch
     from model.config import EncoderConfig
     from model.hub.configuration import describe
-    from tools.parity import DS_CONFIG
     from trainer import parity, parity_cases
     from trainer.checkpoint.config import CheckpointConfig
     from trainer.checkpoint.manager import CheckpointManager
@@ -70,6 +69,7 @@ def work(folder: Path) -> int:
     from trainer.data.sentencepiece_training import train_sentencepiece
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
+    from trainer.parity_cases import DS_CONFIG
 
     rank, world, device = connect(timeout_sec=900)
     groups = build_groups(Topology(world, 1, 1), rank, device, parity_cases.SEED)

@@ -39,10 +39,10 @@ def work() -> int:
     """Run all checks as the only rank."""
     from bench import gpu_models
     from bench.gpu_layers import encoder_layer, llm_layer, planned_bytes
-    from tools.parity import DS_CONFIG
     from trainer import parity_cases
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
+    from trainer.parity_cases import DS_CONFIG
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

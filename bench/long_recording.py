@@ -51,10 +51,10 @@ def work(minutes: float) -> int:
 
     from model.batch import Batch
     from model.config import LLMConfig
-    from tools.parity import DS_CONFIG
     from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
+    from trainer.parity_cases import DS_CONFIG
 
     rank, world, device = connect(timeout_sec=1800)
     groups = build_groups(Topology(world, 1, 1, cp=world), rank, device, parity_cases.SEED)

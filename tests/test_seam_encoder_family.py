@@ -139,9 +139,9 @@ def train(folder: str) -> list[list[float]]:
     Returns:
         The relative differences [loss, gradient] for each batch and, in the last row, of a few training steps.
     """
-    from tools.parity import DS_CONFIG
     from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
+    from trainer.parity_cases import DS_CONFIG
 
     register(folder)
     rank, world, device = connect(timeout_sec=100)

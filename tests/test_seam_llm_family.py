@@ -89,9 +89,9 @@ def train(tp: int, pp: int) -> list[list[float]]:
     Returns:
         The relative differences [loss, gradient] for a batch, and [loss, gradient norm] of a few training steps.
     """
-    from tools.parity import DS_CONFIG
     from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
+    from trainer.parity_cases import DS_CONFIG
 
     register()
     rank, world, device = connect(timeout_sec=100)

@@ -55,10 +55,10 @@ def train(folder: str) -> int:
 
 def compare(folder: str, tp: int, pp: int) -> dict[str, Any]:
     """Compare one rank's training with the single-process model, and return the relative differences."""
-    from tools.parity import DS_CONFIG
     from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
+    from trainer.parity_cases import DS_CONFIG
 
     load(folder)
     rank, world, device = connect()

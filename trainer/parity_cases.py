@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,19 @@ PLACEHOLDER = 60
 SEED = 3
 NUM_LAYERS = 4
 
+DS_CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "zero_force_ds_cpu_optimizer": False,
+    # No parameter stays gathered after its use, so that every gather is tested.
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": False,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+    },
+}
+"""The DeepSpeed settings of a comparison that names no file."""
 OPTIM = OptimConfig(lr=2e-3, weight_decay=0.01, clip_norm=1.0, schedule="cosine", warmup_steps=2)
 
 

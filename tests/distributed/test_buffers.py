@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.harness import run_ranks
-from tools.parity import DS_CONFIG
 from trainer import parity, parity_cases
 from trainer.engine.encoders import AudioEngine
 from trainer.parallel.groups import Groups, connect
 from trainer.parallel.topology import Topology
+from trainer.parity_cases import DS_CONFIG
 
 
 def kinds_of_buffers() -> dict[str, str]:

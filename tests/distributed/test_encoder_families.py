@@ -17,9 +17,9 @@ def train(ep: int, gathering: str) -> list[list[float | str]]:
         For a batch: the differences of the loss and of the gradients, and the name of the worst parameter. For two
         steps: the differences of the losses and of the gradient norms, and an empty string.
     """
-    from tools.parity import DS_CONFIG
     from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
+    from trainer.parity_cases import DS_CONFIG
 
     rank, world, device = connect(timeout_sec=150)
     groups = build_groups(Topology(world, 1, 1, ep), rank, device, parity_cases.SEED)

@@ -13,11 +13,11 @@ import pytest
 from model.batch import Batch
 from model.lengths import SAMPLE_RATE
 from tests.distributed.harness import run_ranks
-from tools.parity import DS_CONFIG
 from trainer import parity, parity_cases
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
 from trainer.parallel.values import gather_values
+from trainer.parity_cases import DS_CONFIG
 from trainer.telemetry.expert_load import ExpertLoad, group_of
 from trainer.telemetry.trace import WAIT, ProfileConfig, Trace
 

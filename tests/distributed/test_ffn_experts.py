@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.harness import run_ranks
-from tools.parity import Row, measure
+from tools.parity_measure import Comparison, Row, measure
 from trainer.parallel.topology import Topology
 
 CASES: list[tuple[Topology, str, dict[str, Any]]] = [
@@ -60,10 +60,11 @@ def case_name(case: tuple[Topology, str, dict[str, Any]]) -> str:
 
 
 def check(topology: Topology, family: str, options: dict[str, Any]) -> list[Row]:
-    task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "vp": 1, "num_steps": 0, "family": family}
-    task |= {"kinds": ["mixed"], "deepspeed": None, "ffn_ep": topology.ffn_ep, "ffn_etp": topology.ffn_etp, **options}
-    rows = [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
-    assert len(rows) == len(task["kinds"]) + (task["num_steps"] > 0)
+    settings: dict[str, Any] = {"kinds": ["mixed"], **options}
+    comparison = Comparison(topology, family=family, **settings)
+    ranks = run_ranks(topology.world, measure, comparison.arguments(), timeout_sec=200)
+    rows = [Row(**row) for row in ranks[0]]
+    assert len(rows) == len(comparison.kinds) + (comparison.num_steps > 0)
     return rows
 
 

@@ -18,10 +18,10 @@ from model.llm.packing import PADDING
 from model.speech_llm import SpeechLLM
 from tests.distributed.harness import run_ranks
 from tests.oracle import greedy, prompt_of
-from tools.parity import DS_CONFIG
 from trainer import parity, parity_cases
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
+from trainer.parity_cases import DS_CONFIG
 from trainer.training.evaluate import answer
 
 MAX_NEW_TOKENS = 6

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from tests.distributed.harness import run_ranks
-from tools.parity import KINDS, Row, measure
+from tools.parity_measure import KINDS, Comparison, Row, measure
 from trainer.parallel.topology import Topology
 
 CASES = [
@@ -74,35 +73,10 @@ ADAPTER_CASES = [
 ]
 
 
-def check(
-    topology: Topology,
-    num_steps: int,
-    family: str,
-    kinds: tuple[str, ...],
-    deepspeed: str | None = None,
-    pack_multiple: int | None = None,
-    lora: bool = False,
-    adapter: str = "convolutions",
-    stages: bool = False,
-    gathering: str = "per_update",
-    recompute_calls: bool = False,
-    modes: Sequence[Mapping[str, Any]] = ({},),
-) -> list[Row]:
-    task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "vp": topology.vp, "num_steps": num_steps}
-    task |= {"cp": topology.cp, "shard": topology.shard}
-    task |= {
-        "family": family,
-        "kinds": kinds,
-        "deepspeed": deepspeed,
-        "pack_multiple": pack_multiple,
-        "lora": lora,
-        "adapter": adapter,
-        "stages": stages,
-        "gathering": gathering,
-        "recompute_calls": recompute_calls,
-        "modes": list(modes),
-    }
-    return [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
+def check(topology: Topology, num_steps: int, family: str, kinds: tuple[str, ...], **settings: Any) -> list[Row]:
+    """Compare a topology with the oracle. `settings` are further fields of `Comparison`."""
+    comparison = Comparison(topology, num_steps, family, kinds, **settings)
+    return [Row(**row) for row in run_ranks(topology.world, measure, comparison.arguments(), timeout_sec=200)[0]]
 
 
 @pytest.mark.timeout(240)
@@ -139,7 +113,9 @@ def test_copies_of_the_audio_side_equal_the_oracle(
     topology: Topology, lora: bool, deepspeed: str | None, recompute_calls: bool, stages: bool
 ) -> None:
     kinds, steps = ("mixed", "one_expert"), 8 if stages else 3
-    rows = check(topology, steps, "llama", kinds, deepspeed, lora=lora, recompute_calls=recompute_calls, stages=stages)
+    rows = check(
+        topology, steps, "llama", kinds, deepspeed=deepspeed, lora=lora, recompute_calls=recompute_calls, stages=stages
+    )
     assert len(rows) == 3 and all(row.passed for row in rows), rows
     assert rows[-1].gradient < (1e-3 if stages else 1e-4), "the gradient norms of the curve differ"
 

@@ -10,11 +10,11 @@ import torch
 
 from model.batch import Batch
 from tests.distributed.harness import run_ranks
-from tools.parity import DS_CONFIG
 from trainer import parity, parity_cases
 from trainer.engine.replicas import differing_ranks, weight_digest
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
+from trainer.parity_cases import DS_CONFIG
 from trainer.training.replicas import CorruptionError, check_replicas
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.batch import Batch
 from tests.distributed.harness import run_ranks
-from tools.parity import DS_CONFIG
 from trainer import parity, parity_cases
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
+from trainer.parity_cases import DS_CONFIG
 
 MOST_COLLECTIVES, MOST_BYTES = 12, 1.1
 MOVES_SAMPLES = ("send", "recv", "alltoall")

@@ -194,11 +194,10 @@ def dispatched() -> list[tuple[str, bool]]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from model.batch import Batch
-    from tools.parity import DS_CONFIG
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
     from trainer.parity import build_step
-    from trainer.parity_cases import SEED, make_samples, tiny_model
+    from trainer.parity_cases import DS_CONFIG, SEED, make_samples, tiny_model
 
     seen: Counter[tuple[str, bool]] = Counter()
 
