@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from tests.trainer.data_corpus import audio_bytes, clip_rows
+from tests.trainer.import_runs import manifest, run, skipped
 from tests.trainer.import_sources import SOURCES, UTTERANCES, heard, lines
-from tests.trainer.test_importers import manifest, run, skipped
 from trainer.data.manifest import read_manifest
 from trainer.importers.fields import Ids, Naming, to_sample
 from trainer.importers.row import Clip, Row

@@ -17,8 +17,8 @@ import pytest
 import soundfile
 
 from tests.trainer.data_corpus import audio_bytes
+from tests.trainer.import_runs import av_bytes, manifest, run, skipped
 from tests.trainer.import_sources import SOURCES, heard, lines
-from tests.trainer.test_importers import av_bytes, manifest, run, skipped
 from tools.make_shards import main as make_shards
 from trainer.data.manifest import read_manifest
 from trainer.importers.fields import Ids
