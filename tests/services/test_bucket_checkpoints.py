@@ -21,7 +21,7 @@ import torch.distributed as dist
 from model.errors import UserError
 from tests.services.swift import Swift
 from tests.tools.exportable import write_manifest, write_run
-from tests.trainer.test_checkpoint_manager import FROZEN, LEARNED, PlainManager, engines, make_groups
+from tests.trainer.plain_engines import FROZEN, LEARNED, PlainManager, engines, make_groups
 from tools import checkpoints as checkpoints_tool
 from tools import export
 from trainer.checkpoint import background, bucket
