@@ -73,14 +73,6 @@ def make_app(
     app.add_exception_handler(RequestError, _as_response)
     app.add_exception_handler(HTTPException, _as_response)
 
-    def check(request: Request) -> None:
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-            raise RequestError("pages of other sites may not use this server", status=403)
-        sent = request.headers.get("authorization", "")
-        if key is not None and not hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
-            raise RequestError("the key is missing or wrong", status=401, code="invalid_api_key")
-
     @app.get("/")
     def page() -> HTMLResponse:
         text = render(_PAGE, service.name, {"prompt": TRANSCRIBE})
@@ -93,72 +85,96 @@ def make_app(
 
     @app.get("/v1/models")
     def models(request: Request) -> dict[str, Any]:
-        check(request)
+        _check(request, key)
         entry = {"id": service.name, "object": "model", "created": service.created_sec, "owned_by": "earshot"}
         return {"object": "list", "data": [entry]}
 
     @app.post("/v1/audio/transcriptions")
     async def transcriptions(request: Request) -> Response:
-        check(request)
-        async with queue.place():
-            form = await queue.receive(request.form())
-            upload, style, language = form.get("file"), form.get("response_format") or "json", form.get("language")
-            if not isinstance(upload, UploadFile):
-                raise RequestError("send the audio as a file in multipart/form-data", "file")
-            if style not in ("json", "text", "verbose_json"):
-                raise RequestError("must be one of json, text, verbose_json", "response_format")
-            audio = await upload.read()
-            asked = {"instruction": TRANSCRIBE}
-            reply = await queue.run(
-                request, lambda gone: service.answer([decoded(audio, "file")], asked, unwanted=gone.is_set)
-            )
-        if style == "text":
-            return PlainTextResponse(reply.text + "\n")
-        found: dict[str, Any] = {"text": reply.text, "earshot": reply.details}
-        if style == "verbose_json":
-            spoken = language if isinstance(language, str) else None
-            found = {"task": "transcribe", "language": spoken, "duration": reply.audio_sec, **found}
-        return JSONResponse(found)
+        _check(request, key)
+        return await _transcribe(service, queue, request)
 
     @app.post("/v1/chat/completions")
     async def completions(request: Request) -> Response:
-        check(request)
-        parts: asyncio.Queue[str | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def send(part: str | None) -> None:
-            loop.call_soon_threadsafe(parts.put_nowait, part)
-
-        async def answer() -> tuple[Reply, bool]:
-            async with queue.place():
-                content = await queue.receive(request.body())
-
-                def compute(gone: threading.Event) -> tuple[Reply, bool]:
-                    body = _read_body(content)
-                    clips, fields = read_messages(body.get("messages"), service.max_chars)
-                    streams = bool(body.get("stream"))
-                    emit = send if streams else None
-                    return service.answer(clips, fields, _max_tokens(body), emit, gone.is_set), streams
-
-                return await queue.run(request, compute)
-
-        def end(task: asyncio.Task[Any]) -> None:
-            if not task.cancelled():
-                task.exception()  # asyncio logs exceptions that nobody retrieves, for example if the client is gone.
-            send(None)
-
-        task = asyncio.create_task(answer())
-        task.add_done_callback(end)
-        # An error before the first part of the text can still be reported by the status of the response.
-        part = await parts.get()
-        if part is None:
-            reply, streams = await task
-            if not streams:
-                return _completion(service, reply)
-            send(None)
-        return StreamingResponse(_events(service, part or "", parts, task), media_type="text/event-stream")
+        _check(request, key)
+        return await _chat(service, queue, request)
 
     return app
+
+
+def _check(request: Request, key: str | None) -> None:
+    """Check the origin and the key of a request.
+
+    Raises:
+        RequestError: If a page of another site sends the request, or if its key is not `key`.
+    """
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise RequestError("pages of other sites may not use this server", status=403)
+    sent = request.headers.get("authorization", "")
+    if key is not None and not hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
+        raise RequestError("the key is missing or wrong", status=401, code="invalid_api_key")
+
+
+async def _transcribe(service: Service, queue: _Queue, request: Request) -> Response:
+    """Return the transcript of the file that a request contains."""
+    async with queue.place():
+        form = await queue.receive(request.form())
+        upload, style, language = form.get("file"), form.get("response_format") or "json", form.get("language")
+        if not isinstance(upload, UploadFile):
+            raise RequestError("send the audio as a file in multipart/form-data", "file")
+        if style not in ("json", "text", "verbose_json"):
+            raise RequestError("must be one of json, text, verbose_json", "response_format")
+        audio = await upload.read()
+        asked = {"instruction": TRANSCRIBE}
+        reply = await queue.run(
+            request, lambda gone: service.answer([decoded(audio, "file")], asked, unwanted=gone.is_set)
+        )
+    if style == "text":
+        return PlainTextResponse(reply.text + "\n")
+    found: dict[str, Any] = {"text": reply.text, "earshot": reply.details}
+    if style == "verbose_json":
+        spoken = language if isinstance(language, str) else None
+        found = {"task": "transcribe", "language": spoken, "duration": reply.audio_sec, **found}
+    return JSONResponse(found)
+
+
+async def _chat(service: Service, queue: _Queue, request: Request) -> Response:
+    """Return the answer to the messages that a request contains, as one JSON object or as a stream of events."""
+    parts: asyncio.Queue[str | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def send(part: str | None) -> None:
+        loop.call_soon_threadsafe(parts.put_nowait, part)
+
+    async def answer() -> tuple[Reply, bool]:
+        async with queue.place():
+            content = await queue.receive(request.body())
+
+            def compute(gone: threading.Event) -> tuple[Reply, bool]:
+                body = _read_body(content)
+                clips, fields = read_messages(body.get("messages"), service.max_chars)
+                streams = bool(body.get("stream"))
+                emit = send if streams else None
+                return service.answer(clips, fields, _max_tokens(body), emit, gone.is_set), streams
+
+            return await queue.run(request, compute)
+
+    def end(task: asyncio.Task[Any]) -> None:
+        if not task.cancelled():
+            task.exception()  # asyncio logs exceptions that nobody retrieves, for example if the client is gone.
+        send(None)
+
+    task = asyncio.create_task(answer())
+    task.add_done_callback(end)
+    # An error before the first part of the text can still be reported by the status of the response.
+    part = await parts.get()
+    if part is None:
+        reply, streams = await task
+        if not streams:
+            return _completion(service, reply)
+        send(None)
+    return StreamingResponse(_events(service, part or "", parts, task), media_type="text/event-stream")
 
 
 class _Queue:
