@@ -50,6 +50,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 1 if the judge failed on an answer, 2 after printing a UserError, else 0.
     """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    tasks = args.tasks or _judged()
+    if args.workers < 1 or args.attempts < 1 or args.timeout <= 0:
+        parser.error("--workers and --attempts must be at least 1, and --timeout must be above 0")
+    try:
+        predictions = [p for p in read_predictions(args.predictions) if p.meta["task"] in tasks]
+        if not predictions:
+            raise UserError(f"{args.predictions}: contains no prediction of {', '.join(tasks)}; choose other --tasks")
+        check_output(f"--cache {args.cache}", args.cache, is_folder=True)
+        endpoint = Endpoint(args.url, os.environ.get(KEY_VARIABLE) or None, args.timeout, args.attempts)
+        judge = Judge(endpoint, args.model, args.cache)
+        return (_rate if args.against is None else _compare)(args, judge, predictions)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="earshot judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,21 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_plugins(parser)
-    args = parser.parse_args(argv)
-    tasks = args.tasks or _judged()
-    if args.workers < 1 or args.attempts < 1 or args.timeout <= 0:
-        parser.error("--workers and --attempts must be at least 1, and --timeout must be above 0")
-    try:
-        predictions = [p for p in read_predictions(args.predictions) if p.meta["task"] in tasks]
-        if not predictions:
-            raise UserError(f"{args.predictions}: contains no prediction of {', '.join(tasks)}; choose other --tasks")
-        check_output(f"--cache {args.cache}", args.cache, is_folder=True)
-        endpoint = Endpoint(args.url, os.environ.get(KEY_VARIABLE) or None, args.timeout, args.attempts)
-        judge = Judge(endpoint, args.model, args.cache)
-        return (_rate if args.against is None else _compare)(args, judge, predictions)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser
 
 
 def _rate(args: argparse.Namespace, judge: Judge, predictions: Sequence[Prediction]) -> int:

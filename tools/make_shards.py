@@ -31,6 +31,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 after printing a UserError, else 0.
     """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.max_shard_samples < 1 or args.max_shard_bytes < 1:
+        parser.error("--max-shard-samples and --max-shard-bytes must be at least 1")
+    try:
+        if not scheme_of(args.out):
+            check_output(args.out, Path(args.out), is_folder=True)
+        with tqdm(unit=" samples", disable=None, leave=False) as bar:
+
+            def on_progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            report = build_shards(
+                args.manifest,
+                args.out,
+                split=args.split,
+                limits=ShardLimits(args.max_shard_samples, args.max_shard_bytes),
+                max_skipped_fraction=args.max_skipped_fraction,
+                num_workers=args.workers,
+                on_progress=on_progress,
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(_as_json(report) if args.json else _as_text(report))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="earshot shards make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,32 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     add_plugins(parser)
-    args = parser.parse_args(argv)
-    if args.max_shard_samples < 1 or args.max_shard_bytes < 1:
-        parser.error("--max-shard-samples and --max-shard-bytes must be at least 1")
-    try:
-        if not scheme_of(args.out):
-            check_output(args.out, Path(args.out), is_folder=True)
-        with tqdm(unit=" samples", disable=None, leave=False) as bar:
-
-            def on_progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            report = build_shards(
-                args.manifest,
-                args.out,
-                split=args.split,
-                limits=ShardLimits(args.max_shard_samples, args.max_shard_bytes),
-                max_skipped_fraction=args.max_skipped_fraction,
-                num_workers=args.workers,
-                on_progress=on_progress,
-            )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(_as_json(report) if args.json else _as_text(report))
-    return 0
+    return parser
 
 
 def _as_json(report: BuildReport) -> str:
