@@ -124,26 +124,15 @@ def _llm_traffic(
 ) -> list[Traffic]:
     train, config = recipe.train, model.llm
     size = DTYPES[train.precision].itemsize
-    tp, pp, dp, world = topology.tp, topology.pp, topology.without_context.dp, topology.world
+    tp, pp, world = topology.tp, topology.pp, topology.world
     # The packs take the trainer's context parallelism into account, but not the context parallelism of `mechanisms`.
     microbatches = packs.num_microbatches * mechanisms.context
     hidden = packs.pack_tokens / mechanisms.context / topology.cp * config.hidden_size * size
     layers = max(sum(stage_chunks(config.num_hidden_layers, pp, topology.vp, s)) for s in range(pp))
-    experts = expert_parameters(config)
-    stage = (parts.layers.total - experts) / pp / tp + parts.ends.total / tp / (1 if pp == 1 else 2)
-    held = experts / pp / topology.ffn_ep / topology.expert_tp
-    copies = max(1, tp * dp // (topology.ffn_ep * topology.expert_tp))
     sent = expert_plan(config, topology, packs.pack_tokens, microbatches, size, train.recompute_llm == "full")
-    ring = stage * _ring(dp) + held * _ring(copies)
-    in_fp8 = parts.layers.total / pp / tp * _ring(dp) if mechanisms.fp8_weights else 0.0
-    learned = parts.llm.learned / parts.llm.total  # only trained parameters are exchanged
     units = tensor_units(train.recompute_llm == "full", mechanisms.sequence_parallel)
     units += 2 if mechanisms.mlp == "recomputed" else 0
     sends = 2 * microbatches * topology.vp * (pp > 1)
-    replicas_within = tp * dp <= per_node
-    members = dp if replicas_within else min(dp, max(1, per_node // tp))
-    gathers = 2 if mechanisms.sharded_weights else 1
-    calls = layers * 2 if mechanisms.sharded_weights else 1
     passes = context_gathers(train.recompute_llm)
     return [
         Traffic(
@@ -180,6 +169,37 @@ def _llm_traffic(
             sends,
             ring=False,
         ),
+        *_replica_traffic(recipe, model, parts, topology, layers, per_node, mechanisms),
+    ]
+
+
+def _replica_traffic(
+    recipe: Recipe,
+    model: SizedModel,
+    parts: PartSizes,
+    topology: Topology,
+    layers: int,
+    per_node: int,
+    mechanisms: Mechanisms,
+) -> list[Traffic]:
+    """Return the traffic between ranks that hold copies of the same weights of the LLM.
+
+    `layers` is the number of layers of the stage that has the most.
+    """
+    size = DTYPES[recipe.train.precision].itemsize
+    tp, pp, dp = topology.tp, topology.pp, topology.without_context.dp
+    experts = expert_parameters(model.llm)
+    stage = (parts.layers.total - experts) / pp / tp + parts.ends.total / tp / (1 if pp == 1 else 2)
+    held = experts / pp / topology.ffn_ep / topology.expert_tp
+    copies = max(1, tp * dp // (topology.ffn_ep * topology.expert_tp))
+    ring = stage * _ring(dp) + held * _ring(copies)
+    in_fp8 = parts.layers.total / pp / tp * _ring(dp) if mechanisms.fp8_weights else 0.0
+    learned = parts.llm.learned / parts.llm.total  # only trained parameters are exchanged
+    replicas_within = tp * dp <= per_node
+    members = dp if replicas_within else min(dp, max(1, per_node // tp))
+    gathers = 2 if mechanisms.sharded_weights else 1
+    calls = layers * 2 if mechanisms.sharded_weights else 1
+    return [
         Traffic(
             "LLM, gradients over replicas",
             dp,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,16 +181,53 @@ def memory_model(
         known: A cache of the memory of traced stages, to which this function adds. All calls that share it must have
             the same model, optimizer settings and kernels.
     """
+    train, dtype = recipe.train, DTYPES[recipe.train.precision]
+    microbatches = packs.num_microbatches * kernels.mechanisms.context
+    kinds = kinds_of_stages(model.llm.num_hidden_layers, topology)
     known = {} if known is None else known
+    stages = _traced_stages(recipe, model, topology, set(kinds), packs, microbatches, kernels, known)
+    placement, audio, zero = place(model.config, topology.ep), [], []
+    bucket = int(ds_json["zero_optimization"].get("reduce_bucket_size", 5e8))
+    if train.gather_audio_weights == "per_update":
+        bucket = 0
+    for at in range(topology.ep):
+        tower = model.shared_tower(placement.held_by(at))
+        buffers = zero_buffers(tower, recipe, topology.ep, ds_json)
+        again = train.recompute_encoder_calls
+        rank = fullest_rank(tracer, work, range(at, topology.world, topology.ep), again)
+        loaded = workload.loaded_by(rank)
+        audio.append(audio_memory(tracer, work, rank, loaded, bucket, buffers.learned, again))
+        zero.append(buffers)
+    per_rank = -(-workload.tokens // topology.world) * model.llm.hidden_size * dtype.itemsize
+    return MemoryModel(
+        topology,
+        microbatches,
+        stages,
+        tuple(kinds),
+        tuple(audio),
+        tuple(zero),
+        3 * per_rank,
+    )
+
+
+def _traced_stages(
+    recipe: Recipe,
+    model: SizedModel,
+    topology: Topology,
+    wanted: Iterable[int],
+    packs: PackPlan,
+    microbatches: int,
+    kernels: Kernels,
+    known: dict[Any, StageMemory],
+) -> dict[int, StageMemory]:
+    """Return the memory of pipeline stages, by stage. It is traced if it is not in `known`, and is added there."""
+    train, dtype = recipe.train, DTYPES[recipe.train.precision]
     context = kernels.mechanisms.context
     lengths = packs.lengths(0, 0)
     if context > 1:
         lengths = (-(-packs.pack_tokens // (context * topology.tp)) * topology.tp,)
-    microbatches = packs.num_microbatches * context
-    train, dtype = recipe.train, DTYPES[recipe.train.precision]
-    kinds = kinds_of_stages(model.llm.num_hidden_layers, topology)
     stages = {}
-    for stage in sorted(set(kinds)):
+    for stage in sorted(wanted):
         key = (
             stage,
             dataclasses.replace(topology, ep=1, shard=None),
@@ -213,28 +250,7 @@ def memory_model(
                 adapters=model.adapters,
             )
         stages[stage] = known[key]
-    placement, audio, zero = place(model.config, topology.ep), [], []
-    bucket = int(ds_json["zero_optimization"].get("reduce_bucket_size", 5e8))
-    if recipe.train.gather_audio_weights == "per_update":
-        bucket = 0
-    for at in range(topology.ep):
-        tower = model.shared_tower(placement.held_by(at))
-        buffers = zero_buffers(tower, recipe, topology.ep, ds_json)
-        again = train.recompute_encoder_calls
-        rank = fullest_rank(tracer, work, range(at, topology.world, topology.ep), again)
-        loaded = workload.loaded_by(rank)
-        audio.append(audio_memory(tracer, work, rank, loaded, bucket, buffers.learned, again))
-        zero.append(buffers)
-    per_rank = -(-workload.tokens // topology.world) * model.llm.hidden_size * dtype.itemsize
-    return MemoryModel(
-        topology,
-        microbatches,
-        stages,
-        tuple(kinds),
-        tuple(audio),
-        tuple(zero),
-        3 * per_rank,
-    )
+    return stages
 
 
 def fullest_rank(

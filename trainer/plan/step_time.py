@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +179,7 @@ def _llm(
     the other PP - 1 stages forward and backward. With V virtual stages, this time is divided by V, and transfers
     between stages overlap with computation, except for the transfers of the first micro-batch.
     """
-    mechanisms, parallel, config = rates.mechanisms, recipe.parallel, as_dense(model.llm)
+    mechanisms, config = rates.mechanisms, as_dense(model.llm)
     tp, pp = topology.tp, topology.pp
     microbatches = packs.num_microbatches * mechanisms.context
     # The chunks of a pack are divided so that all context-parallel ranks compute equally many scores.
@@ -211,13 +211,6 @@ def _llm(
     stages = seconds.get("LLM, between stages", 0.0)
     if topology.vp > 1:
         stages *= (pp - 1) / (microbatches * topology.vp)
-    scatter, gather = (seconds.get(f"LLM, {kind} over replicas", 0.0) for kind in ("gradients", "weights"))
-    # With sharded weights, collectives overlap with all micro-batches; otherwise, only with the last or the first one.
-    hidden = layers * (microbatches if mechanisms.sharded_weights else 1)
-    if parallel.overlap_grad_reduce:
-        scatter = max(scatter - hidden * layer.backward, scatter / layers)
-    if parallel.overlap_param_gather:
-        gather = max(gather - hidden * layer.forward, gather / layers)
     return _Llm(
         microbatches * (layers * layer.total + (head.total if slowest == pp - 1 else 0.0)),
         microbatches * layers * again,
@@ -226,8 +219,29 @@ def _llm(
         microbatches * layers * context,
         fill,
         stages,
-        scatter + gather,
+        _exchange_of_replicas(recipe, layers, microbatches if mechanisms.sharded_weights else 1, layer, seconds),
     )
+
+
+def _exchange_of_replicas(
+    recipe: Recipe, layers: int, overlapping: int, layer: Seconds, seconds: Mapping[str, float]
+) -> float:
+    """Return the seconds of the exchange of gradients and weights that do not overlap with computation.
+
+    Args:
+        recipe: The recipe of the run.
+        layers: The number of layers of the slowest stage.
+        overlapping: The number of micro-batches with which the exchange can overlap: all of them with sharded weights;
+            otherwise one, which is the last micro-batch for gradients and the first one for weights.
+        layer: The time of a layer for one micro-batch.
+        seconds: The seconds of each kind of traffic.
+    """
+    scatter, gather = (seconds.get(f"LLM, {kind} over replicas", 0.0) for kind in ("gradients", "weights"))
+    if recipe.parallel.overlap_grad_reduce:
+        scatter = max(scatter - layers * overlapping * layer.backward, scatter / layers)
+    if recipe.parallel.overlap_param_gather:
+        gather = max(gather - layers * overlapping * layer.forward, gather / layers)
+    return scatter + gather
 
 
 def update_bytes(states: States, bytes_per_value: int) -> float:
