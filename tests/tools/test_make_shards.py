@@ -161,7 +161,7 @@ def test_unfinished_build_of_other_shards_is_not_changed(tmp_path: Path, capsys:
     out.mkdir()
     (out / "building.json").write_text('{"source": "other"}')
     assert main([str(write_manifest(tmp_path, clip_rows(tmp_path, 1))), str(out)]) == 2
-    assert "not an unfinished build of this manifest" in capsys.readouterr().err
+    assert "neither empty nor an unfinished build of this manifest" in capsys.readouterr().err
 
 
 def test_train_tokenizer_writes_an_exact_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
