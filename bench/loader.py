@@ -144,7 +144,10 @@ def timed(arm: Arm) -> tuple[float, float, int]:
 
 
 def compare(arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Return the samples per CPU-second and per second of every arm and round. The first arm changes in every round."""
+    """Return the samples per CPU-second and per second of every arm and round.
+
+    The order rotates, so that a different arm runs first in each round.
+    """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for arm in arms.values():
         arm()  # The warm-up fills the page cache and imports modules.

@@ -5,9 +5,9 @@
 Two real ranks (gloo) hold two equal stages of an LLM (`parallel.pipeline: 2`), and train the model of `bench.trainer`.
 Two variants (*arms*) take turns in the same processes and compute the same loss:
 
-- spread, the order of earshot: All ranks encode clips, with equal work, before the LLM's pipeline begins, and compute
-  the backward passes of the encoders after the pipeline has ended.
-- first stage: The ranks of the first stage encode all clips, as usual with Megatron.
+- spread (what earshot does): all ranks encode clips, with equal shares of the work, before the LLM's pipeline begins,
+  and compute the backward passes of the encoders after the pipeline has ended.
+- first stage: the ranks of the first stage encode all clips, as is usual with Megatron.
 
 Goals: `spread` is at least 1.3 times as fast as `first stage`, and the losses agree within 1e-5. If there are fewer
 idle cores than ranks, the CPU seconds of the busiest rank are compared, which are a lower bound on the time with enough
@@ -221,8 +221,9 @@ def main() -> int:
             raise SystemExit(code)
         result = compare(json.loads(out.read_text(encoding="utf-8")), cores)
     print(
-        f"{result['speed']:.2f} times as fast by {result['decided_by']}; goals: {SPEED_GOAL} times, equal losses: "
-        + ("met" if result["passed"] else "MISSED")
+        f"{SPREAD} is {result['speed']:.2f} times as fast as {FIRST_STAGE}, measured by {result['decided_by']}; goals "
+        f"(at least {SPEED_GOAL} times as fast, losses equal within {LOSS_LIMIT}): "
+        + ("both met" if result["passed"] else "MISSED")
     )
     print(json.dumps(result))
     return 0 if result["passed"] else 1

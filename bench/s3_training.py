@@ -39,11 +39,11 @@ GOAL = 1e-4
 RANKS = (2, 1, 2)
 """The numbers of ranks for the three parts of the bucket run. The disk run uses the first number."""
 FEW_EVALUATED = ("eval.max_samples=8", "eval.max_new_tokens=4")
-"""Overrides for all runs that keep evaluations short, since only losses are compared."""
+"""Overrides that keep evaluations short in all runs, since only losses are compared."""
 
 
 def dataset_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the names of the recipe's manifests without suffix, and overrides that replace them by shards."""
+    """Return the names of the recipe's manifests without their suffixes, and overrides that use shards instead."""
     datasets = load_recipe(recipe, list(overrides)).data.datasets
     stems = [Path(str(s.manifest)).stem if (KIT / str(s.manifest)).exists() else "asr" for s in datasets]
     changes = [

@@ -14,10 +14,10 @@ the kit (a set of small public recordings, in the folder $KIT_DIR).
   `batch_rebalance`, which divides the clips of an update into micro-batches of equal cost, is one of the settings that
   `--tune` measures.
 
-The arms that use Trainer (*peers*) profit from parts of earshot: their encoders compute only the real length of clips
-instead of 30 s, and the convolutions of the encoders are fast on CPUs. `--tune` measures settings other than `BEST`. In
-each round, the arms run one after the other on the same clips. The first update is not timed. The updates of `padded`
-and `earshot` have the same clips, so their losses must be equal.
+The arms that use Trainer (*peers*) profit from parts of earshot: their encoders do not pad clips to 30 s, and the
+convolutions of the encoders are fast on CPUs. `--tune` measures settings other than `BEST`. In each round, the arms run
+one after the other on the same clips. The first update is not timed. The updates of `padded` and `earshot`
+have the same clips, so their losses must be equal.
 
 Goals: earshot processes at least 2 times as many tokens per second as the best peer, its peak memory per rank is at
 most that of this peer, and losses agree within 1e-4. If there are fewer idle cores than ranks, the wall time depends on

@@ -68,7 +68,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "dense": _DENSE,
     "dense_long": _DENSE,
 }
-"""The changes of the last run of the chain."""
+"""The changes to the last run of the chain."""
 NEEDS_EXPERTS = ("mixture", "top1", "balance")
 _SAVE_SEC = 45
 """The time that is reserved for a save at the end of a call."""
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="factor for all numbers of steps")
     parser.add_argument("--folder", type=Path, default=Path("runs/unimoe"))
     parser.add_argument("--table", action="store_true", help="print the results of all arms and seeds so far")
-    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="changes of all runs")
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="changes to all runs")
     options = parser.parse_args(arguments)
     if options.table:
         print(table(read_results(options.folder)))

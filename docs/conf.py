@@ -1,6 +1,6 @@
 """The Sphinx configuration of the documentation site: `make docs` builds it into site/.
 
-Pages are the Markdown files of the repository as they are, so that every link works on a code host as well as on the
+The pages are the repository's Markdown files, unmodified, so that every link works on a code host as well as on the
 site. A link to a file that does not exist, or to a heading that does not exist, is an error.
 """
 

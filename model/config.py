@@ -33,11 +33,12 @@ class EncoderConfig:
     """Fields of the family's transformers config that replace its defaults or the checkpoint's values. The additional
     field `do_normalize` says whether each window is first normalized to zero mean and unit variance."""
     length_mode: Literal["full", "trim", "masked"] = "full"
-    """The padding of windows, for Whisper. `full` pads every window to the checkpoint's 30 s, as in pre-training.
-    `trim` computes only the real length of the clips, which is faster but changes the features of published weights
-    (see `docs/finetune.md`). `masked` also computes only the real length, but gives the same features as windows that
-    are padded to 30 s and whose padding is hidden from attention, as in the training of Qwen2-Audio. The other families
-    always compute the real length and accept only `full`."""
+    """The padding of Whisper's windows. `full` pads every window to the checkpoint's 30 s, as in pre-training. `trim`
+    encodes only the real length of the clips, which is faster but changes the features of published weights (see
+    `docs/finetune.md`). `masked` also encodes only the real length, but gives the same features as windows that are
+    padded to 30 s and whose padding is hidden from attention, as in the training of Qwen2-Audio. Voxtral accepts `full`
+    and `trim`. The other families accept only `full`, but do not pad to 30 s: `ast` pads windows to its checkpoint's
+    length, and all others encode only the real length."""
     trailing_silence_sec: float = 0.0
     """The length in seconds of the silence that is appended to every clip before it is encoded. It is allowed only with
     `length_mode: trim`, and makes the features of published Whisper weights more similar to the features with `full`.
@@ -162,7 +163,7 @@ class AdapterConfig:
             )
         if self.kind != "queries" and self.num_queries != 1:
             raise UserError(
-                f"model.adapter.num_queries = {self.num_queries}: only the kind queries has queries; remove the key"
+                f"model.adapter.num_queries = {self.num_queries}: only `kind: queries` uses queries; remove the key"
             )
 
     @property
@@ -179,8 +180,8 @@ class LLMConfig:
     """A local directory with config.json and safetensors files, or a hub id. null builds the LLM from `config` with
     random weights."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the Hugging Face config. If `weights` is null, they must include `model_type`, which is one of the
-    families in `docs/llms.md` or of a plug-in. Otherwise, the fields override the checkpoint's values."""
+    """Fields of the Hugging Face config. If `weights` is null, they must include `model_type`, which must be a
+    family listed in `docs/llms.md` or one that a plug-in adds. Otherwise, they override the checkpoint's values."""
     experts: tuple[ExpertConfig, ...] = ()
     """FFN experts that are added to the feed-forward layers of a dense LLM (see `docs/experts.md`). A router chooses
     some of them for each token. If the list is empty, the LLM is not changed."""
@@ -266,7 +267,7 @@ class ModelConfig:
     embeddings, so that the LLM also reads what the CTC head has recognized, as in self-conditioned CTC (arXiv
     2104.02724) and LegoSLM (arXiv 2505.11352). It needs a positive `ctc_weight` and `ctc_vocabulary: bytes`."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Options of further losses by name, for example `{distillation: {weight: 0.5}}`. Losses without a weight are
+    """Options for additional losses, by name, for example `{distillation: {weight: 0.5}}`. Losses without a weight are
     disabled."""
 
     def __post_init__(self) -> None:

@@ -27,7 +27,8 @@ _BLOCK_KEYS = {"text": {"type", "text"}, "audio": {"type", "audio"}}
 Message = dict[str, str]
 """A message with the keys `role` and `content`, as chat templates read it."""
 Chat = Callable[[Sequence[Message], bool], str]
-"""A function that renders messages with a chat template. If the flag is true, the beginning of an answer follows them.
+"""A function that renders messages with a chat template. If the flag is true, the generation prompt (the
+header of the next answer) is appended.
 """
 
 
@@ -58,7 +59,7 @@ class Turn:
 
 
 def question(instruction: str, num_clips: int) -> Turn:
-    """Return the user's message in a sample with one instruction. The instruction follows the clips."""
+    """Return the user message of a sample with one instruction. The instruction follows the clips."""
     return Turn("user", ("",) * num_clips + (instruction,))
 
 
@@ -76,7 +77,7 @@ def read_turns(messages: Any) -> tuple[Turn, ...]:
     Args:
         messages: A list of objects with `role` and `content`. The content is text in which `<audio>` stands for a clip,
             or a list of blocks `{"type": "audio"}` (optionally with `audio`) and `{"type": "text", "text": …}`.
-            Messages of the assistant may have `loss`.
+            Assistant messages may have `loss`.
 
     Returns:
         The turns. After an optional system prompt, user and assistant alternate, beginning with the user. Whitespace
@@ -93,7 +94,7 @@ def read_turns(messages: Any) -> tuple[Turn, ...]:
     turns = tuple(_turn(f"message {number}", message) for number, message in enumerate(messages, 1))
     first = 1 if turns[0].role == "system" else 0
     if first == len(turns):
-        raise ConversationError("there is only a system prompt; add messages of the user and the assistant")
+        raise ConversationError("there is only a system prompt; add user and assistant messages")
     for place, turn in enumerate(turns[first:]):
         wanted = ROLES[1 + place % 2]
         if turn.role != wanted:
@@ -136,10 +137,10 @@ def _turn(where: str, message: Any) -> Turn:
     if not isinstance(loss, bool | None):
         raise ConversationError(f"{where}: loss = {_short(loss)}, but must be true or false")
     if loss is not None and role != "assistant":
-        raise ConversationError(f"{where}: has loss, which only messages of the assistant may have")
+        raise ConversationError(f"{where}: has loss, which only assistant messages may have")
     texts = _texts(where, message.get("content"))
     if role != "user" and len(texts) > 1:
-        raise ConversationError(f"{where}: has audio, which only messages of the user may have")
+        raise ConversationError(f"{where}: has audio, which only user messages may have")
     if role == "assistant":
         texts = (texts[0].strip(),)
     if len(texts) == 1 and not texts[0].strip():
@@ -176,9 +177,9 @@ class PromptFormat:
     """The format of prompts, and the tokenizer that encodes them."""
 
     template: str
-    """The text of a user's message that begins with its clips; see `model.prompt.render`."""
+    """The text of a user message that begins with its clips; see `model.prompt.render`."""
     text_template: str
-    """The text of a user's message without clips."""
+    """The text of a user message without clips."""
     placeholder: str
     placeholder_id: int
     begin: tuple[int, ...]
@@ -191,7 +192,7 @@ class PromptFormat:
     """The chat template; None if there is none."""
 
     def segments(self, turns: Sequence[Turn]) -> list[list[int]]:
-        """Return the tokens of a conversation that ends with a message of the user, with one placeholder per clip.
+        """Return the tokens of a conversation that ends with a user message, with one placeholder per clip.
 
         Args:
             turns: The turns.
@@ -202,7 +203,7 @@ class PromptFormat:
             around them, the whole prompt is the only segment.
 
         Raises:
-            ConversationError: If the prompt does not have exactly one place for each clip.
+            ConversationError: If the prompt does not have exactly one placeholder for each clip.
         """
         texts = self._plain(turns) if self.chat is None else self._rendered(self.chat, turns)
         found = [self.encode(text) for text in texts]
@@ -215,7 +216,8 @@ class PromptFormat:
         for user, num_clips, prompt in zip(users, wanted, found[::2], strict=False):
             if (num_places := prompt.count(self.placeholder_id)) != num_clips:
                 raise ConversationError(
-                    f"the prompt of {user.text[:200]!r} has {num_places} places for {num_clips} clips"
+                    f"the prompt for {user.text[:200]!r} has {num_places} audio placeholders, but the number of "
+                    f"clips is {num_clips}"
                 )
         return found
 
@@ -230,7 +232,10 @@ class PromptFormat:
         # The real answer may also occur in the template, so its end is located with an answer that does not.
         parts = self.chat(self.messages([*turns[:-1], Turn("assistant", (_ANSWER,))]), False).split(_ANSWER)
         if len(parts) != 2:
-            raise ConversationError(f"the chat template contains the answer {len(parts) - 1} times")
+            raise ConversationError(
+                f"a test conversation rendered with the chat template contains the answer {len(parts) - 1} times "
+                "instead of once"
+            )
         return self.encode(parts[1])
 
     def end_of_answer(self) -> int | None:

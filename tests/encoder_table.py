@@ -62,7 +62,8 @@ class Case:
     config: Mapping[str, Any]
     """Fields of the family's transformers config."""
     published: Callable[[dict[str, Any]], Any]
-    """A function that returns the transformers model of a published checkpoint, which may have more than an encoder."""
+    """A function that builds, from `config`, a model of the transformers class in which checkpoints are published. The
+    model may contain more than the encoder."""
     extractor: Callable[[], Any]
     """A function that returns transformers' feature extractor."""
     reference: Callable[[Any, Any, Tensor], Tensor]
@@ -114,7 +115,7 @@ BERT = ctc(Wav2Vec2BertForCTC, Wav2Vec2BertConfig)
 def bert(positions: str | None) -> Case:
     """Return the case of wav2vec2-BERT with one kind of position embedding.
 
-    The learned distances are so short that clips also contain longer ones.
+    The maximum learned distances are small, so that the test clips also contain larger distances, which are clamped.
     """
     fields = {"left_max_position_embeddings": 8, "right_max_position_embeddings": 3, "conv_depthwise_kernel_size": 5}
     fields |= {"feature_projection_input_dim": 80, "position_embeddings_type": positions}
@@ -223,7 +224,7 @@ def of_repeated_chunks(published: Any, extractor: Any, wave: Tensor) -> Tensor:
 
 
 def fast_conformer(fields: dict[str, Any]) -> Any:
-    """Return a published Parakeet, which is a model for CTC."""
+    """Return a Parakeet in its published form, which is a CTC model."""
     return ParakeetForCTC(ParakeetCTCConfig(encoder_config=fields, **CTC))
 
 

@@ -147,7 +147,7 @@ def _answer_row(row: Mapping[str, object]) -> dict[str, object]:
     return {
         "task": f"{task.name}  {task.title}",
         "correct": row["value"],
-        "always the most frequent answer": row["majority"],
+        "baseline: most frequent answer": row["majority"],
     }
 
 

@@ -69,7 +69,9 @@ def _window(name: str, device: torch.device) -> Tensor:
 
 @cache
 def _mel_filters(num_mels: int, device: torch.device) -> Tensor:
-    """Return the mel filters [FFT bins, N]. They are not a buffer, so they are not cast with a module."""
+    """Return the mel filters [FFT bins, N]. They are not registered as a buffer, so casting the module to another
+    dtype leaves them unchanged.
+    """
     bank = mel_filter_bank(
         num_frequency_bins=FFT_SAMPLES // 2 + 1,
         num_mel_filters=num_mels,

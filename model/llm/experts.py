@@ -3,7 +3,7 @@
 A layer with experts has a router, which scores every expert for every token, and one gated feed-forward network per
 expert. A token is sent to the `top_k` experts with the highest scores, and their outputs are summed with the router's
 weights. The router may also choose null experts, which compute nothing. The choice may also depend on biases, which are
-updated according to how often each expert was chosen. Shared experts compute every token, and their outputs are added.
+updated according to how often each expert was chosen. Shared experts process every token, and their outputs are added.
 `model.llm.megatron_experts` computes the same on several ranks.
 
 Shapes: n tokens, E experts, C = E + N choices with N null experts, k chosen experts per token, H hidden width, F width

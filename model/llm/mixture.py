@@ -59,9 +59,9 @@ class Mixture:
     """The amount by which a step changes the biases that balance the experts; 0 if the routers have no such biases
     (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
     jitter: float = 0.0
-    """The largest relative change ε of the inputs of routers in training (`model.llm.jitter`); 0 for no change."""
+    """The largest relative change ε to the inputs of routers in training (`model.llm.jitter`); 0 for no change."""
     shared: tuple[str, ...] = ()
-    """The names of the shared experts of a layer, which compute every token, in addition to the chosen experts."""
+    """The names of the shared experts of a layer, which process every token, in addition to the chosen experts."""
     shared_width: int = 0
     """The width of a shared expert."""
     shared_gate: bool = False
@@ -75,7 +75,7 @@ class Mixture:
 
     @property
     def mean_top_k(self) -> float:
-        """The mean number of experts that compute a token if all choices of the router are made equally often."""
+        """The mean number of experts that process a token if all choices of the router are made equally often."""
         return self.top_k * len(self.experts) / self.num_choices
 
     def router_parts(self, router: str) -> list[tuple[str, int]]:
@@ -112,7 +112,7 @@ class ExpertConfig:
     """The source of the expert's initial weights: a run, a checkpoint or an export whose LLM has the same architecture,
     or `base` for `model.llm.weights`. Low-rank adapters of a run are merged into the weights."""
     shared: bool = False
-    """Whether the expert is shared. A shared expert computes every token, in addition to the `top_k` experts that the
+    """Whether the expert is shared. A shared expert processes every token, in addition to the `top_k` experts that the
     router chooses. Its output is added to theirs."""
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class ExpertRouterConfig:
     of experts. It rises if the expert was chosen less often than the average in the global batch, and falls if the
     expert was chosen more often."""
     jitter: float = 0.0
-    """The largest relative change of the values that a router reads in training, as in Switch Transformer; 0 for no
+    """The largest relative change to the values that a router reads in training, as in Switch Transformer; 0 for no
     change. A typical value is 0.01. Each value is multiplied by a random number between 1 - jitter and 1 + jitter."""
     shared_gate: bool = False
     """Whether the output of each shared expert is multiplied by a learned gate, the sigmoid of a linear function of the

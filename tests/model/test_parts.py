@@ -212,7 +212,7 @@ def test_queries_give_50_audio_tokens_per_30_seconds() -> None:
 
 
 def test_values_that_a_kind_of_adapter_refuses() -> None:
-    with pytest.raises(UserError, match=r"model\.adapter\.num_queries = 2: only the kind queries"):
+    with pytest.raises(UserError, match=r"model\.adapter\.num_queries = 2: only `kind: queries` uses queries"):
         AdapterConfig(num_queries=2)
     with pytest.raises(UserError, match=r"model\.adapter\.num_heads = 3: must divide hidden_size = 4"):
         build_adapter(AdapterConfig("queries", 4, num_heads=3), 3)

@@ -40,7 +40,7 @@ def test_an_export_computes_what_training_computes(tmp_path: Path, capsys: pytes
 def test_the_memory_of_a_call_is_traced_and_fits_its_shape() -> None:
     """Check that memory is predicted for shapes that were not traced.
 
-    Encoders that only compute the clips' own length have windows that are longer than the traced shapes.
+    For encoders that do not pad clips, the windows are longer than the traced shapes.
     """
     names = one_per_family()
     model = model_of(names)

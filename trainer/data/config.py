@@ -86,7 +86,7 @@ class AugmentConfig:
     speed: float = 0.0
     """The largest relative change of speed and pitch, for example 0.1 for factors from 0.9 to 1.1; 0 disables it."""
     gain_db: float = 0.0
-    """The largest change of the volume, up or down, in dB; 0 disables it."""
+    """The largest change in volume, up or down, in dB; 0 disables it."""
     noise_snr_db: float | None = None
     """The lowest signal-to-noise ratio of added white noise, in dB; null for no noise."""
     num_time_masks: int = 0

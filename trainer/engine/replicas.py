@@ -24,7 +24,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def weight_digest(weights: Iterable[Tensor], device: torch.device) -> Tensor:
     """Return a digest of the bits of weights, an int64 scalar on `device`. The host does not wait for the device.
 
-    Any change of a single element changes the digest. Random changes of several elements are missed with a probability
+    Any change to a single element changes the digest. Random changes of several elements are missed with a probability
     of about 2⁻⁶⁴.
 
     Args:

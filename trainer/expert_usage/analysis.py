@@ -106,7 +106,7 @@ class Profile:
 
     @property
     def drift(self) -> dict[str, float]:
-        """The change of the encoder experts' shares of the work from the first to the last quarter of steps, by task.
+        """The change in the encoder experts' shares of the work from the first to the last quarter of steps, by task.
 
         The change is the total variation distance, from 0 (no change) to 1 (complete change). Only tasks with clips in
         both quarters are included.

@@ -41,7 +41,7 @@ class TokenProfile:
 
     @property
     def drift(self) -> dict[str, float]:
-        """The change of the experts' shares from the first to the last quarter of the intervals, by modality.
+        """The change in the experts' shares from the first to the last quarter of the intervals, by modality.
 
         The change is the total variation distance, from 0 to 1, averaged over layers.
         """

@@ -42,7 +42,7 @@ description is identical."""
 
 @dataclass(frozen=True)
 class Options:
-    """The options of an export."""
+    """The options for an export."""
 
     dtype: str = "bf16"
     """The dtype of the weights, as a key of `DTYPES`."""
@@ -72,7 +72,7 @@ def export(
     Args:
         source: The checkpoint.
         out: The folder to create.
-        options: The options of the export.
+        options: The options for the export.
         on_bytes: A function that is called with the number of bytes written since the last call and the total number.
 
     Returns:

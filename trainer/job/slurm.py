@@ -145,7 +145,7 @@ def srun(
         nodes: The names of the nodes to use.
         tasks_per_node: The number of tasks per node.
         module: The module's name, followed by its arguments.
-        environ: The environment. `SRUN_OPTIONS` adds options of srun; `RANK_PYTHON` replaces this process's Python.
+        environ: The environment. `SRUN_OPTIONS` adds options for srun; `RANK_PYTHON` replaces this process's Python.
     """
     return [
         "srun",

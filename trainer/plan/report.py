@@ -46,8 +46,8 @@ def explain(plan: Plan) -> str:
         lines.append(f"  {duration_text(seconds):>9s} {seconds / plan.time.total:4.0%}  {name}")
         lines += textwrap.wrap(remedy, WIDTH, initial_indent=" " * 18, subsequent_indent=" " * 18)
     lines += _wrapped(
-        "These changes have not been planned. They may not fit into memory or may make other parts longer. Add one to "
-        "the command to see its effect."
+        "The listed changes are not checked with a full plan, so they may not fit, or may make other parts longer. Add "
+        "one to the command to see its effect."
     )
     return "\n".join(lines)
 
@@ -111,7 +111,7 @@ def _advice(plan: Plan, advice: Advice | None) -> list[tuple[str, str]]:
     if advice.change:
         rows.append(("would help", f"{advice.change[0]} makes a step {_faster(advice.change_speedup)} faster"))
     else:
-        rows.append(("would help", "no single change of the layout makes a step faster and fits into memory"))
+        rows.append(("would help", "no single change to the layout gives a faster step that still fits into memory"))
     if advice.layout_speedup >= WORTH:
         rows.append(("", f"--fit makes a step {_faster(advice.layout_speedup)} faster: {' '.join(advice.layout)}"))
     return rows

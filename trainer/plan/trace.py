@@ -129,7 +129,7 @@ def _fused_norms(device: str) -> Iterator[None]:
 
 @contextmanager
 def _resized_storages(count: _Bytes) -> Iterator[None]:
-    """Report every change of a storage's size to `count`."""
+    """Report every change in a storage's size to `count`."""
     plain = torch.UntypedStorage.resize_
 
     def resize(storage: torch.UntypedStorage, size: int) -> Any:

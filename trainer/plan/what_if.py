@@ -19,7 +19,7 @@ class WhatIfBytes:
     """The bytes by which mechanisms change the memory of one layer on one rank."""
 
     kept: int
-    """The change of the bytes that the layer keeps per micro-batch for the backward pass."""
+    """The change in the bytes that the layer keeps per micro-batch for the backward pass."""
     graphed: int
     """The bytes per micro-batch that the capture of CUDA graphs holds."""
     smaller_weights: int

@@ -31,7 +31,7 @@ class StepReport:
     task_losses: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     """The sum of the token losses and the number of target tokens, by task."""
     grad_norm: float = 0.0
-    """The global norm of the gradients of both engines, before clipping."""
+    """The global gradient norm of both engines, before clipping."""
     lr: float = 0.0
     """The learning rate of the parameters without their own learning rate in `optim.parts`."""
     stage: int | None = None

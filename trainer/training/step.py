@@ -149,7 +149,7 @@ class Step:
             step: The number of steps completed before this one.
             batch: This rank's part of the global batch.
             shared: The result of `share` for the batch; None to call it.
-            stop: This rank's request to stop, which is shared with all ranks together with the norm of the gradients;
+            stop: This rank's request to stop, which is shared with all ranks together with the gradient norm;
                 None if there is none.
         """
         self.audio.take_costs()  # This discards the costs of an evaluation.
