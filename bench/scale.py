@@ -160,7 +160,7 @@ def main() -> int:
     _print_row("ranks", "grows with", [t.world for t in LARGE])
     _print_row("metadata that a rank sends, KB", "1", [m.sent_bytes / 1e3 for m in saved.values()])
     _print_row("metadata that rank 0 receives, KB", "N", [m.gathered_bytes / 1e3 for m in saved.values()])
-    _print_row("manifest of a checkpoint, KB", "N", [m.manifest_bytes / 1e3 for m in saved.values()])
+    _print_row("checkpoint manifest, KB", "N", [m.manifest_bytes / 1e3 for m in saved.values()])
     _print_row("files of a checkpoint, 8 ranks per node", "nodes", [m.num_files for m in saved.values()])
     _print_row("making the manifest on rank 0, CPU ms", "N", [1e3 * m.merge_sec for m in saved.values()])
     _print_row("reading the manifest on a rank, CPU ms", "N", [1e3 * m.parse_sec for m in saved.values()])

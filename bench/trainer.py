@@ -14,7 +14,7 @@ the kit (a set of small public recordings, in the folder $KIT_DIR).
   `batch_rebalance`, which divides the clips of an update into micro-batches of equal cost, is one of the settings that
   `--tune` measures.
 
-The arms that use Trainer (*peers*) profit from parts of earshot: their encoders do not pad clips to 30 s, and the
+The arms that use Trainer (*peers*) benefit from parts of earshot: their encoders do not pad clips to 30 s, and the
 convolutions of the encoders are fast on CPUs. `--tune` measures settings other than `BEST`. In each round, the arms run
 one after the other on the same clips. The first update is not timed. The updates of `padded` and `earshot`
 have the same clips, so their losses must be equal.

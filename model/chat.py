@@ -48,7 +48,7 @@ def render_chat(
     Args:
         tokenizer: The transformers tokenizer.
         messages: The messages.
-        prompts: Whether the text ends with the beginning of an answer.
+        prompts: Whether the text ends with the header of the next answer.
         limit_sec: The time limit for rendering, in seconds.
 
     Raises:

@@ -77,7 +77,7 @@ class Adapters:
         return cls(tuple(parts), partial(initial_factor, seed=seed))
 
     def of_layer(self, name: str) -> LoraConfig | None:
-        """Return the settings of a layer's adapter.
+        """Return the settings for a layer's adapter.
 
         Args:
             name: The name of the layer, `audio.…` or `llm.…`.

@@ -54,7 +54,7 @@ class SpeechLLM(nn.Module):
     Parameters are named `audio.…` and `llm.…`. The Hugging Face name of a parameter of the LLM follows `llm.`.
 
     Args:
-        config: The config of the model.
+        config: The model's config.
         vocab_size: The size of the tokenizer's vocabulary.
         seed: The seed of the parts that have no pre-trained weights.
     """

@@ -72,7 +72,7 @@ class Case:
     frame_samples: int = 320
 
     def encoder(self, name: str = "ear", **fields: Any) -> EncoderConfig:
-        """Return the recipe's config of the encoder, with random weights unless `fields` say otherwise."""
+        """Return the recipe's config for the encoder, with random weights unless `fields` say otherwise."""
         values = {"config": dict(self.config), "window_sec": self.window_sec, **fields}
         return EncoderConfig(name, self.family, **values)
 

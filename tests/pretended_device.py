@@ -127,7 +127,7 @@ class PretendedDevice:
         self.transfers: Counter[str] = Counter()
         """`file:function` → number of copies to the device for which the host did not wait."""
         self.kinds: Counter[tuple[str, str]] = Counter()
-        """Waits by site and operation, for the messages of failing tests."""
+        """Waits by site and operation, for the error messages of failing tests."""
         self._modes = (_Dispatch(), _Functions())
 
     def __enter__(self) -> PretendedDevice:

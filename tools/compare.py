@@ -36,7 +36,7 @@ from trainer.scoring.wordnet import wordnet_if_any
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one metric on one subset from the first evaluation to another evaluation."""
+    """The change in one metric on one subset from the first evaluation to another evaluation."""
 
     task: str
     subset: str
@@ -181,7 +181,7 @@ def compare(
         meteor: The METEOR scorer; None to score captions without METEOR.
 
     Returns:
-        The change of every metric, and the samples that became worse, worst first.
+        The change in every metric, and the samples that became worse, worst first.
     """
     changes: list[Change] = []
     regressions: list[Regression] = []

@@ -56,7 +56,7 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
     """Create the corpus, train and print the report.
 
     Args:
-        run_dir: The folder of the run, relative to the current folder.
+        run_dir: The run folder, relative to the current folder.
         overrides: Recipe keys to change, as `key=value`.
 
     Returns:
@@ -94,7 +94,7 @@ def report(folder: Path, rows: Sequence[Mapping[str, Any]], next_steps: str, spl
     """Return a text with the scores of a run before and after training.
 
     Args:
-        folder: The folder of the run.
+        folder: The run folder.
         rows: The rows of the manifests, which include all evaluated samples.
         next_steps: The last paragraph.
         split: The split that was evaluated before and after training.
@@ -197,7 +197,7 @@ def _clear(folder: Path, keep: Path) -> None:
     """Remove the files of a failed run from its folder, and the folder itself if it is then empty.
 
     Args:
-        folder: The folder of the run.
+        folder: The run folder.
         keep: A path within the folder that is not removed.
     """
     if not folder.is_dir():

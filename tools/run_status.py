@@ -128,7 +128,7 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
     """Read the status of a run from its folder.
 
     Args:
-        run_dir: The folder of the run.
+        run_dir: The run folder.
         now_sec: The current time in seconds since the epoch.
 
     Raises:

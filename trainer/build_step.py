@@ -1,4 +1,4 @@
-"""Building of both engines with their initial weights, and of the training step that uses them."""
+"""Functions that build both engines with their initial weights, and the training step that uses them."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _check_patterns(
     Args:
         recipe: The recipe of the run.
         adapters: The low-rank adapters.
-        hf_config: The Hugging Face config of the LLM.
+        hf_config: The LLM's Hugging Face config.
         audio_layers: The layers of this rank's part of the audio side that adapters can be added to.
         parameters: The names of the parameters that this rank holds.
         groups: The process groups of this rank.

@@ -95,7 +95,7 @@ def find_donors(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> 
 
     Args:
         recipe: The recipe of the run.
-        hf_config: The Hugging Face config of the LLM, including its FFN experts.
+        hf_config: The LLM's Hugging Face config, including its FFN experts.
         groups: The process groups of this rank.
 
     Raises:

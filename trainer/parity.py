@@ -70,7 +70,7 @@ class Mode:
 
     @property
     def reduction(self) -> Reduction:
-        """The settings of the exchange between replicas. Buckets are so small that the first stage has several."""
+        """The settings for the exchange between replicas. Buckets are so small that the first stage has several."""
         overlaps = self.overlap != "none"
         return Reduction(overlaps, self.overlap == "both", bucket_elements=4000 if overlaps else None)
 

@@ -60,7 +60,7 @@ class OwnedTokenizer:
     owner: str
     """The URL of the checkpoint or export that contains the weights."""
     config: TokenizerConfig
-    """The settings of the tokenizer, with the placeholder and the templates of the weights."""
+    """The tokenizer settings, with the placeholder and the templates of the weights."""
     digest: str | None
     """The tokenizer's digest, or None if the weights were saved by a version that stored none."""
     files: Mapping[str, bytes]

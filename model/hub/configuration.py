@@ -17,7 +17,7 @@ class EarshotConfig(PretrainedConfig):
     """The config of `model.hub.modeling.EarshotForCausalLM`.
 
     Args:
-        text_config: The config of the LLM.
+        text_config: The LLM's config.
         audio: The fields of `model.config.ModelConfig` without the LLM. Encoders have no `weights`.
         vocab_size: The vocabulary size of the tokenizer. The LLM's embedding may have more rows.
     """
@@ -46,7 +46,7 @@ def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) 
 
     Args:
         config: The recipe's model.
-        hf_config: The config of the LLM.
+        hf_config: The LLM's config.
         vocab_size: The vocabulary size of the tokenizer.
 
     Raises:

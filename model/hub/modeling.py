@@ -141,7 +141,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Continue left-padded prompts. The audio is encoded once.
 
-        For the arguments and shapes, see `embed`. `kwargs` are the options of transformers' `generate`.
+        For the arguments and shapes, see `embed`. `kwargs` are options for transformers' `generate`.
 
         Returns:
             The new tokens [B, at most max_new_tokens], without the prompt.

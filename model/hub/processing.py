@@ -120,7 +120,7 @@ class EarshotProcessor(ProcessorMixin):
                 text, `<audio>` stands for a clip. After an optional system prompt, user and assistant alternate.
             audio: The clips that the messages themselves do not contain, in order; for a batch, a list for each
                 conversation.
-            add_generation_prompt: Whether the beginning of an answer follows the messages. It must be true if the last
+            add_generation_prompt: Whether the header of the next answer is appended. It must be true if the last
                 message is from the user, and false if it is from the assistant.
             tokenize: Whether to return tokens instead of text. The text has one placeholder per clip.
             return_dict: Whether to return all inputs instead of `input_ids` alone.

@@ -1,7 +1,7 @@
 """Megatron-core MoE layers that combine Megatron's all-to-all dispatcher and expert MLPs with this project's router.
 
 The router chooses experts by the same function as the single-process model (`model.llm.experts.choose`), in fp32.
-Megatron's own auxiliary losses are not used, because their gradients depend on the topology. The losses of the router
+Megatron's own auxiliary losses are not used, because their gradients depend on the topology. The router losses
 are entries of the loss table instead (`model.losses.router`).
 
 A *pack* is a packed sequence (`model.llm.packing`).

@@ -180,7 +180,7 @@ def describe_experts(
         experts: The experts. Only the names, and whether an expert is shared, are used.
         layers: The value of `model.llm.moe_layers`.
         top_k: The number of experts per token.
-        router: The settings of the routers.
+        router: The router settings.
         num_layers: The number of layers of the LLM.
 
     Raises:

@@ -74,7 +74,7 @@ ADAPTER_CASES = [
 
 
 def check(topology: Topology, num_steps: int, family: str, kinds: tuple[str, ...], **settings: Any) -> list[Row]:
-    """Compare a topology with the oracle. `settings` are further fields of `Comparison`."""
+    """Compare a topology with the oracle. `settings` are additional fields of `Comparison`."""
     comparison = Comparison(topology, num_steps, family, kinds, **settings)
     return [Row(**row) for row in run_ranks(topology.world, measure, comparison.arguments(), timeout_sec=200)[0]]
 

@@ -173,7 +173,7 @@ def write_checkpoint(
     A tensor is divided into flat parts. Every third tensor is divided by columns instead, as with tensor parallelism.
 
     Args:
-        folder: The folder of the checkpoint, which is created.
+        folder: The checkpoint folder, which is created.
         tensors: The tensors by name.
         extra: What the checkpoint stores in addition, such as the recipe.
         frozen: The prefix of weights that are not trained, except for their low-rank adapters; None for none.

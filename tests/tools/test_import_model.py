@@ -240,7 +240,7 @@ def write_run_of(
 
     Args:
         imported: The folder of the imported model.
-        run_dir: The folder of the run.
+        run_dir: The run folder.
         overrides: Overrides of the recipe.
         more: Tensors that are added or replaced.
         fields: Fields of the LLM's config that are added or replaced.

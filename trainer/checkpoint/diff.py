@@ -16,7 +16,7 @@ class Difference:
     """The differences between the weights of two checkpoints. Optimizer state is not compared."""
 
     changed: dict[str, float]
-    """The relative change of each tensor: the norm of the difference divided by the tensor's norm in the first
+    """The relative change in each tensor: the norm of the difference divided by the tensor's norm in the first
     checkpoint."""
     num_equal: int
     """The number of tensors that are equal."""

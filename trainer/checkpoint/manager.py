@@ -250,7 +250,7 @@ class CheckpointManager:
         Args:
             url: The run, checkpoint or export.
             engines: The engines of a new run.
-            lora: The settings of the new run's adapters.
+            lora: The settings for the new run's adapters.
 
         Raises:
             UserError: If `url` contains no weights, or its weights do not fit the model.

@@ -118,7 +118,7 @@ def fill_moments(origin: Origin, shards: Sequence[Shard]) -> int:
     learned = origin.learned()
     if not learned:
         raise UserError(
-            f"checkpoint.start_optimizer = true: {origin.url}: holds no state of an optimizer; name a run or a "
+            f"checkpoint.start_optimizer = true: {origin.url}: holds no optimizer state; name a run or a "
             "checkpoint that has one, or set it to false"
         )
     for shard in shards:

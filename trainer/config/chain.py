@@ -30,7 +30,7 @@ def load_chain(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe
 
     Args:
         name_or_path: The name of a chain in `trainer/recipes/chains`, or the path of a YAML file.
-        overrides: Changes of every run as `key=value`, or of one run as `NAME:key=value`.
+        overrides: Changes to every run as `key=value`, or to one run as `NAME:key=value`.
 
     Raises:
         UserError: If there is no such chain, or one of its recipes is invalid; see `load_recipe`.

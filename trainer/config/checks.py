@@ -170,7 +170,7 @@ def check_packs(train: TrainConfig, parallel: ParallelConfig) -> None:
 
 
 def check_reduction(train: TrainConfig, parallel: ParallelConfig) -> None:
-    """Check the settings of the exchange of gradients and weights between replicas.
+    """Check the settings for the exchange of gradients and weights between replicas.
 
     Raises:
         UserError: If two settings exclude each other.

@@ -116,7 +116,7 @@ def _check_linear_layers(hf_config: PretrainedConfig, parallel: ParallelConfig) 
 
 
 def check_router_losses(model: ModelConfig, hf_config: PretrainedConfig) -> None:
-    """Check that losses of the LLM's routers are enabled only if the LLM has FFN experts.
+    """Check that the LLM's router losses are enabled only if the LLM has FFN experts.
 
     Raises:
         UserError: If such a loss is enabled for an LLM without FFN experts.

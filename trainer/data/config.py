@@ -84,7 +84,7 @@ class AugmentConfig:
     end: float = 0.5
     """The progress (0 to 1) at which augmentation reaches full strength. The strength rises linearly from `start`."""
     speed: float = 0.0
-    """The largest relative change of speed and pitch, for example 0.1 for factors from 0.9 to 1.1; 0 disables it."""
+    """The largest relative change in speed and pitch, for example 0.1 for factors from 0.9 to 1.1; 0 disables it."""
     gain_db: float = 0.0
     """The largest change in volume, up or down, in dB; 0 disables it."""
     noise_snr_db: float | None = None

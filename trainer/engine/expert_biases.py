@@ -19,7 +19,7 @@ from trainer.engine.llm import LLMEngine
 
 
 class ExpertBiases:
-    """The biases of the routers of an LLM, and the counts of a step, from which the changes of the biases are computed.
+    """The biases of the routers of an LLM, and the counts of a step, from which the changes to the biases are computed.
 
     Args:
         engine: The engine of the LLM. Its routers must have biases.

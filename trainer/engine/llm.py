@@ -47,9 +47,9 @@ class LLMEngine:
     """This rank's part of the LLM, its gradients and its optimizer.
 
     Args:
-        hf_config: The Hugging Face config of the LLM.
+        hf_config: The LLM's Hugging Face config.
         source: The weights. Every rank reads only its slices.
-        optim: The settings of the optimizer, which determine the parameters that are trained.
+        optim: The optimizer settings, which determine the parameters that are trained.
         groups: The process groups of this rank. Megatron's groups must already exist.
         dtype: The dtype of weights and activations. The optimizer state is fp32.
         recompute: The activations that are not kept, but recomputed in the backward pass.

@@ -1,4 +1,4 @@
-"""Measurement of the losses of the LLM's routers, and of the tokens that each FFN expert processes.
+"""Measurement of the LLM's router losses, and of the tokens that each FFN expert processes.
 
 Both are measured in the forward pass of each layer with FFN experts, on the rank that routes the tokens.
 

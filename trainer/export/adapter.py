@@ -55,7 +55,7 @@ def adapter_names(source: Source) -> dict[str, str]:
 
 
 def fuse_expert_factors(source: Source, targets: Sequence[Target]) -> list[Target]:
-    """Replace the factors of single experts by those of parameters that contain all experts, and return all targets.
+    """Replace the factors of single experts with those of parameters that contain all experts, and return all targets.
 
     Args:
         source: The checkpoint.

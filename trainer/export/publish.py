@@ -252,7 +252,7 @@ def write_model_files(
         description: The arguments of `EarshotConfig`.
         audio: The audio side of the model.
         tokenizer: The tokenizer.
-        data: The settings of the processor.
+        data: The processor's settings.
         dtype: The name of the weights' dtype.
         folder: The folder to write to.
     """

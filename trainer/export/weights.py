@@ -102,7 +102,7 @@ def plan_targets(
 
 
 def stack_targets(targets: Sequence[Target], stacked: Mapping[str, Stacked], prefix: str) -> list[Target]:
-    """Replace the tensors of single experts by tensors that contain all experts of a layer, and return all targets.
+    """Replace the tensors of single experts with tensors that contain all experts of a layer, and return all targets.
 
     Args:
         targets: The targets, in which each expert has separate tensors.

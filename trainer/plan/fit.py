@@ -1,6 +1,6 @@
 """A search for the fastest layout that fits into memory.
 
-The search estimates the settings of the LLM and those of the audio side separately, since their times and their memory
+The search estimates the LLM's settings and those of the audio side separately, since their times and their memory
 nearly add up. It then plans pairs of such settings in full, in the order of their estimated times, until a pair fits.
 """
 
@@ -110,7 +110,7 @@ class Search:
         """
         found = []
         for halves, others in ((self.llm, self.audio), (self.audio, self.llm)):
-            # The recipe's own settings of the other half are missing if they do not fit.
+            # The recipe's own settings for the other half are missing if they do not fit.
             other = next((one for one in others if one.recipe == self.recipe), _Half(self.recipe, 0, 0, 0, 0))
             for half in halves:
                 if half.recipe.parallel.grad_reduce_dtype != self.recipe.parallel.grad_reduce_dtype:
@@ -206,7 +206,7 @@ def first_that_fits(
     """Plan candidates in full until one fits.
 
     If a candidate does not fit, the bounds of later candidates are scaled by the error of its bound. The bound for the
-    LLM's phase is scaled only for similar settings of the LLM, and the other bound only for similar settings of the
+    LLM's phase is scaled only for similar LLM settings, and the other bound only for similar settings of the
     audio side.
 
     Args:

@@ -1,6 +1,6 @@
 """The layouts that the search of `earshot plan --fit` considers. The trainer accepts all of them.
 
-A layout is divided into the settings of the LLM and those of the audio side. Whether one part is legal does not depend
+A layout is divided into the LLM's settings and those of the audio side. Whether one part is legal does not depend
 on the other, and a step's time is nearly the sum of what both contribute. The search therefore never has to enumerate
 all combinations.
 """
@@ -37,7 +37,7 @@ AUDIO_KEYS = {
 
 
 def llm_layouts(recipe: Recipe, config: PretrainedConfig, per_node: int) -> Iterator[Recipe]:
-    """Yield copies of `recipe` with all legal settings of the LLM that the search considers.
+    """Yield copies of `recipe` with all legal LLM settings that the search considers.
 
     They differ in tensor parallelism and context parallelism (each within a node), pipeline parallelism, virtual
     stages, the overlap and the dtype of the gradient reduction, the tokens per micro-batch, and recomputation.
@@ -133,7 +133,7 @@ def _is_legal(recipe: Recipe) -> bool:
 
 
 def _reductions(recipe: Recipe, has_experts: bool) -> list[dict[str, Any]]:
-    """Return the settings of the gradient reduction to try: those of the recipe, with overlap, and in bf16."""
+    """Return the settings for the gradient reduction to try: those of the recipe, with overlap, and in bf16."""
     parallel = recipe.parallel
     overlaps = dict.fromkeys([(parallel.overlap_grad_reduce, parallel.overlap_param_gather), (True, True)])
     if has_experts or recipe.stages:  # Overlap is not allowed.

@@ -67,7 +67,7 @@ def rank_states(
         optim: The optimizer settings.
         precision: The value of `train.precision`.
         ds_json: The DeepSpeed JSON.
-        reduction: The settings of the exchange of gradients and weights between replicas.
+        reduction: The settings for the exchange of gradients and weights between replicas.
         known: A cache of the states of stages, to which this function adds. All calls that share it must have the same
             model and optimizer settings.
     """

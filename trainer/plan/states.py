@@ -105,7 +105,7 @@ def build_stage(
         dtype: The dtype of weights and activations.
         recompute: The value of `train.recompute_llm`.
         adapters: The low-rank adapters.
-        reduction: The settings of the exchange of gradients and weights between replicas.
+        reduction: The settings for the exchange of gradients and weights between replicas.
 
     Returns:
         The stage's chunks, and the chunks wrapped for data parallelism. If the whole stage is frozen, both are the

@@ -86,7 +86,7 @@ class EventLog:
         Args:
             event: One of `EVENTS`.
             step: The most recently started step; None if there is none.
-            fields: Further keys and values, which must be serializable as JSON.
+            fields: Additional keys and values, which must be serializable as JSON.
 
         Raises:
             OSError: If the event could not be written.
@@ -133,7 +133,7 @@ def begin_attempt(run_dir: Path, **fields: Any) -> EventLog:
 
     Args:
         run_dir: The run's folder.
-        fields: Further keys and values of the event.
+        fields: Additional keys and values of the event.
 
     Returns:
         The event log of the new attempt.
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "run_dir", metavar="RUN_DIR", type=Path, help="the run's folder, which is created if it does not exist"
     )
     parser.add_argument("event", metavar="EVENT", help="the name of the event")
-    parser.add_argument("fields", metavar="key=value", nargs="*", help="further fields of the event")
+    parser.add_argument("fields", metavar="key=value", nargs="*", help="additional fields of the event")
     options = parser.parse_args(arguments)
     try:
         if options.event not in EVENTS:

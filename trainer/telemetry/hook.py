@@ -52,7 +52,7 @@ class Hook:
         Args:
             event: One of `trainer.telemetry.events.EVENTS`.
             step: The most recently started step.
-            fields: The further fields of the event.
+            fields: The additional fields of the event.
         """
 
     def on_end(self, summary: Mapping[str, Any]) -> None:

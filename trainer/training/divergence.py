@@ -1,4 +1,4 @@
-"""The error message of a run that diverged: its losses, the likely causes, and the steps to recover."""
+"""The error message for a run that diverged: its losses, the likely causes, and the steps to recover."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class ExpertRouting:
         self._meter.num_steps += 1
 
     def counts(self) -> Tensor:
-        """Return this rank's counts, from which the change of the biases is computed.
+        """Return this rank's counts, from which the change to the biases is computed.
 
         Returns:
             A flat fp64 tensor on the device. It is empty if the routers have no such biases.

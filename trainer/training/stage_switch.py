@@ -13,7 +13,7 @@ class StageSwitch:
     """A switch that prepares both engines for the stage of training to which a step belongs.
 
     Args:
-        optim: The settings of the optimizers, including the stages of the run.
+        optim: The optimizer settings, including the stages of the run.
         num_steps: The number of steps of the run.
         audio: The engine of the audio modules.
         llm: The engine of the LLM.

@@ -91,7 +91,7 @@ class Step:
 
     Args:
         model: The model's config.
-        optim: The settings of the optimizers, including the stages of the run.
+        optim: The optimizer settings, including the stages of the run.
         audio: The engine of the audio side.
         llm: The engine of the LLM.
         groups: The process groups of this rank.

@@ -38,7 +38,7 @@ class Origin:
     is_export: bool
     """True for an exported folder, False for a checkpoint."""
     run_dir: Path | None
-    """The folder of the run that the checkpoint belongs to; None for an exported folder."""
+    """The run folder that the checkpoint belongs to; None for an exported folder."""
     digest: str
     """A digest that changes with the weights or their description."""
     max_audio_sec: float | None

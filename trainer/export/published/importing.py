@@ -61,7 +61,7 @@ def import_model(
         folder: The published model.
         out: The folder to create.
         parts: Folders of the LLM and of the encoder, for tensors that `folder` does not contain.
-        prompt: The settings of the prompt that differ from the defaults of the architecture.
+        prompt: The prompt settings that differ from the defaults of the architecture.
         on_file: A function that is called with each file of weights before it is converted.
 
     Returns:
@@ -184,7 +184,7 @@ def _stored_template(folder: Path) -> str | None:
 
 
 def _settings(published: Published, prompt: Prompt, inner: Any) -> TokenizerConfig:
-    """Return the settings of the tokenizer.
+    """Return the tokenizer settings.
 
     Raises:
         UserError: If no token can stand for audio.
@@ -206,7 +206,7 @@ def _settings(published: Published, prompt: Prompt, inner: Any) -> TokenizerConf
 
 
 def _data(published: Published) -> DataConfig:
-    """Return settings of the data that allow clips of the lengths that the original model accepts."""
+    """Return data settings that allow clips of the lengths that the original model accepts."""
     architecture, primary = published.architecture, published.model.primary
     assert primary is not None
     shortest = primary.window_sec if architecture.pads_clips else architecture.min_audio_sec

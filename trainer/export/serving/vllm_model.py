@@ -34,7 +34,7 @@ from vllm.multimodal.processing import (
 
 SAMPLE_RATE = 16000
 KEY = "instruction"
-"""The option of a request that contains the instruction, as text or as a list with one text per clip."""
+"""The request option that contains the instruction, as text or as a list with one text per clip."""
 _PROFILED_SECONDS = 30.0
 """The length of clips for which vLLM reserves memory if the longest clip of training is not known."""
 
@@ -53,7 +53,7 @@ class Info(BaseProcessingInfo):  # type: ignore[misc]
         return {"audio": None}
 
     def get_default_tok_params(self) -> Any:
-        """Return the options of the tokenizer. It adds no special tokens, because prompts already contain them."""
+        """Return the tokenizer options. It adds no special tokens, because prompts already contain them."""
         return super().get_default_tok_params().with_kwargs(add_special_tokens=False)
 
     def longest_samples(self) -> int:
@@ -109,7 +109,7 @@ class Processor(BaseMultiModalProcessor[Info]):  # type: ignore[misc]
         return super().apply(inputs, timing_ctx)
 
     def _options(self, inputs: Any) -> dict[str, Any]:
-        """Return the options of a request, with one instruction per clip if the router reads instructions."""
+        """Return the options for a request, with one instruction per clip if the router reads instructions."""
         options = dict(inputs.hf_processor_mm_kwargs)
         given = options.pop(KEY, None)
         num_clips = inputs.mm_data_items.get_all_counts().get("audio", 0)
