@@ -121,7 +121,7 @@ def main(folder: str, tokenizer: str) -> int:
 
     Args:
         folder: The folder of shards.
-        tokenizer: The path of the tokenizer.
+        tokenizer: The path to the tokenizer.
     """
     with tempfile.TemporaryDirectory() as scratch, running(Path(scratch)) as server:
         os.environ.update(server.environ)

@@ -120,7 +120,7 @@ def compare(outcomes: list[Outcome]) -> dict[str, Any]:
 
     Returns:
         For each metric, the values of each arm by seed ("values"), the best and the second-best arm ("best",
-        "second"), and whether the ranges of these two are disjoint ("ranges_apart").
+        "second"), and whether the ranges of the best and the second-best arm are disjoint ("ranges_apart").
     """
     table: dict[str, Any] = {}
     print(f"\n{'test split':22} " + " ".join(f"{arm:>22}" for arm in ARMS) + "   best")

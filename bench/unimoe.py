@@ -93,7 +93,7 @@ def recipes(arm: str, seed: int, folder: Path, scale: float = 1.0, changes: Sequ
 
     Args:
         arm: One of `ARMS`.
-        seed: The seed of all runs.
+        seed: The seed for all runs.
         folder: The folder of the benchmark.
         scale: A factor on the number of steps of every run.
         changes: `KEY=VALUE` for all runs.

@@ -56,7 +56,7 @@ class SpeechLLM(nn.Module):
     Args:
         config: The model's config.
         vocab_size: The size of the tokenizer's vocabulary.
-        seed: The seed of the parts that have no pre-trained weights.
+        seed: The seed for the parts that have no pre-trained weights.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int) -> None:

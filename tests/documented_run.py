@@ -17,7 +17,7 @@ def run_earshot(words: Sequence[str], folder: Path, python: str = sys.executable
     Args:
         words: The arguments after `earshot`.
         folder: The folder in which the command runs.
-        python: The path of the Python interpreter.
+        python: The path to the Python interpreter.
     """
     done = subprocess.run(
         [python, "-m", "tools", *words],

@@ -94,7 +94,7 @@ class DeviceTensor(Tensor):
         return self.host.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
-        """Raise the error of a GPU tensor."""
+        """Raise the error for a GPU tensor."""
         raise TypeError("cannot convert a tensor on the device to NumPy: copy it to the host first")
 
 

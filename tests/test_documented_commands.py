@@ -135,7 +135,7 @@ def problems(command: Documented) -> Iterator[str]:
 
 
 def recipe_problems(words: list[str], default: str | None) -> Iterator[str]:
-    """Yield the error of a command whose recipe has an unknown key or an invalid value.
+    """Yield the error from a command whose recipe has an unknown key or an invalid value.
 
     Commands with plug-ins are not checked here, because the tests of plug-ins run them.
     """

@@ -1,4 +1,4 @@
-"""Tests of the loss in docs/extending.md, which a module outside the project adds to the table of losses."""
+"""Tests of the loss in docs/extending.md, which a module outside the project adds to the loss table."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def earshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Install the wheel in a new environment, which has the current dependencies but not this checkout.
 
     Returns:
-        The path of the command `earshot`.
+        The path to the command `earshot`.
     """
     folder = tmp_path_factory.mktemp("wheel")
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

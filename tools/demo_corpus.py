@@ -187,11 +187,11 @@ def write_corpus(out: Path, seed: int = 0, scale: float = 1.0) -> Path:
 
     Args:
         out: The folder to write to. It must be new or empty, or contain a demo corpus.
-        seed: The seed of all random choices.
+        seed: The seed for all random choices.
         scale: The factor by which the number of items is multiplied.
 
     Returns:
-        The path of the manifest.
+        The path to the manifest.
 
     Raises:
         UserError: If espeakng-loader is not installed, or `out` contains other files.
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tools.demo_corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="new or empty folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for all random choices (default: 0)")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="factor by which the number of items is multiplied (default: 1)"
     )

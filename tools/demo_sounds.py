@@ -27,7 +27,7 @@ def make_sound(name: str, setting: int, rng: np.random.Generator) -> Wave:
 
     Args:
         name: A key of `SOUNDS`.
-        setting: The seed of the sound's pitch and tempo. Sounds of one setting resemble each other, like clips of one
+        setting: The seed for the sound's pitch and tempo. Sounds of one setting resemble each other, like clips of one
             speaker.
         rng: The generator for the variation between sounds of the same setting.
 

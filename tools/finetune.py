@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="earshot finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the run (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed for the run (default: 1)")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help=f"keys of the recipe {RECIPE} to change, e.g. data.root=DIR"
     )

@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="earshot plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe in trainer/recipes, or path of a .yaml file")
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe in trainer/recipes, or path to a .yaml file")
     parser.add_argument(
         "overrides",
         metavar="key=value",

@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"Recipes: {', '.join(recipe_names())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="name in trainer/recipes, or path of a .yaml file")
+    parser.add_argument("recipe", metavar="RECIPE", help="name in trainer/recipes, or path to a .yaml file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted recipe keys and their new values")
     parser.add_argument(
         "--dry-run", action="store_true", help="check the recipe and its data, print its layout and sizes, and stop"

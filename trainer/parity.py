@@ -318,7 +318,7 @@ def _bias_difference(step: Step, oracle: SpeechLLM) -> float:
 def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, float]:
     """Train both models, and return the largest relative differences in their losses and in their gradient norms.
 
-    A difference between biases that balance experts counts as a difference of losses.
+    A difference between biases that balance experts counts as a difference in losses.
 
     Collective: every rank of the world must call it.
     """

@@ -19,7 +19,7 @@ from model.lengths import SAMPLE_RATE, TokenRate, num_samples
 from model.prompt import cut, fill
 
 Clip = Any
-"""The path of an audio file, or a waveform [T] at 16 kHz (array, list or tensor)."""
+"""The path to an audio file, or a waveform [T] at 16 kHz (array, list or tensor)."""
 
 
 class EarshotProcessor(ProcessorMixin):

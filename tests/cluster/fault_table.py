@@ -104,7 +104,7 @@ def run_one(bench: Bench, name: str) -> Row:
 STORE, DISK, TRACKER = "store unreachable for 20 s, a rank killed", "disk full in a save", "tracker unreachable"
 FEWER = "GPUs fail on all nodes but one"
 FEWER_TOLERANCE = 1e-4
-"""The largest relative difference of losses and gradient norms after the number of ranks has changed."""
+"""The largest relative difference in losses and gradient norms after the number of ranks has changed."""
 
 
 def _cancelled(bench: Bench, name: str) -> Row:

@@ -182,7 +182,7 @@ class Bench:
 
         Args:
             run: The finished run.
-            tolerance: The largest relative difference of losses and gradient norms, for a run that changed its number
+            tolerance: The largest relative difference in losses and gradient norms, for a run that changed its number
                 of ranks. If it is 0, these numbers and the last weights must be bit-identical.
         """
         assert self.whole is not None

@@ -1,4 +1,4 @@
-"""Tests of the table of losses, of distillation and of the samples that its teacher reads, and of the CTC loss."""
+"""Tests of the loss table, of distillation and of the samples that its teacher reads, and of the CTC loss."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def url(swift: Swift, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["s3", "simulated"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the URL of a bucket or, for tests that need no server, the path of a folder that is used like a bucket."""
+    """Return the URL of a bucket or, for tests that need no server, the path to a folder that is used like a bucket."""
     if request.param == "s3":
         found: str = request.getfixturevalue("url")
         return found

@@ -36,7 +36,7 @@ NUM = 12
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return a folder with `run` and its export `out`, and the path of a manifest with one broken sample."""
+    """Return a folder with `run` and its export `out`, and the path to a manifest with one broken sample."""
     root = tmp_path_factory.mktemp("evaluate")
     write_run(root / "run")
     assert export.main([str(root / "run"), str(root / "out"), "--dtype", "fp32"]) == 0

@@ -1,7 +1,7 @@
 """Tests that the vLLM plug-in in an export computes the same as the export.
 
 The tests use a stub of vLLM's interface (`tests/vllm_stub.py`). The last test uses vLLM itself. It runs only if the
-environment variable `VLLM_PYTHON` is the path of a Python interpreter for which vLLM and the plug-in are installed.
+environment variable `VLLM_PYTHON` is the path to a Python interpreter for which vLLM and the plug-in are installed.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from trainer.parallel.groups import Groups
 
 
 def find_damage(groups: Groups, folder: Folder, heartbeat: Callable[[str], None]) -> str | None:
-    """Return a description of the damage of a checkpoint, or None if the checkpoint is undamaged.
+    """Return a description of the damage to a checkpoint, or None if the checkpoint is undamaged.
 
     Collective: every rank of the world must call it. Rank 0 reads the manifest for all ranks.
 

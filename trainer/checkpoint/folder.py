@@ -50,7 +50,7 @@ class LocalFolder:
         return str(self.path)
 
     def locate(self, name: str) -> Path:
-        """Return the path of a file."""
+        """Return the path to a file."""
         return (self.path.parent if "/" in name else self.path) / name
 
     def size_bytes(self, name: str) -> int:

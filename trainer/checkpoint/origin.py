@@ -197,7 +197,7 @@ class ExportOrigin:
 
 
 def _expert_names(description: Any, where: str) -> tuple[str, ...]:
-    """Return the names of the encoder experts in the description of a model.
+    """Return the names of the encoder experts in a model description.
 
     Raises:
         UserError: If the description has no valid names.

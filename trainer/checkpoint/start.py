@@ -1,7 +1,7 @@
 """Initialize a new run with the weights of another run, of one of its checkpoints, or of an export.
 
 The new run takes the weights, and Adam's moments if `checkpoint.start_optimizer` is true. The schedule, the random
-generators and the data start from the beginning. Some parts of the model may be new: encoders, the heads of losses such
+generators and the data start from the beginning. Some parts of the model may be new: encoders, the loss heads such
 as CTC, low-rank adapters, FFN experts in the LLM's layers, and additional rows of the LLM's vocabulary. New parts keep
 their initial or pre-trained weights. The router's entries for an added encoder are the mean of its entries for the
 other encoders. They take effect gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step equals that
@@ -215,5 +215,5 @@ def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) 
     what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, but this run needs {wanted}"
     raise UserError(
         f"checkpoint.start_from: {origin.url}: {what}; set {key} as it was for these weights "
-        "(only encoders, heads of losses and further rows of the LLM's vocabulary may be new)"
+        "(only encoders, loss heads and additional rows of the LLM's vocabulary may be new)"
     )

@@ -29,7 +29,7 @@ def load_chain(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe
     """Return the recipes of a chain, in the order in which they run.
 
     Args:
-        name_or_path: The name of a chain in `trainer/recipes/chains`, or the path of a YAML file.
+        name_or_path: The name of a chain in `trainer/recipes/chains`, or the path to a YAML file.
         overrides: Changes to every run as `key=value`, or to one run as `NAME:key=value`.
 
     Raises:
@@ -39,7 +39,7 @@ def load_chain(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe
     if not path.is_file():
         path = Path(name_or_path)
     if not path.is_file():
-        raise UserError(f"chain {name_or_path}: not one of {', '.join(chain_names())}, nor the path of a .yaml file")
+        raise UserError(f"chain {name_or_path}: not one of {', '.join(chain_names())}, nor the path to a .yaml file")
     tree = load_tree(path)
     items = tree.pop("chain", None)
     if not isinstance(items, list) or not items or not all(isinstance(i, dict) and "name" in i for i in items):

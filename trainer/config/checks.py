@@ -90,7 +90,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def deepspeed_json(recipe: Recipe) -> Path:
-    """Return the path of the DeepSpeed JSON file.
+    """Return the path to the DeepSpeed JSON file.
 
     A relative path is resolved against the current folder, or against the project's folder if that file does not exist.
     """

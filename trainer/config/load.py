@@ -27,7 +27,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     merged, and lists are replaced.
 
     Args:
-        name_or_path: The name of a recipe in `trainer/recipes`, or the path of a YAML file.
+        name_or_path: The name of a recipe in `trainer/recipes`, or the path to a YAML file.
         overrides: Changes as `key=value`, applied in order. Keys are dotted, with numbers for list items
             (`model.experts.0.name=a`), and values are YAML.
 
@@ -173,7 +173,7 @@ def _find(name_or_path: str, parent: Path | None) -> Path:
         raise UserError(f"recipe {name_or_path}: no such file")
     path = RECIPES / f"{name_or_path}.yaml"
     if name_or_path not in recipe_names():
-        raise UserError(f"recipe {name_or_path}: not one of {', '.join(recipe_names())}, nor the path of a .yaml file")
+        raise UserError(f"recipe {name_or_path}: not one of {', '.join(recipe_names())}, nor the path to a .yaml file")
     return path
 
 

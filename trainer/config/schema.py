@@ -76,7 +76,7 @@ class TrainConfig:
     gathers the weights of each module around each of its calls, which saves this memory but takes much longer.
     """
     deepspeed: str = "ds_configs/zero3.json"
-    """The path of the DeepSpeed JSON file. A relative path is resolved against the current folder or, if there is no
+    """The path to the DeepSpeed JSON file. A relative path is resolved against the current folder or, if there is no
     such file, against the project's folder."""
     run_dir: str = "runs"
     """The folder that contains the folders of runs. The run's own folder is `<run_dir>/<name>`."""
@@ -135,7 +135,7 @@ class Recipe:
     name: str
     """The name of the run, of its folder, and of the run in trackers."""
     seed: int = 0
-    """The seed of the initial weights, the order of the data, augmentation and router noise."""
+    """The seed for the initial weights, the order of the data, augmentation and router noise."""
     plugins: tuple[str, ...] = ()
     """The plug-ins that the recipe needs, as names of installed packages or of single entry points.
 

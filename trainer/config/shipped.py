@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def shipped(name: str) -> Path:
-    """Return the path of a file or folder that is part of the project.
+    """Return the path to a file or folder that is part of the project.
 
     In an installed wheel, these folders are inside `trainer/`. In a checkout, they are next to it.
 

@@ -25,7 +25,7 @@ class DatasetConfig:
     name: str = ""
     """The unique name of the dataset, used in metrics, lists of skipped samples and checkpoints."""
     manifest: str | None = None
-    """The path of a manifest (JSONL, see `docs/data.md`), relative to `data.root`. Audio paths in it are relative to
+    """The path to a manifest (JSONL, see `docs/data.md`), relative to `data.root`. Audio paths in it are relative to
     the manifest's folder."""
     shards: str | None = None
     """The folder or bucket prefix that `earshot shards make` wrote, with shards and shards.json. It is a path relative

@@ -43,7 +43,7 @@ def new_state(
     """Combine lane states into a data state.
 
     Args:
-        seed: The seed of the order.
+        seed: The seed for the order.
         num_lanes: The number of all lanes.
         digests: The digest of the order of each dataset, by the dataset's name.
         batch: The number of the next global batch.
@@ -72,7 +72,7 @@ def open_state(
     Args:
         state: The data state; None at the beginning of a run.
         lanes: The numbers of the lanes.
-        seed: The expected seed of the order.
+        seed: The expected seed for the order.
         num_lanes: The expected number of all lanes.
         digests: The expected digest of the order of each dataset, by the dataset's name.
 

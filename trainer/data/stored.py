@@ -119,7 +119,7 @@ def open_stored(data: str, split: str | None = None) -> StoredData:
     """Open a manifest or shards.
 
     Args:
-        data: The path of a manifest (JSONL), a folder of shards, or the URL of shards in a bucket.
+        data: The path to a manifest (JSONL), a folder of shards, or the URL of shards in a bucket.
         split: The split to read; None for all.
 
     Raises:

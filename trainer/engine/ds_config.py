@@ -148,7 +148,7 @@ def check_gathering(path: Path, tree: dict[str, Any], gathering: Gathering) -> N
     """Check that the settings of a DeepSpeed JSON file suit the way in which weights are gathered.
 
     Args:
-        path: The path of the file, for error messages.
+        path: The path to the file, for error messages.
         tree: The content of the file.
         gathering: The value of `train.gather_audio_weights`.
 

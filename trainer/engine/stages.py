@@ -43,8 +43,8 @@ class StageConfig:
     steps: int
     """The number of steps. `train.steps` need not be given. If it is, it must be the sum over all stages."""
     train: tuple[str, ...] = ()
-    """The parameters that are trained: `connector` (adapter, projector, norms, router, projections of features, heads
-    of losses), `encoders`, `llm`, `lora` (all low-rank adapters), or patterns of parameter names; empty for all.
+    """The parameters that are trained: `connector` (adapter, projector, norms, router, feature projections, loss
+    heads), `encoders`, `llm`, `lora` (all low-rank adapters), or patterns of parameter names; empty for all.
     Parameters that `optim.parts` freezes are not trained in any stage."""
     lr: float | None = None
     """The peak learning rate."""

@@ -61,7 +61,7 @@ class Source:
 
     Args:
         url: The path or `s3://…` URL of a checkpoint or of a run. The newest checkpoint of a run is used.
-        tokenizer_path: The path of the tokenizer; None selects the tokenizer of the run.
+        tokenizer_path: The path to the tokenizer; None selects the tokenizer of the run.
         run_dir: The run's folder, with its scores and routing history. None selects the folder that contains the
             checkpoints or, if the checkpoints are stored elsewhere, the run's folder according to the recipe.
 

@@ -24,7 +24,7 @@ class Clip:
     """A reference to audio, which is stored in a file, in a part of a file, or in memory."""
 
     path: str = ""
-    """The path of the file, absolute or relative to the folder of the audio. If `data` is set, it is only a name that
+    """The path to the file, absolute or relative to the folder of the audio. If `data` is set, it is only a name that
     shows the type of the audio."""
     data: bytes | None = None
     """The content of an audio file that was stored within another file; None if the audio is read from `path`."""

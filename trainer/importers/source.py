@@ -30,7 +30,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """The error numbers that mean that a file does not exist."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
-COMMAND = "is a command, and commands are never run; run it yourself, and give the path of a file with its output"
+COMMAND = "is a command, and commands are never run; run it yourself, and give the path to a file with its output"
 """The end of messages about a command in place of a path."""
 URL = "is a URL, and URLs are never fetched; download the file, and give its path"
 """The end of messages about a URL in place of a path."""
@@ -68,7 +68,7 @@ class Source:
         return tuple(dict.fromkeys(folder.resolve() for folder in (self.folder, self.base)))
 
     def audio_file(self, text: str) -> Path:
-        """Return the absolute path of an audio file. Symbolic links are resolved.
+        """Return the absolute path to an audio file. Symbolic links are resolved.
 
         Args:
             text: The path as it is written in the source.

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 FILE = "EARSHOT_MEETING_FILE"
-"""The environment variable with the path of the file in which ranks meet. The launcher for a single machine sets it."""
+"""The environment variable with the path to the file in which ranks meet. The launcher for a single machine sets it."""
 SECRET = "EARSHOT_JOB_SECRET"
 """The environment variable with the secret that all ranks of a job share. `earshot job` generates a new secret for
 every start."""

@@ -29,7 +29,7 @@ The launcher prints each message once. The variable is set only for ranks that t
 """
 
 _MEETING_FILE = "EARSHOT_MEETING_FILE"
-"""The environment variable with the path of the file in which the ranks of one machine meet, in a folder that only this
+"""The environment variable with the path to the file in which the ranks of one machine meet, in a folder that only this
 user can open. `trainer/parallel/meeting.py` reads it."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GRACE_SEC = 20.0

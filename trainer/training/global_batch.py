@@ -139,7 +139,7 @@ def gather(
         model: The model's config.
         groups: The process groups of this rank.
         kinds: The kinds of samples whose tokens are counted separately; None if they are not counted.
-        notes: Further numbers to share in the same exchange. Every rank must pass the same number of them.
+        notes: Additional numbers to share in the same exchange. Every rank must pass the same number of them.
         expected_values: The number of integers per rank for which one exchange suffices. It must be the same on all
             ranks. If a rank contributes more integers, there is a second exchange.
         with_digests: Whether the hashes of the samples' keys are gathered.

@@ -198,7 +198,7 @@ class Step:
 
         Args:
             batch: This rank's part of the global batch.
-            notes: Further numbers to share in the same exchange. Every rank must pass the same number of them.
+            notes: Additional numbers to share in the same exchange. Every rank must pass the same number of them.
             training: Whether to include the divisors and the references of the losses.
         """
         losses = self.losses if training else ()

@@ -23,7 +23,7 @@ def write_files(tree: dict[str, Any], folder: Path) -> list[Path]:
         folder: The folder to write into, which is created if it does not exist.
 
     Returns:
-        The paths of the files.
+        The paths to the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {key: value for key, value in tree.items() if key not in ("samples", "audio")}

@@ -25,7 +25,7 @@ def draw(tree: dict[str, Any], folder: Path) -> list[Path]:
         folder: The folder to write the PNG files into.
 
     Returns:
-        The paths of the files.
+        The paths to the files.
     """
     drawn = []
     if tree["headlines"]:
