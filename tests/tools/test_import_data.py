@@ -127,7 +127,7 @@ def test_output_is_independent_of_processes_and_never_overwritten(
     assert run("nemo", source, tmp_path / "one") == 2
     assert "contains manifest.jsonl" in capsys.readouterr().err
     assert run("nemo", source, tmp_path) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "is neither empty nor an unfinished import" in capsys.readouterr().err
 
 
 @pytest.mark.slow

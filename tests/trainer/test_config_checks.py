@@ -201,7 +201,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ("debug", ["model.experts.0.config={}"], "model.experts[0]: give weights (a directory or hub id), or config"),
         ("debug", ["model.adapter.strides=[]"], "model.adapter.strides = []: give one positive stride per convolut"),
         ("debug", ["model.adapter.kernel_size=1"], "model.adapter.kernel_size = 1: must be at least the largest stri"),
-        ("debug", ["model.primary=null", "model.router.mode=all_routed"], "model.router.input = primary: mode all_rou"),
+        ("debug", ["model.primary=null", "model.router.mode=all_routed"], "model.router.input = primary: all_rou"),
         ("debug", ["train.deepspeed=nope.json"], "train.deepspeed = "),
         ("debug", ["model.llm.config.model_type=gpt2"], "model.llm.config.model_type = gpt2: supported families are"),
     ],
