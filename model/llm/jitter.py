@@ -1,4 +1,4 @@
-"""Jitter of the inputs of the LLM's routers (Switch Transformer, arXiv 2101.03961, section 2.2).
+"""Jitter for the inputs of the LLM's routers (Switch Transformer, arXiv 2101.03961, section 2.2).
 
 In training, a router reads x·u instead of a token's activations x. Each entry of u is uniformly distributed between
 1 - ε and 1 + ε. The experts read x. The values of u are a hash of the sample, the token's position in it, the layer and

@@ -1,4 +1,4 @@
-"""The weights of the audio side, gathered by DeepSpeed ZeRO-3 around the call of each module.
+"""The audio side's weights, gathered by DeepSpeed ZeRO-3 around the call of each module.
 
 The audio side consists of the encoders, the router, the adapter and the projector.
 

@@ -22,7 +22,7 @@ class EncoderTime:
     """The time of the encoders per step."""
 
     costs: EncoderCosts
-    """The costs of the encoders by rank, per step."""
+    """The encoder costs by rank, per step."""
     num_steps: int
     """The number of steps that were measured."""
     step_sec: float

@@ -39,7 +39,7 @@ class Mechanisms:
     hold them in a pool of their own. PyTorch counts this pool as allocated only while the graphs are captured, after
     the first steps."""
     sharded_weights: bool = False
-    """True if the weights of the LLM are sharded over replicas, and gathered for each layer in each pass (FSDP)."""
+    """True if the LLM's weights are sharded over replicas, and gathered for each layer in each pass (FSDP)."""
 
     def labels(self) -> list[str]:
         """Return the assumptions that differ from the trainer, as `name=value`."""

@@ -78,7 +78,7 @@ class Planner:
         return self._tracers[key]
 
     def encoder_costs(self, recipe: Recipe, work: Sequence[EncoderWork]) -> tuple[EncoderCost, ...]:
-        """Return the costs of the encoders on their busiest ranks. `work` must be a result of `place`."""
+        """Return the encoder costs on their busiest ranks. `work` must be a result of `place`."""
         layers, calls = recipe.train.recompute_encoders, recipe.train.recompute_encoder_calls
         key = (id(work), recipe.train.precision, layers, calls)
         if key not in self._encoder_costs:

@@ -115,7 +115,7 @@ def step_time(
         parts: The sizes of the model's parts.
         topology: The layout of the ranks.
         accelerator: The rates of the accelerator.
-        encoder_costs: The costs of the encoders on their busiest ranks.
+        encoder_costs: The encoder costs on their busiest ranks.
         packs: The LLM's packs.
         flops: The FLOPs of a step.
         traffic: The bytes that the busiest rank sends, by kind of collective.

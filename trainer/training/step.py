@@ -81,7 +81,7 @@ class Embedded:
     packing: PackPlan
     references: References
     audio: AudioOutput
-    """The output of the audio side for this rank's clips."""
+    """The audio side's output for this rank's clips."""
     packs: Packs
     """The packs of this rank's replica. The autograd graph of `packs.audio` leads back to the source ranks."""
 
