@@ -88,7 +88,14 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     # The same model twice: with low-rank adapters on a frozen LLM, and with the whole LLM trained.
-    "lora": ("kit_cpu", [*_LARGER_LLM, "lora=[{pattern: 'llm.*.[qkvo]_proj', rank: 8, alpha: 16}]"]),
+    "lora": (
+        "kit_cpu",
+        [
+            *_LARGER_LLM,
+            "lora=[{pattern: 'llm.*.[qkvo]_proj', rank: 8, alpha: 16}]",
+            "optim.parts=[{pattern: 'llm.*', frozen: true}]",
+        ],
+    ),
     "full": ("kit_cpu", _LARGER_LLM),
 }
 _RESULT = "PLAN_MEMORY_RESULT"
