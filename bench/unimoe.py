@@ -62,7 +62,7 @@ _DENSE = (
 _COPIES = ", ".join(f"{{name: copy{number}, from: chain:unimoe_align}}" for number in range(1, 5))
 ARMS: dict[str, tuple[str, ...]] = {
     "mixture": (),
-    "top1": ("model.llm.top_k=1",),
+    "top1": ("model.llm.top_k=1", "model.llm.router.normalize=false"),
     "balance": ("model.losses={expert_balance: {weight: 0.01}}",),
     "copies": (f"model.llm.experts=[{_COPIES}]",),
     "dense": _DENSE,

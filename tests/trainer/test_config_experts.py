@@ -46,6 +46,10 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         ),
         ([MIXTRAL, EXPERTS], r"model.llm.experts: the LLM \(mixtral\) has experts already"),
         (["model.llm.top_k=1"], "moe_layers, top_k and router have no effect, because model.llm.experts is empty"),
+        (
+            [EXPERTS, "model.llm.top_k=1"],
+            "top_k = 1: .* the routers would not be trained; set model.llm.router",
+        ),
         ([EXPERTS, "model.llm.top_k=3"], r"model.llm.top_k = 3: must be within 1\.\.2"),
         (
             [EXPERTS, "model.llm.top_k=4", "model.llm.router={null_experts: 1}"],

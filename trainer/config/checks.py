@@ -20,7 +20,7 @@ from model.llm.families import mixture_of
 from model.llm.rotary import num_positions
 from model.lora import LLM, Adapters, llm_layers
 from model.losses.table import LOSSES, check_losses
-from trainer.config.llm_checks import check_llm, check_router_losses, known_llm_config
+from trainer.config.llm_checks import check_llm, check_router_losses, check_routers, known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
 from trainer.config.weights import check_present, check_weights
@@ -63,6 +63,7 @@ def check_recipe(recipe: Recipe) -> None:
         check_llm(hf_config, recipe.parallel)
         if mixture_of(hf_config) is not None and recipe.train.recompute_llm == "selective":
             raise UserError("train.recompute_llm = selective: must be none or full for an LLM with experts")
+        check_routers(recipe.model.llm)
         check_router_losses(recipe.model, hf_config)
         _check_lengths(recipe, hf_config)
         _check_vocabulary(recipe, hf_config)

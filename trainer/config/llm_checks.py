@@ -115,6 +115,23 @@ def _check_linear_layers(hf_config: PretrainedConfig, parallel: ParallelConfig) 
         )
 
 
+def check_routers(config: LLMConfig) -> None:
+    """Check that the LLM's loss trains the routers of the experts that the recipe adds.
+
+    If a token is sent to one expert, and weights are divided by the sum of those of the chosen experts, the weight is
+    always 1, and the scores of the routers have no gradient.
+
+    Raises:
+        UserError: If the routers would not be trained.
+    """
+    num_choices = sum(not expert.shared for expert in config.experts) + config.router.null_experts
+    if config.top_k == 1 < num_choices and config.router.normalize and config.router.forced is None:
+        raise UserError(
+            "model.llm.top_k = 1: with model.llm.router.normalize = true, the weight of the chosen expert is always 1, "
+            "and the routers would not be trained; set model.llm.router.normalize=false, or a larger top_k"
+        )
+
+
 def check_router_losses(model: ModelConfig, hf_config: PretrainedConfig) -> None:
     """Check that the LLM's router losses are enabled only if the LLM has FFN experts.
 
