@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused_and_named(tmp_path: Path, capsys: pytest.C
     write({})
     assert "none of <|x|> is a token" in refusal(capsys, folder, "--placeholder", "<|x|>")
     (folder / "model.safetensors").unlink()
-    assert "holds no model.safetensors" in refusal(capsys, folder)
+    assert "contains no model.safetensors" in refusal(capsys, folder)
     (folder / "config.json").write_text("[1]")
     assert "config.json: is not a JSON object" in refusal(capsys, folder)
     (folder / "config.json").unlink()
