@@ -58,13 +58,15 @@ def kit() -> tuple[list[float], list[int]] | None:
 
 
 def log_normal() -> tuple[list[float], list[int]]:
-    """Return log-normal durations, and the number of text tokens of each clip for three spoken words per second."""
+    """Return log-normal durations and each clip's number of text tokens, assuming three spoken words per second."""
     seconds = durations(NUM_LOG_NORMAL)
     return seconds, [12 + round(4 * s) for s in seconds]
 
 
 def waste(groups: Groups, frames: Sequence[int]) -> tuple[int, int]:
-    """Return the number of frames with padding to each batch's longest clip, and the number without padding."""
+    """Return the total number of frames when every clip is padded to the longest in its batch, and the number without
+    padding.
+    """
     return sum(len(g) * max(frames[i] for i in g) for g in groups if g), sum(frames[i] for g in groups for i in g)
 
 
@@ -85,7 +87,7 @@ def naive(frames: Sequence[int], budget: int) -> Groups:
 
 
 def bucketed(frames: Sequence[int], budget: int) -> Groups:
-    """Return batches within ten length buckets, which have the same number of samples."""
+    """Return batches formed within ten length buckets. The buckets hold about the same number of samples."""
     edges = np.quantile(frames, np.linspace(0, 1, NUM_BUCKETS + 1)[1:-1])
     bucket = np.searchsorted(edges, frames, side="left")
     groups: Groups = []
@@ -159,11 +161,11 @@ def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
     }
     for ranks in RANKS:
         for batch in BATCHES:
-            name = f"plan, {batch} samples on {ranks} ranks"
+            name = f"plan, {batch} samples, world size {ranks}"
             found["encoder"][name], found["calls"][name] = encoder_waste(frames, batch, ranks)
             found["llm"][name] = llm_waste(tokens, batch, ranks)
     for cost_sec in OTHER_CALL_COSTS_SEC:
-        name = f"plan, {max(BATCHES)} samples on 1 ranks, a call costing {cost_sec:g} s"
+        name = f"plan, {max(BATCHES)} samples, world size 1, a call costing {cost_sec:g} s"
         found["encoder"][name], found["calls"][name] = encoder_waste(frames, max(BATCHES), 1, num_samples(cost_sec))
     return found
 
@@ -185,7 +187,9 @@ def main() -> int:
                 note = "" if calls is None else f", {calls:.1f} calls per rank and step"
                 print(f"  {part:8} {way:52} {100 * share:6.2f} % padding{note}", flush=True)
     goals = {
-        f"{name} {part}, {ranks} ranks": bool(found[part][f"plan, {max(BATCHES)} samples on {ranks} ranks"] <= GOAL)
+        f"{name} {part}, world size {ranks}": bool(
+            found[part][f"plan, {max(BATCHES)} samples, world size {ranks}"] <= GOAL
+        )
         for name, found in results.items()
         for part in ("encoder", "llm")
         for ranks in RANKS
