@@ -106,8 +106,8 @@ def _wait(device: torch.device) -> None:
 def planned_bytes(sizes_name: str) -> int:
     """Return the bytes of activations that the plan predicts for a layer of the LLM.
 
-    The planner must not see a GPU, since it builds modules on the meta device (`trainer.plan.fake_ranks`). It therefore
-    runs in another process, from which the GPUs are hidden.
+    The planner emulates ranks on the meta device (`trainer.plan.fake_ranks`), which requires that no GPU is visible. It
+    therefore runs in a separate process, from which the GPUs are hidden.
     """
     code = f"from bench.gpu_layers import print_plan; print_plan({sizes_name!r})"
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

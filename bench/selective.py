@@ -2,8 +2,8 @@
 
     python -m bench.selective
 
-One rank with three encoder experts of real families (HuBERT, WavLM and Whisper at the clip's length, with random
-weights) runs forward and backward passes through `trainer.engine.expert_parallel.EncoderDispatch`. A *mix* is an
+One rank with three encoder experts of real families (HuBERT, WavLM, and Whisper without padding to 30 s, all with
+random weights) runs forward and backward passes through `trainer.engine.expert_parallel.EncoderDispatch`. A *mix* is an
 assignment of clips to experts. c_k is the measured cost of encoder k alone on all clips, and p_k is the fraction of the
 clips that a mix sends to encoder k.
 

@@ -2,12 +2,13 @@
 
     python -m bench.speakers [--steps 600] [--seeds 1]
 
-The kit (a set of small public recordings, in the folder KIT_DIR) has few speakers of digits, so the effect on a new
-speaker can only be measured by cross-validation. A small Whisper encoder with mean pooling and a linear layer is
-trained on the ten digits of all speakers in the train and dev splits except one, and evaluated on the held-out speaker.
-This is repeated for each speaker and each variant (*arm*). The arms differ in `do_normalize` and in `data.augment`.
-They have the same initial weights, and the same clips in the same order. The result is the error rate by arm and
-speaker. There is no goal. The five arms take about 15 minutes on one core. The exit code is 3 without the kit.
+The kit (a set of small public recordings, in the folder KIT_DIR) has recordings of digits from only a few speakers, so
+the effect on a new speaker can only be measured by cross-validation. A small Whisper encoder with mean pooling and a
+linear layer is trained on the ten digits of all speakers in the train and dev splits except one, and evaluated on the
+held-out speaker. This is repeated for each speaker and each variant (*arm*). The arms differ in `do_normalize` and in
+`data.augment`. They have the same initial weights, and the same clips in the same order. The result is the error rate
+by arm and speaker. There is no goal. The five arms take about 15 minutes on one core. The exit code is 3 without the
+kit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The strided convolutions over waveforms of HuBERT, WavLM and wav2vec2, computed so that padding has no effect.
+"""The strided waveform convolutions of HuBERT, WavLM and wav2vec2, computed so that padding has no effect.
 
 Shapes: B windows, T audio samples, C channels, F frames (20 ms), D width.
 """
@@ -181,7 +181,10 @@ def check_conv_stack(config: EncoderConfig, hf_config: Any, frame_samples: int =
 
 
 def feature_norm(hf_config: Any) -> str:
-    """Return the norm of the convolutions. data2vec, whose config has no such field, always normalizes each step."""
+    """Return the kind of normalization that the convolutions use (`group` or `layer`).
+
+    data2vec, whose config has no such field, always normalizes each step.
+    """
     return str(getattr(hf_config, "feat_extract_norm", "layer"))
 
 
@@ -216,8 +219,8 @@ def conv_stack_flops(hf: Any, samples: int, position_taps: int | None = None) ->
     Args:
         hf: The transformers config.
         samples: The length of the padded window in samples.
-        position_taps: The total number of taps of the convolutions for the positions; None for a single convolution
-            with `num_conv_pos_embeddings` taps.
+        position_taps: The total number of taps of the positional convolutions; None for a single convolution with
+            `num_conv_pos_embeddings` taps.
     """
     frames, width = padded_conv_lengths(hf, samples)[-1], hf.hidden_size
     taps = hf.num_conv_pos_embeddings if position_taps is None else position_taps

@@ -42,7 +42,7 @@ class Lengths:
     """The total duration of their audio in hours."""
     seconds: Seconds = field(repr=False)
     """The total duration of each sample's clips in seconds, [n], in ascending order; 0 for a sample without audio. The
-    n samples are an even selection without the samples that have a clip longer than `data.max_audio_sec`."""
+    n samples are spread evenly over the dataset; samples with a clip longer than `data.max_audio_sec` are skipped."""
     num_clips: Ints = field(repr=False)
     """The number of clips of each of these n samples."""
     num_too_long: int
@@ -82,7 +82,7 @@ class DataSummary:
         return sum(d.share * d.lengths.num_too_long / d.lengths.num_samples for d in self.datasets)
 
     def batch(self, num_samples: int) -> tuple[Seconds, Ints]:
-        """Return the durations and numbers of clips of `num_samples` samples.
+        """Return the total audio duration and the number of clips of each of `num_samples` samples.
 
         The samples follow the share and the length distribution of each dataset.
         """
@@ -122,9 +122,9 @@ def is_present(data: DataConfig) -> bool:
 def summarize(recipe: Recipe) -> DataSummary:
     """Read the lengths of a recipe's training samples.
 
-    For shards, the numbers of samples and hours are read from the index, and lengths are read from the offset tables of
-    at most 32 shards per dataset. If rows of a manifest have no `duration`, lengths are read from the headers of the
-    audio files of at most 2000 samples per dataset. Neither audio nor text is read.
+    For shards, the number of samples and the total hours are read from the index, and lengths are read from the offset
+    tables of at most 32 shards per dataset. If rows of a manifest have no `duration`, lengths are read from the
+    headers of the audio files of at most 2000 samples per dataset. Neither audio nor text is read.
 
     Raises:
         UserError: If a dataset is missing or cannot be read, has no samples to train on, or has only samples that are
@@ -171,7 +171,9 @@ def _lengths(data: DataConfig, part: DatasetConfig) -> Lengths:
 
 
 def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Ints, int]:
-    """Return the numbers of samples and hours, the durations and numbers of clips of samples, and the size in bytes."""
+    """Return the number of samples, the total hours, the duration and number of clips of each sample that was read, and
+    the size in bytes.
+    """
     url = place_of(data, part)
     store = open_store(url, data.retry_sec)
     try:

@@ -37,8 +37,9 @@ class Planner:
         recipe: The first variant. Others may differ from it only in `parallel` and `train`.
         accelerator: The accelerator to plan for.
         device: The type of device that the ranks run on, `cuda` or `cpu`.
-        mechanisms: Assumptions that differ from the trainer.
-        transformer_engine: True if TransformerEngine is installed on the ranks. On GPUs, it computes attention in bf16.
+        mechanisms: The mechanisms that the plan assumes. The defaults describe the trainer.
+        transformer_engine: True if TransformerEngine is installed on the ranks. In bf16 runs on GPUs, it then computes
+            attention.
 
     Raises:
         UserError: If the recipe is invalid.
@@ -78,7 +79,10 @@ class Planner:
         return self._tracers[key]
 
     def encoder_costs(self, recipe: Recipe, work: Sequence[EncoderWork]) -> tuple[EncoderCost, ...]:
-        """Return the encoder costs on their busiest ranks. `work` must be a result of `place`."""
+        """Return the costs of the primary encoder and of the encoder experts, each on its busiest rank.
+
+        `work` must be a result of `place`.
+        """
         layers, calls = recipe.train.recompute_encoders, recipe.train.recompute_encoder_calls
         key = (id(work), recipe.train.precision, layers, calls)
         if key not in self._encoder_costs:
@@ -126,7 +130,7 @@ class Planner:
     def memory(
         self, recipe: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork], packs: PackPlan
     ) -> MemoryModel:
-        """Return the memory model of a topology, see `memory_model`."""
+        """Return the memory model of a topology; see `memory_model`."""
         tracer, kernels = self.tracer(recipe), Kernels(self.device, self.transformer_engine, self.mechanisms)
         return memory_model(
             recipe, self.model, topology, self.ds_json, tracer, workload, work, packs, kernels, self._stages

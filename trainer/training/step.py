@@ -6,7 +6,7 @@
     4 encode   the chosen experts read the clips                           │ DeepSpeed ZeRO-3
     5 adapt    features become audio embeddings on the source rank         ┘
     6 pack     tokens and embeddings are sent to the LLM, as planned       exchange
-    7 llm      1F1B over the packs, with the losses of the logits          LLMEngine: Megatron-core
+    7 llm      1F1B over the packs, with the token losses                  LLMEngine: Megatron-core
     8 back     gradients of the embeddings are sent back to the encoders   exchange, AudioEngine.backward
     9 update   one norm, one clip coefficient, both optimizers
 
@@ -199,7 +199,8 @@ class Step:
         Args:
             batch: This rank's part of the global batch.
             notes: Additional numbers to share in the same exchange. Every rank must pass the same number of them.
-            training: Whether to include the divisors and the references of the losses.
+            training: Whether to include the counts by which the losses are divided, and the references (see
+                `TokenLoss.reference`).
         """
         losses = self.losses if training else ()
         references = references_of(batch, losses)
@@ -271,9 +272,9 @@ class Step:
             batch: This rank's part of the global batch.
             noise: Standard normal noise for the router; None outside training.
             shared: The result of `share` for the batch; None to call it.
-            training: If true, the divisors and references of the losses are included, packs have the size that training
-                uses, and phases are timed. If false, each copy of the LLM's weights gets one pack that is not divided
-                among context-parallel ranks.
+            training: If true, the counts by which the losses are divided and the references (see `TokenLoss.reference`)
+                are included, packs have the size that training uses, and phases are timed. If false,
+                each copy of the LLM's weights gets one pack that is not divided among context-parallel ranks.
         """
         groups = self.groups if training else self.groups.without_context
         phase: Callable[[str], AbstractContextManager[None]] = self.timer if training else lambda name: nullcontext()
@@ -293,7 +294,8 @@ class Step:
         return Embedded(whole, packing, shared.references, audio, packs)
 
     def _packed(self, loss: TokenLoss, embedded: Embedded) -> PackedLoss:
-        """Return a loss with its factor and, if it has references, the LLM's logits for them.
+        """Return a loss with its factor and, if any sample has a reference, the rows to compare and the LLM's logits of
+        the references.
 
         Collective: every rank of the world must call it.
         """
