@@ -44,7 +44,7 @@ BATCH_1_GOAL, BATCH_8_GOAL = 3.0, 1.3
 
 CORES = len(os.sched_getaffinity(0))
 THREADS = tuple(sorted({1, CORES}))
-"""The numbers of threads with which the loops are measured."""
+"""The thread counts with which the loops are measured."""
 OURS, OURS_ALONE = f"tools.evaluate --nproc {CORES}", "tools.evaluate, 1 thread"
 
 Said = dict[str, str]

@@ -39,7 +39,7 @@ from trainer.data.stream import LaneGroup, SampleStream, StreamSpec
 from trainer.storage.open import open_store
 
 NUM_UTTERANCES, PER_SHARD, ROUNDS = 1440, 160, 9
-"""The numbers of samples, of samples per shard, and of rounds. With this many samples, it hardly matters that chunks at
+"""The number of samples, samples per shard, and rounds. With this many samples, it hardly matters that chunks at
 the boundaries between lanes are partly read twice."""
 LANES, BATCH = 8, 32
 PARTS = ["local", "first", "resume", "s3"]

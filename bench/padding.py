@@ -4,10 +4,11 @@
 
 The plan of `trainer.parallel` sends clips of similar length to the same rank, divides them into encoder calls (padded
 batches) with little padding, and assigns samples to packed sequences of equal length for the LLM. The plan is compared
-with batches in the order of arrival, with ten length buckets, and with padding of every clip to 30 s, for the same
-samples and the same budget. The samples are all training clips of the kit (a set of small public recordings, in the
-folder $KIT_DIR) and clips of log-normal duration, in global batches of several sizes. By default, the plan assumes the
-cost of an additional encoder call on a CPU (`CALL_COST_SAMPLES`). It is also measured with other costs.
+with batches in the order in which the samples arrive, with ten length buckets, and with padding of every clip to 30 s,
+for the same samples and the same budget. The samples are all training clips of the kit (a set of small public
+recordings, in the folder $KIT_DIR) and clips of log-normal duration, in global batches of several sizes. By default,
+the plan assumes the cost of an additional encoder call on a CPU (`CALL_COST_SAMPLES`). It is also measured with
+different costs.
 
 Goal: at most 2 % of encoder frames and of LLM tokens are padding. The exit code is 1 if the goal is missed.
 """
@@ -43,7 +44,8 @@ Groups = list[list[int]]
 
 
 def kit() -> tuple[list[float], list[int]] | None:
-    """Return the durations and the numbers of text tokens (about four characters each) of the kit's training samples.
+    """Return the duration and the number of text tokens (about four characters each) of each of the kit's training
+    samples.
 
     The result is None without the kit.
     """
@@ -76,7 +78,7 @@ def planned(frames: Sequence[int], budget: int, call_cost: int) -> Groups:
 
 
 def naive(frames: Sequence[int], budget: int) -> Groups:
-    """Return batches in the order of arrival, each of which ends before its padded size would exceed the budget."""
+    """Return batches of consecutive samples, each of which ends before its padded size would exceed the budget."""
     groups: Groups = [[]]
     for i, length in enumerate(frames):
         longest = max([length, *(frames[j] for j in groups[-1])])
@@ -137,7 +139,7 @@ def llm_waste(tokens: Sequence[int], batch: int, replicas: int) -> float:
 
 
 def padded_llm_waste(tokens: Sequence[int]) -> float:
-    """Return the fraction of padding in LLM batches in the order of arrival, each padded to its longest sample."""
+    """Return the fraction of padding in LLM batches of consecutive samples, each padded to its longest sample."""
     order = np.random.default_rng(0).permutation(len(tokens))
     mine = [tokens[i] for i in order]
     padded, real = waste(naive(mine, PACK_TOKENS), mine)

@@ -37,7 +37,7 @@ from trainer.storage.open import open_store
 
 GOAL = 1e-4
 RANKS = (2, 1, 2)
-"""The numbers of ranks for the three parts of the bucket run. The disk run uses the first number."""
+"""The number of ranks for each of the three parts of the bucket run. The disk run uses the first number."""
 FEW_EVALUATED = ("eval.max_samples=8", "eval.max_new_tokens=4")
 """Overrides that keep evaluations short in all runs, since only losses are compared."""
 

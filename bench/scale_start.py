@@ -1,4 +1,4 @@
-"""The time that ranks need to connect to each other, which `bench.scale` measures for several numbers of ranks.
+"""The time that ranks need to connect to each other, which `bench.scale` measures for several rank counts.
 
 In a gloo group, each rank reads the addresses of all other ranks from the store of rank 0, so the store answers N²
 requests. The time is measured with real processes on this machine, which are forked so that they do not import PyTorch

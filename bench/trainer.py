@@ -86,7 +86,7 @@ def tune(ranks: int, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def work_of(sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the numbers of clips, tokens and seconds of audio in the timed part of an arm."""
+    """Return the number of clips, tokens and seconds of audio in the timed part of an arm."""
     from bench.trainer_work import Sizes, draw_samples
     from model.lengths import SAMPLE_RATE
 

@@ -98,7 +98,7 @@ class Adapters:
         """Check that every pattern matches a layer.
 
         Args:
-            names: The names of all layers of the model that can be adapted, see `can_adapt`.
+            names: The names of all layers of the model that can be adapted; see `can_adapt`.
 
         Raises:
             UserError: If a pattern matches nothing. The message contains the pattern and the most similar names.

@@ -36,7 +36,7 @@ def write_plugin(folder: Path, package: str, source: str, points: Mapping[str, M
 
 
 def write_task_corpus(folder: Path, task: str) -> Path:
-    """Write the golden corpus with another task, and return the path of its manifest."""
+    """Write the golden corpus with a different task, and return the path of its manifest."""
     folder.mkdir()
     write_corpus(folder)
     manifest = folder / "golden.jsonl"

@@ -1,8 +1,8 @@
 """A pretended device, with which tests on a machine without a GPU detect errors that only occur on a GPU.
 
-Within `PretendedDevice()`, tensors on `DEVICE` keep their values on the CPU, but report another device. An operation
-that mixes them with a CPU tensor raises an error, as on a GPU. Every operation that would make the host wait for a GPU
-is counted under the function of this project that causes it:
+Within `PretendedDevice()`, tensors on `DEVICE` keep their values on the CPU, but report a different device. An
+operation that mixes them with a CPU tensor raises an error, as on a GPU. Every operation that would make the host wait
+for a GPU is counted under the function of this project that causes it:
 
     with PretendedDevice() as device:
         tower = put(tower)

@@ -165,7 +165,7 @@ def state_of(run: Path) -> Path:
 
 
 def other_model(run: Path) -> Path:
-    """Train a tokenizer with as many pieces as the run's, but with other pieces, and return its path."""
+    """Train a tokenizer with as many pieces as the run's, but with different pieces, and return its path."""
     path = run.parent / "other.model"
     train_sentencepiece(["zebra fox jumps over lazy dogs", "quick brown"] * 9, 60, path, TokenizerConfig().placeholder)
     return path

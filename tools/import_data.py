@@ -38,7 +38,7 @@ from trainer.storage.open import open_store, scheme_of
 from trainer.storage.store import LocalStore
 
 _VERSION = 3
-"""The version of the files that an import writes. An unfinished import of another version is not resumed."""
+"""The version of the files that an import writes. An unfinished import of a different version is not resumed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 class Conversations:
-    """The numbers of conversations (samples with `messages`) in shards, by their properties."""
+    """The number of conversations (samples with `messages`) in shards, by their properties."""
 
     def __init__(self) -> None:
         self._answers: Counter[int] = Counter()

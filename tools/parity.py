@@ -10,7 +10,7 @@
     earshot parity --recompute-calls    with encoder calls that are recomputed in the backward pass
     earshot parity --lora       train low-rank adapters over partly frozen weights
     earshot parity --stages --steps 11    train different parameters in each of several stages
-    earshot parity --adapter queries    with another kind of adapter, followed by normalization
+    earshot parity --adapter queries    with a different kind of adapter, followed by normalization
     earshot parity --family mixtral    an LLM with experts, which are distributed over ranks in several ways
     earshot parity --family all --steps 0    all families of LLMs without experts
     earshot parity --freeze 'llm.*.experts.*'    with some parameters frozen

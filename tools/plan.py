@@ -1,7 +1,7 @@
 """Estimate the memory, traffic and time of a training run before it starts.
 
     earshot plan mowe_70b                                       a plan for H100s
-    earshot plan mowe_70b parallel.tensor=4 --accelerator a100  another layout, for A100s
+    earshot plan mowe_70b parallel.tensor=4 --accelerator a100  a different layout, for A100s
     earshot plan mowe_8b --fit                                  the fastest layout that fits
     earshot plan mowe_70b --explain                             the parts of a step's time
     earshot plan mowe_70b --sweep parallel.num_ranks=64,128,256 --price-per-gpu-hour 2.5

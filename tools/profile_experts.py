@@ -1,7 +1,7 @@
 """Report how often a run uses each encoder expert for each task, the experts' cost, and the use of FFN experts.
 
     earshot profile runs/demo                                  the routing during training
-    earshot profile runs/demo --data test.jsonl                the routing of other data
+    earshot profile runs/demo --data test.jsonl                the routing of different data
     earshot profile runs/demo --fail-on dead,imbalance=1.5     a check for automated pipelines
 
 The command prints tables, writes report.html, profile.json, cells.csv and plots, and adds these files to the run in

@@ -1,12 +1,12 @@
-"""Check that a run continues in the same way after its checkpoint is loaded on another topology.
+"""Check that a run continues in the same way after its checkpoint is loaded on a different topology.
 
     earshot reshard             all pairs of topologies, on up to 4 processes
     earshot reshard --ranks 2   load checkpoints on up to 2 processes
     earshot reshard --json      also print one JSON object on the last line
 
 A tiny model trains 2 steps, saves a checkpoint, and trains 10 more steps. Each topology loads the checkpoint and trains
-the same 10 steps. On the same topology, losses and gradient norms must be bit-identical. On other topologies, losses
-must agree to 1e-4.
+the same 10 steps. On the same topology, losses and gradient norms must be bit-identical. On different topologies,
+losses must agree to 1e-4.
 
 Exit code 0: all differences are within the limits. 1: a difference exceeds its limit.
 """

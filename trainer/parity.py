@@ -104,8 +104,8 @@ def draw_projection(tower: AudioTower) -> None:
     """Give the projection of added features random weights. With its initial zeros, no gradient would reach experts.
 
     With the adapter `swiglu`, the projection keeps its zeros. Otherwise, the experts' gradients in fp32 would differ
-    from those in fp64 by more than 1e-5, even in one process. `swiglu_post_norm` has the same parts in another order,
-    so its experts are still compared.
+    from those in fp64 by more than 1e-5, even in one process. `swiglu_post_norm` has the same parts in a different
+    order, so its experts are still compared.
     """
     if tower.stream_projection is not None and tower.config.adapter.kind != "swiglu":
         weight = tower.stream_projection.weight
@@ -221,7 +221,7 @@ def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: 
 
 
 def _loss_difference(report: StepReport, losses: Losses) -> float:
-    """Return the largest relative difference in the loss and its terms; infinity if the terms have other names."""
+    """Return the largest relative difference in the loss and its terms; infinity if the terms have different names."""
     total = float(losses.total)
     if set(report.losses) != {term.name for term in losses.terms}:
         return float("inf")

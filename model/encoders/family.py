@@ -82,7 +82,7 @@ class EncoderFamily:
     """The number of audio samples between two frames: 320 for 50 Hz, 640 for 25 Hz. `AudioEncoder` brings frames to 50
     Hz."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Config fields that get these values unless the recipe sets them, even if a checkpoint has other values. They
+    """Config fields that get these values unless the recipe sets them, even if a checkpoint has different values. They
     should include dropout and masking, since a checkpoint's config describes its pre-training."""
     check: Callable[[EncoderConfig, Any], None] = _no_check
     """A function that raises `encoder_error` if the network does not support a setting of the transformers config."""
@@ -117,7 +117,7 @@ class EncoderFamily:
     trained with `train.gather_audio_weights: per_module`."""
     key_mapping: Mapping[str, str] = field(default_factory=dict)
     """Regular expressions for the names of a checkpoint's tensors, and their replacements. They are needed if the
-    checkpoint contains more than the network, or uses other names."""
+    checkpoint contains more than the network, or uses different names."""
 
 
 def family_of(config: EncoderConfig) -> EncoderFamily:

@@ -143,7 +143,7 @@ def _extractor(config: EncoderConfig, family: EncoderFamily, hf_config: PreTrain
     prescribes.
 
     Raises:
-        UserError: If the checkpoint's preprocessor_config.json is missing or describes other features.
+        UserError: If the checkpoint's preprocessor_config.json is missing or describes different features.
     """
     wanted = family.features(hf_config)
     if config.weights is None or family.feature_extractor is None or not (wanted or family.extractor_fields):

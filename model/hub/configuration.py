@@ -86,7 +86,7 @@ def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
 
 
 def rename_former_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `EarshotConfig.audio` with the current names of keys and gates. Earlier versions wrote other names."""
+    """Return `EarshotConfig.audio` with the current names of keys and gates. Earlier versions wrote different names."""
     router = tree["router"]
     if isinstance(router, Mapping):
         router = dict(router)

@@ -81,8 +81,8 @@ class EarshotProcessor(ProcessorMixin):
             return_tensors: Only `pt` is accepted.
 
         Raises:
-            ValueError: If `sampling_rate` or `return_tensors` has another value, audio cannot be used, the numbers of
-                samples and instructions differ, or an instruction contains the placeholder or a special token.
+            ValueError: If `sampling_rate` or `return_tensors` has a different value, audio cannot be used, the numbers
+                of samples and instructions differ, or an instruction contains the placeholder or a special token.
         """
         if sampling_rate != SAMPLE_RATE or return_tensors != "pt":
             raise ValueError(

@@ -85,7 +85,7 @@ def expert_parts(
 
 
 def _router_tensors(hf_config: PretrainedConfig, layer: int, kind: str) -> list[tuple[str, int]]:
-    """Return the names of the tensors of a layer's router and their numbers of rows, in order.
+    """Return the name and the number of rows of each tensor of a layer's router, in order.
 
     Args:
         hf_config: The LLM.

@@ -205,7 +205,7 @@ def place_experts(model: Any, mixture: Mixture, modules: Mapping[str, str]) -> N
     Args:
         model: A transformers model with the submodules `model.layers`.
         mixture: The experts.
-        modules: The names of the modules in the checkpoint, see `model.llm.families.LLAMA_MODULES`.
+        modules: The names of the modules in the checkpoint; see `model.llm.families.LLAMA_MODULES`.
     """
     root = modules["router"].partition(".")[0]
     own = {role: path for role, path in modules.items() if role.startswith(("router", "expert_", "shared_"))}
@@ -227,7 +227,7 @@ def balance_experts(model: nn.Module, choices: Sequence[Choice]) -> None:
 
     Args:
         model: The model.
-        choices: The choices of each layer with experts for all tokens of the global batch, see `observed`.
+        choices: The choices of each layer with experts for all tokens of the global batch; see `observed`.
     """
     layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
     for layer, choice in zip(layers, choices, strict=True):

@@ -10,7 +10,7 @@ A stage has one model per virtual stage, called a chunk (`model.llm.stages`). A 
 (`model.llm.packing`). The forward pass of every chunk is called as follows: ::
 
     gpt(input_ids=None, position_ids=None, attention_mask=None,
-        decoder_input=x,              # first chunk: [t/TP, 1, hidden], see embed_tokens; other chunks: None
+        decoder_input=x,              # first chunk: [t/TP, 1, hidden] (see embed_tokens); other chunks: None
         labels=labels,                # [1, t], no IGNORE (use any valid id and mask the losses); None for logits
         packed_seq_params=packed)     # PackedSequences of t rows, t a multiple of TP
 

@@ -79,7 +79,7 @@ class Mixture:
         return self.top_k * len(self.experts) / self.num_choices
 
     def router_parts(self, router: str) -> list[tuple[str, int]]:
-        """Return the names of the parts of a layer's router and their numbers of outputs, in order.
+        """Return the name and the number of outputs of each part of a layer's router, in order.
 
         Args:
             router: The name of the router. If it contains `{e}`, which stands for the name of an expert, every expert

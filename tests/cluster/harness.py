@@ -102,7 +102,7 @@ class Run:
         """Wait until the job's state in Slurm is cancelled.
 
         Raises:
-            AssertionError: If this takes too long, or if the job ends in another way.
+            AssertionError: If this takes too long, or if the job ends in a different way.
         """
         deadline = time.monotonic() + timeout_sec
         while (state := self.state()) != "CANCELLED":

@@ -1,4 +1,4 @@
-"""Tests that LLM families with shared tensors, norms after the branches, or experts can resume on another topology."""
+"""Tests that LLMs with shared tensors, norms after the branches, or experts can resume on a different topology."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_adapters_resume_on_any_topology_and_take_the_planned_memory(tmp_path: P
 
 
 def resume_cases(folder: str) -> dict[str, Any]:
-    """Train with adapters, save and continue; then load the checkpoint on the same and on other topologies.
+    """Train with adapters, save and continue; then load the checkpoint on the same and on different topologies.
 
     Returns:
         This rank's losses after the checkpoint for each case, its measured memory, and which tensors were trained.

@@ -279,7 +279,7 @@ def test_what_auto_cannot_encode_is_refused() -> None:
 
 
 def test_other_features_than_those_of_the_checkpoint_are_refused(tmp_path: Path) -> None:
-    """Check a folder without preprocessor_config.json, for which transformers would silently use another extractor."""
+    """Check a folder without preprocessor_config.json, for which transformers silently uses a different extractor."""
     case = CASES["wav2vec2_bert"]
     case.published(dict(case.config)).save_pretrained(tmp_path)
     config = case.encoder(weights=str(tmp_path), config={})

@@ -180,8 +180,8 @@ def test_recomputation_changes_nothing(family: str, frozen_embedding: bool) -> N
         assert all(gradient is not None for gradient in gradients[-1])
     for plain, selective, full in zip(*gradients, strict=True):
         assert torch.equal(plain, full)
-        # The first pass of a recomputed part has no gradient. For RMSNorm, torch then uses another kernel, which rounds
-        # differently. In Qwen3.5, the gradient of a decay is a small difference of large terms.
+        # The first pass of a recomputed part has no gradient. For RMSNorm, torch then uses a different kernel, which
+        # rounds differently. In Qwen3.5, the gradient of a decay is a small difference of large terms.
         tolerance = 1e-5 if family == "qwen3_5_text" else 3e-6
         torch.testing.assert_close(selective, plain, rtol=0, atol=tolerance * float(plain.abs().max()))
 

@@ -27,7 +27,7 @@ def config(model_type: str = "llama", **fields: object) -> PretrainedConfig:
 
 
 def labelled(hf_config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """Return all tensors of the model by name. Each element of the model has another value."""
+    """Return all tensors of the model by name. Each element of the model has a different value."""
     tensors, first = {}, 0
     for name, shape in hf_shapes(hf_config).items():
         count = torch.Size(shape).numel()

@@ -300,7 +300,7 @@ def test_tools_read_a_bucket(url: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_run_saves_to_a_bucket_and_resumes_on_another_machine(swift: Swift, url: str, tmp_path: Path) -> None:
-    """Train with both engines on two ranks. The second call has another run folder, so it only finds the bucket."""
+    """Train with both engines on two ranks. The second call has a different run folder, so it only finds the bucket."""
     from tools.demo_corpus import write_corpus
 
     write_corpus(tmp_path / "corpus", scale=0.05)

@@ -92,7 +92,7 @@ def check_peft(run: Path, base: Any, oracle: SpeechLLM) -> Path:
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_peft_loads_the_adapter_on_the_stock_model(family: str, made: tuple[Path, SpeechLLM], tmp_path: Path) -> None:
-    # One pattern sets another rank for k_proj, which Phi-3 does not have.
+    # One pattern sets a different rank for k_proj, which Phi-3 does not have.
     root, oracle = made if family == "llama" else (tmp_path, write_run(tmp_path / "run", family, lora=LORA))
     base: Any = build_reference(LLMConfig(config=tiny_model(family).llm.config), seed=1)
     stored = dict(oracle.llm.named_parameters())

@@ -296,7 +296,7 @@ def test_rows_without_a_split_are_divided_by_recording(tmp_path: Path, capsys: p
 def test_every_split_of_a_small_table_gets_a_recording(
     num: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for seed in range(8):  # other names have other hashes, which choose the splits
+    for seed in range(8):  # different names have different hashes, which choose the splits
         folder = tmp_path / str(seed)
         folder.mkdir()
         rows = ["audio,text"]

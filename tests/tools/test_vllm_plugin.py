@@ -38,7 +38,7 @@ from trainer.parity_cases import tiny_model
 
 
 def with_wide_heads(model: ModelConfig, gate_input: str) -> ModelConfig:
-    """Return the model with another router input and with heads of 32, which is the smallest size of vLLM on CPUs."""
+    """Return the model with a different router input and heads of 32, which is the smallest size of vLLM on CPUs."""
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     return replace(
         model,

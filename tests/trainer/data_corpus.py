@@ -28,7 +28,7 @@ def audio_bytes(seconds: float, seed: int = 0, kind: str = "FLAC", rate: int = R
 
 
 def row(key: str, **fields: Any) -> dict[str, Any]:
-    """Return one row of a manifest. Its `audio` is None unless `fields` contain another value."""
+    """Return one row of a manifest. Its `audio` is None unless `fields` contain a different value."""
     base = {"id": key, "audio": None, "task": "asr", "split": "train", "subset": "noise", "source": "tests"}
     return {**base, "instruction": f"What is said in {key}?", "answer": f"word {key}", "language": "en", **fields}
 

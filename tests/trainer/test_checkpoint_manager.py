@@ -150,7 +150,7 @@ def test_retention(start: Start) -> None:
 
 def test_metric_that_evaluations_lack_is_logged(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     manager = start(best_metric="eval/dev/asr/werr")
-    manager.note_scores(1, {"eval/test/asr/wer": 0.5})  # a score of another split
+    manager.note_scores(1, {"eval/test/asr/wer": 0.5})  # a score of a different split
     assert not caplog.records
     manager.note_scores(2, {"eval/dev/asr/wer": 0.5})
     assert "checkpoint.best_metric = eval/dev/asr/werr: the evaluation of step 2 has no such score" in caplog.text

@@ -119,7 +119,7 @@ def test_an_unreachable_store_quarantines_nothing(folder: Path) -> None:
 
 
 def test_a_swapped_sample_is_detected(folder: Path) -> None:
-    """Check bytes that are intact but belong to another sample, because the offset table was altered."""
+    """Check bytes that are intact but belong to a different sample, because the offset table was altered."""
     path = folder / "shard-000000.idx.json"
     table = json.loads(path.read_text())
     table["samples"][3][4], table["samples"][4][4] = table["samples"][4][4], table["samples"][3][4]

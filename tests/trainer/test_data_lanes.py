@@ -77,7 +77,7 @@ def test_epochs_differ_if_shuffled_and_follow_storage_if_not() -> None:
 
 
 def test_the_order_is_that_of_every_machine_and_version() -> None:
-    """Compare with golden values. If the order changed, all existing checkpoints would resume with other samples."""
+    """Compare with golden values. If the order changed, existing checkpoints would resume with different samples."""
     assert permutation(8, 7, "set", 3).tolist() == [7, 1, 6, 5, 0, 2, 4, 3]
     order = DatasetOrder("set", [5, 3], 7, 2, True, 2)
     assert [place[1:] for place in walk(order, 1, 6)] == [(0, 0), (1, 1), (1, 0), (1, 2), (0, 4), (0, 1)]

@@ -129,7 +129,7 @@ def test_builds_with_different_limits_do_not_destroy_each_others_shards(tmp_path
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         for trial in range(8):
             out = tmp_path / f"out{trial}"
-            # Two of the builds accept the broken sample, one does not, and one makes shards of another size.
+            # Two of the builds accept the broken sample, one does not, and one makes shards of a different size.
             jobs = [(str(manifest), str(out), *rest) for rest in ((0.5, 4), (0.0, 4), (0.5, 4), (0.5, 7))]
             found = pool.map(build, jobs, chunksize=1)
             assert "built" in found, found

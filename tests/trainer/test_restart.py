@@ -112,7 +112,7 @@ def test_step_that_fails_twice_in_the_same_way_is_not_retried() -> None:
     assert decide([*first, event("peer_lost", step=7)], ExitCode.PEER_LOST, CONFIG, NOW).again
     # If an attempt died before it wrote `started`, the failure of the previous attempt is not taken for its own.
     assert decide([*first, failed(7), event("requeued", 200)], 1, CONFIG, NOW).again
-    # The run was at another step in between.
+    # The run was at a different step in between.
     between = [event("signal"), event("requeued", 200), event("started")]
     assert not decide([*first, *between, failed(7)], 1, CONFIG, NOW).again
     start = [event("started"), failed(None), event("requeued"), event("started"), failed(None)]

@@ -165,7 +165,7 @@ def sign_checkpoint(folder: Folder, key: bytes) -> bool:
 
     Raises:
         DamagedError: If the checkpoint is damaged.
-        UserError: If the manifest has another format version.
+        UserError: If the manifest has a different format version.
     """
     text = read_text(folder, MANIFEST)
     try:

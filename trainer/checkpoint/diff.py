@@ -21,9 +21,9 @@ class Difference:
     num_equal: int
     """The number of tensors that are equal."""
     only_first: list[str]
-    """The tensors of the first checkpoint that the second one lacks or has in another shape."""
+    """The tensors of the first checkpoint that the second one lacks or has in a different shape."""
     only_second: list[str]
-    """The tensors of the second checkpoint that the first one lacks or has in another shape."""
+    """The tensors of the second checkpoint that the first one lacks or has in a different shape."""
 
 
 def diff(first: Reader, second: Reader) -> Difference:

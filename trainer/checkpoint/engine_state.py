@@ -66,7 +66,7 @@ def check(reader: Reader, shards: Sequence[Shard], names: set[str]) -> None:
 
     Raises:
         UserError: If the checkpoint has a tensor that the model lacks, lacks a tensor of the model, or has a tensor of
-            another shape.
+            a different shape.
     """
     surplus = sorted(set(reader.manifest.tensors) - names)
     if surplus:

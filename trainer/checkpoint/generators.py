@@ -37,7 +37,7 @@ def set_states(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 def reseed(states: dict[str, Tensor]) -> None:
-    """Seed the generators of a run that resumes on another rank grid.
+    """Seed the generators of a run that resumes on a different rank grid.
 
     The seed is derived from rank 0's saved states, so that no random numbers are repeated.
 

@@ -4,7 +4,8 @@ The rectangles are addressed by global offset, not by rank.
 
 Every tensor is viewed as a matrix [rows, cols]: the first dimension is the rows, and all other dimensions together are
 the columns. The part of a tensor that a rank holds, for example its ZeRO-3 partition, consists of a few rectangles of
-that matrix. A reader that needs different rectangles, for example on another topology, cuts them out of the saved ones.
+that matrix. A reader that needs different rectangles, for example on a different topology, cuts them out of the saved
+ones.
 
 This module accesses neither files nor engines. `docs/checkpoints.md` describes the files.
 """
@@ -72,7 +73,7 @@ class Shard:
     """The slices that the tensor is cut into, if this rank's slice contains `rect`; None for any other division."""
 
     def changed(self, values: Mapping[str, Tensor], step: int | None) -> Shard:
-        """Return a copy of the shard with other values and another number of updates.
+        """Return a copy of the shard with different values and a different number of updates.
 
         This is much faster than `dataclasses.replace`.
         """

@@ -226,7 +226,7 @@ class CheckpointManager:
             The `extra` values that were passed to `save`.
 
         Raises:
-            UserError: If the checkpoint is damaged or belongs to another model. In this case, nothing is changed.
+            UserError: If the checkpoint is damaged or belongs to a different model. In this case, nothing is changed.
         """
         if folder.url not in self._verified and (damage := self._damage(folder)) is not None:
             raise UserError(f"checkpoint {folder.url} is damaged: {damage}; use another one")

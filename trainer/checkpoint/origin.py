@@ -227,7 +227,7 @@ def read_export_config(url: str) -> dict[str, Any]:
     """Return the config.json of an export.
 
     Raises:
-        UserError: If the file is not JSON or describes another kind of model.
+        UserError: If the file is not JSON or describes a different kind of model.
     """
     content = open_store(url).get(CONFIG)
     try:

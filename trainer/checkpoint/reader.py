@@ -40,7 +40,7 @@ def read_manifest(folder: Folder, check_signature: bool = True) -> Manifest:
 
     Raises:
         DamagedError: If the manifest is missing or was changed.
-        UserError: If the manifest has another format version, or is not signed although a key is set.
+        UserError: If the manifest has a different format version, or is not signed although a key is set.
     """
     return parse_manifest(folder, manifest_text(folder), check_signature)
 
@@ -151,7 +151,7 @@ class Reader:
         """Check that the checkpoint contains what `shard` needs.
 
         Raises:
-            UserError: If the checkpoint belongs to another model.
+            UserError: If the checkpoint belongs to a different model.
         """
         entry = self.manifest.tensors.get(shard.name)
         if entry is None and is_factor(shard.name):

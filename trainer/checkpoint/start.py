@@ -72,7 +72,7 @@ def fill_weights(
         Descriptions of the parts on this rank that are new and keep their initial weights.
 
     Raises:
-        UserError: If a part of the model that must not be new is missing from `origin` or has another size there.
+        UserError: If a part of the model that must not be new is missing from `origin` or has a different size there.
     """
     before, now = origin.experts, tuple(e.name for e in model.experts)
     added = tuple(name for name in now if name not in before)
@@ -139,7 +139,8 @@ def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig, l
 
     Raises:
         UserError: If the new model lacks an adapter, whose training would otherwise be lost without a message. The same
-            error is raised if the new model scales an adapter by another factor, because no tensor stores the factor.
+            error is raised if the new model scales an adapter by a different factor, because no tensor stores the
+            factor.
     """
     former, own = Adapters(origin.lora), Adapters(tuple(lora))
     kept = ("llm.", "audio.primary.", *(f"audio.experts.{e.name}." for e in model.experts))

@@ -1,4 +1,4 @@
-"""Recipe keys and values that had other names in earlier versions.
+"""Recipe keys and values that had different names in earlier versions.
 
 A recipe that a user writes must use the current names. For each former name, `refuse` raises an error that contains the
 current one. A recipe that is stored in a run or checkpoint is updated by `translate`, so that runs of earlier versions

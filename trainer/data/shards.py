@@ -144,7 +144,7 @@ def read_index(store: Store) -> ShardIndex:
     """Read the index of the shards in `store`.
 
     Raises:
-        UserError: If the index is missing, is malformed, or has another format version.
+        UserError: If the index is missing, is malformed, or has a different format version.
     """
     data = store.get(INDEX_NAME)
     index = _json_object(f"{store.url}/{INDEX_NAME}", data)

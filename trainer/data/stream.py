@@ -191,8 +191,8 @@ class SampleStream:
         on_skip: A function that is called for every skipped sample before its batch is yielded.
 
     Raises:
-        UserError: If the state belongs to another seed, number of lanes or data. The iteration also raises UserError if
-            too many samples are skipped, or the store is unreachable for too long.
+        UserError: If the state belongs to a different seed, number of lanes or data. The iteration also raises
+            UserError if too many samples are skipped, or the store is unreachable for too long.
     """
 
     def __init__(

@@ -118,9 +118,9 @@ class ModuleWeights:
 
         Collective: every rank of the world must call it.
 
-        ZeRO-3 reduces a bucket as soon as a gradient of another process group arrives. The gradients of the experts
+        ZeRO-3 reduces a bucket as soon as a gradient of a different process group arrives. The gradients of the experts
         arrive between those of the adapter and those of the router. A rank without experts has no such gradients, and
-        would reduce its bucket at another point.
+        would reduce its bucket at a different point.
         """
         for dtype in self._zero.ipg_buckets:
             self._zero._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)

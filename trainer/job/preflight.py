@@ -58,7 +58,7 @@ def preflight(
         facts: The properties of the recipe.
         environ: The environment variables. PREFLIGHT_MIN_MEMORY_GIB (default 16) and PREFLIGHT_MIN_DISK_GIB (default
             10) are the free memory and disk space that a node must have in addition to what the plan needs. For
-            EARSHOT_START_SEC, see `trainer.parallel.environment.meeting_limit_sec`.
+            EARSHOT_START_SEC; see `trainer.parallel.environment.meeting_limit_sec`.
         suspects: The nodes with a hardware fault in an earlier attempt of this job, each with a description of the
             fault. These nodes are not used.
 

@@ -64,7 +64,7 @@ class Route:
         )
 
     def renumbered(self, names: Ints) -> Route:
-        """Return the same route for rows in another order, in which this rank's row r is at index `names[r]`."""
+        """Return the same route for rows in a different order, in which this rank's row r is at index `names[r]`."""
         return replace(self, send_rows=names[self.send_rows])
 
 

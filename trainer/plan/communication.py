@@ -85,7 +85,7 @@ def traffic(
         model: The model that the recipe describes.
         parts: The sizes of the model's parts.
         topology: The layout of the ranks.
-        work: The encoders' work, see `encoder_work`.
+        work: The encoders' work; see `encoder_work`.
         packs: The LLM's packs.
         per_node: The number of ranks per node.
         mechanisms: Assumptions that differ from the trainer.

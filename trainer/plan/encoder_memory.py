@@ -213,7 +213,7 @@ def audio_memory(
 
     Args:
         tracer: The tracer of the model's encoders.
-        work: The encoders' work, see `encoder_work`.
+        work: The encoders' work; see `encoder_work`.
         rank: The rank whose memory is returned.
         loaded_samples: The lengths of the clips that the rank loaded, in audio samples.
         reduce_elements: ZeRO-3's `reduce_bucket_size`, a number of elements.

@@ -62,7 +62,7 @@ def read_forecast(path: Path, recipe: Recipe) -> Forecast | None:
         The forecast; None if there is no plan, or if the plan contains no forecast because the run is too small.
 
     Raises:
-        UserError: If the file is not a plan, or is the plan of another layout or model.
+        UserError: If the file is not a plan, or is the plan of a different layout or model.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

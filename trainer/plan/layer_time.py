@@ -2,7 +2,7 @@
 
 A layer's time is the sum of its matmuls, its attention, its element-wise operations (which take as long as their reads
 and writes of memory) and its kernel launches. In formulas, h is the hidden size, f the feed-forward size, H and G are
-the numbers of query and key-value heads on a rank, and d is the head size.
+the number of query and key-value heads on a rank, and d is the head size.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def memory_model(
         ds_json: The DeepSpeed JSON.
         tracer: The tracer of the model's encoders.
         workload: The samples of a step.
-        work: The encoders' work in this topology, see `encoder_work`.
+        work: The encoders' work in this topology; see `encoder_work`.
         packs: The LLM's packs in this topology.
         kernels: The settings that determine which kernels the ranks run.
         known: A cache of the memory of traced stages, to which this function adds. All calls that share it must have

@@ -100,7 +100,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Totals:
-    """The numbers of skipped samples and of epochs, summed over all ranks."""
+    """The number of skipped samples and the number of epochs, summed over all ranks."""
 
     skipped: dict[str, int]
     """The number of samples that were skipped, by reason. Reasons without samples are omitted."""

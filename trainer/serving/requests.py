@@ -63,7 +63,7 @@ def read_messages(messages: Any, max_chars: int) -> tuple[list[Clip], dict[str, 
         max_chars: The largest number of characters of text in all messages.
 
     Raises:
-        RequestError: If the messages have another form, their text is too long, or their audio cannot be decoded.
+        RequestError: If the messages have a different form, their text is too long, or their audio cannot be decoded.
     """
     if not isinstance(messages, list) or not messages:
         raise RequestError("must be a list of messages", "messages")

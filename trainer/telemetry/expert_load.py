@@ -90,7 +90,7 @@ class Load:
         )
 
     def with_experts(self, places: Sequence[int | None]) -> Load:
-        """Return the load for another list of experts.
+        """Return the load for a different list of experts.
 
         Args:
             places: For each expert in the new list, its index in the old list, or None if it is not in the old list.

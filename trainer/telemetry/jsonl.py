@@ -146,7 +146,7 @@ def undamaged_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _undamaged(path: Path, last_step: int) -> Iterator[str]:
-    """Yield the lines up to `last_step`. Damaged lines are logged, and the damaged file is kept under another name."""
+    """Yield the lines up to `last_step`. Log damaged lines, and keep the damaged file under a different name."""
     damaged = []
     for number, line, record in _numbered(path):
         if isinstance(record, ValueError):

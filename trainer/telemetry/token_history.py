@@ -77,7 +77,7 @@ def read_history(path: Path) -> list[TokenLoad]:
         path: The file `token_load.jsonl` of the run.
 
     Raises:
-        UserError: If a line is not such a load, or has other experts or layers than the first line.
+        UserError: If a line is not such a load, or has different experts or layers from the first line.
     """
     if not path.is_file():
         return []

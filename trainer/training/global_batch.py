@@ -43,7 +43,7 @@ class GlobalBatch:
     tasks: Ints
     """[n] the index of the sample's task in `task_names()`."""
     kinds: Ints
-    """[n] the index of the sample's task and language, see `SampleKinds`; 0 if kinds are not counted."""
+    """[n] the index of the sample's task and language; see `SampleKinds`; 0 if kinds are not counted."""
     audio_samples: Ints
     """[n] the total length of the sample's clips, in audio samples."""
     counts: Mapping[str, int]
@@ -59,7 +59,7 @@ class GlobalBatch:
     num_values: int
     """The largest number of integers that a rank contributed."""
     digests: Ints | None = None
-    """[n] the hash of the sample's key, see `trainer.training.router_noise`; None if they were not gathered."""
+    """[n] the hash of the sample's key; see `trainer.training.router_noise`; None if they were not gathered."""
 
     def __len__(self) -> int:
         return len(self.source_ranks)

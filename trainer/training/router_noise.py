@@ -27,7 +27,7 @@ def jitter_ids(seed: int, step: int, digests: Ints) -> Ints:
     Args:
         seed: The seed of the jitter.
         step: The number of steps completed before this one.
-        digests: The hashes [n] of the samples' keys, see `sample_digest`.
+        digests: The hashes [n] of the samples' keys; see `sample_digest`.
 
     Returns:
         The identities [n] int64. `model.llm.jitter` hashes them again.

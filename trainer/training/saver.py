@@ -73,8 +73,9 @@ class Saver:
             For a run without a checkpoint, these are 0 and an empty mapping.
 
         Raises:
-            UserError: If all checkpoints are damaged, if the checkpoint belongs to another model, if its adapters were
-                trained with other scaling factors, or if the weights of `checkpoint.start_from` cannot be used.
+            UserError: If all checkpoints are damaged, if the checkpoint belongs to a different model, if its adapters
+                were trained with different scaling factors, or if the weights of `checkpoint.start_from` cannot be
+                used.
         """
         latest = self._checkpoints.latest()
         if latest is None:

@@ -56,7 +56,7 @@ class SpikeGuard:
         self._recent = [(s, loss) for s, loss in self._recent if s <= step]
 
     def forget_until(self, step: int) -> None:
-        """Forget the losses of `step` and all steps before it, because a stage with another loss begins after it."""
+        """Forget the losses up to and including `step`, because a stage with a different loss begins after it."""
         self._recent = [(s, loss) for s, loss in self._recent if s > step]
 
     @property

@@ -53,8 +53,8 @@ def run_evaluation(
         on_progress: A function that is called with the number of finished samples and the number of all samples.
 
     Raises:
-        UserError: If the folder contains another evaluation, the data or the model cannot be used, or a worker process
-            ended unexpectedly.
+        UserError: If the folder contains a different evaluation, the data or the model cannot be used, or a worker
+            process ended unexpectedly.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ def require(config: Mapping[str, Any], title: str, **wanted: Any) -> None:
         wanted: The only supported value of each field. An absent field is accepted.
 
     Raises:
-        UserError: If a field has another value.
+        UserError: If a field has a different value.
     """
     for key, value in wanted.items():
         if config.get(key, value) != value:

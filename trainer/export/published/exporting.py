@@ -27,7 +27,7 @@ def read_original(source: Source, folder: Path) -> Published:
         folder: The folder of the published model. It need not contain the weights.
 
     Raises:
-        UserError: If the checkpoint has parts that the published model does not have, or tensors of other shapes.
+        UserError: If the checkpoint has parts that the published model does not have, or tensors of different shapes.
     """
     where = f"{source.folder.url}: --original {folder}"
     if source.expert_names():

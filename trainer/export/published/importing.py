@@ -109,7 +109,7 @@ _SINGLE = "model.safetensors"
 
 
 def _convert(file: Path, names: dict[str, str], target: Path) -> int:
-    """Copy tensors to a new file under other names, and return their size in bytes."""
+    """Copy tensors to a new file under different names, and return their size in bytes."""
     with safe_open(str(file), framework="pt") as opened:
         tensors = {own: opened.get_tensor(name) for name, own in names.items()}
     save_file(tensors, target, metadata={"format": "pt"})

@@ -59,8 +59,8 @@ class Tracker(ABC):
     id_name: ClassVar[str | None] = None
     """The name of the file in the run's folder that contains the id under which the store knows the run.
 
-    Checkpoints contain the id, so that a run that resumes in another folder continues in the store. The name is None if
-    the tracker needs no id.
+    Checkpoints contain the id, so that a run that resumes in a different folder continues in the store. The name is
+    None if the tracker needs no id.
     """
     former_id_key: ClassVar[str | None] = None
     """The key under which checkpoints of earlier versions contain the id; None if they do not contain it."""
