@@ -1,7 +1,7 @@
 """The host time of one rank per step in a run with many ranks: planning and small collectives.
 
 `bench.scale` uses this module. Planning is measured in this process with the global batch of all ranks. Collectives are
-measured with a few real processes on this machine. For larger numbers of ranks, their time is extrapolated with a cost
+measured with a few real processes on this machine. For more ranks, their time is extrapolated with a cost
 model: the number of communication rounds times the time of a round, plus the time to receive the data.
 """
 

@@ -17,7 +17,7 @@ emotion and sound, and then a mixture of these experts and the original network.
     balance       with the balance loss (`model.losses.expert_balance`)
     copies        four identical copies of the original network
     dense         no experts; the same data and as many steps as the mixture's own run
-    dense_long    no experts; as many steps as the mixture's run and those of the three experts together
+    dense_long    no experts; as many steps as the runs of the mixture and of the three experts together
 
 The arms of a seed share the first run, and those with donors' experts share the runs that train these experts. An arm
 may need several calls, and each call resumes where the last one stopped. A finished arm is added to `results.jsonl`

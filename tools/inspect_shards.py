@@ -116,7 +116,7 @@ class Conversations:
         self._forms["num_with_later_audio"] += any(turn.num_clips for turn in users[1:])
 
     def counts(self) -> dict[str, Any]:
-        """Return the numbers of conversations, of their answers, and of conversations with each property."""
+        """Return the number of conversations, of their answers, and of conversations with each property."""
         return {
             "num_samples": self._answers.total(),
             "num_answers": sum(num * count for num, count in self._answers.items()),

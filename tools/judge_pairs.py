@@ -148,7 +148,7 @@ def write(path: Path, model: str, files: tuple[Path, Path], found: Sequence[Comp
 
 
 def outcomes(found: Sequence[Comparison]) -> dict[str, int]:
-    """Return the numbers of comparisons that were won, tied or lost, had equal answers, or depended on the order."""
+    """Return how many comparisons were won, tied or lost, had equal answers, or depended on the order."""
     values = [c.preference for c in found if c.preference is not None]
     return {
         "num_won": sum(v > 0.5 for v in values),

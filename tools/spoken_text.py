@@ -4,7 +4,7 @@ earshot spoken-text KIT OUT
 
 KIT is the folder of the kit, a set of small public recordings. The sentences are from the captions and the novel in
 KIT/text, and strings of digits are added. OUT becomes a folder for `data.root` with the manifest spoken.jsonl. The
-voices are those of espeak-ng, and of flite if it is installed (`apt-get install flite`), whose voices were made from
+voices come from espeak-ng, and from flite if it is installed (`apt-get install flite`), whose voices were made from
 recordings of people. No sentence of the kit's dev and test splits is spoken.
 """
 

@@ -77,7 +77,11 @@ class RaggedQwen3ASREncoder(DrawnAsTransformers, Qwen3ASREncoder):
         return normed
 
     def _spans(self, chunks: Sequence[Sequence[int]]) -> list[int]:
-        """Return the numbers of frames that attend to each other, given the mel frames of each chunk of each window."""
+        """Return the size of each group of frames that attend to each other.
+
+        Args:
+            chunks: The number of mel frames in each chunk of each window.
+        """
         per_span = self.n_window_infer // (2 * self.n_window)
         return [
             sum(map(convolved, own[first : first + per_span]))

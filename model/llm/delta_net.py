@@ -52,7 +52,7 @@ class Convolution(nn.Module):
         self.weight = weight
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return [B, L, C] for inputs [B, W - 1 + L, C], which begin with those of the W - 1 preceding tokens."""
+        """Return [B, L, C] for inputs [B, W - 1 + L, C], of which the first W - 1 belong to the preceding tokens."""
         taps = self.weight[:, 0].unbind(-1)
         length = inputs.shape[1] - len(taps) + 1
         mixed = taps[0] * inputs[:, :length]

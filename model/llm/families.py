@@ -60,7 +60,7 @@ class LLMFamily:
     """True if every head has an attention sink: a learned score that takes part in the softmax, without a value."""
     gated_attention: bool = False
     """True if the projection of queries also has rows for a gate by which attention's output is multiplied. The rows of
-    each head's gate follow those of its query."""
+    each head's gate follow the rows of its query."""
     qk_norm: bool = False
     """True if every query and key head is normalized by an RMSNorm with learned weights."""
     all_heads_norm: bool = False

@@ -97,10 +97,10 @@ class FusedProjection:
 
     num_experts: int
     num_outputs: int
-    """The number of outputs of each expert, including those of gate and up if both are in the parameter."""
+    """The number of outputs of each expert, including the outputs of gate and up if both are in the parameter."""
     parts: dict[str, tuple[int, slice]]
-    """For each expert's projection, by its name in checkpoints, the index of the expert, and the outputs of the
-    projection among those of the parameter."""
+    """For each expert's projection, by its name in checkpoints, the index of the expert, and the slice of
+    the parameter's outputs that belongs to the projection."""
 
 
 EXPERTS_MODULE = "mlp.experts"

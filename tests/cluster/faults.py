@@ -181,7 +181,7 @@ def _healthy(url: str) -> bool:
 
 
 def _nodes_of_job(run: Run) -> list[int]:
-    """Return the numbers of all nodes of the job. The first node is that of the batch script."""
+    """Return the numbers of all nodes of the job. The first node runs the batch script."""
     last = run.events("submitted")[-1]
     return [int(name.removeprefix("n")) for name in str(last["nodes"]).split(",")]
 

@@ -58,7 +58,7 @@ class Run:
         return max((int(r["step"]) for r in self.records()), default=0)
 
     def nodes(self) -> list[int]:
-        """The numbers of the nodes with ranks. The first node is that of the batch script."""
+        """The numbers of the nodes with ranks. The first node runs the batch script."""
         line = next(line for line in reversed(self.log.splitlines()) if "ranks start on" in line)
         return [int(name.strip().removeprefix("n")) for name in line.partition("start on")[2].split(",")]
 

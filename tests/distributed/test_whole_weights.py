@@ -24,7 +24,7 @@ class Counter(TorchDispatchMode):
     """A mode that counts collectives on weights and gradients.
 
     These are the collectives on floating-point tensors, except for those that move samples. Plans exchange integers.
-    The bytes of a collective are those of its largest tensor.
+    The size of a collective in bytes is the size of its largest tensor.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Counter(TorchDispatchMode):
 
 
 def measure(tp: int, ep: int, lora: bool, gathering: str) -> dict[str, Any]:
-    """Return the audio side's collectives and encoder calls in the second of two steps, and its numbers of elements."""
+    """Return the audio side's collectives and encoder calls in the second of two steps, and its element counts."""
     rank, world, device = connect(timeout_sec=250)
     groups = build_groups(Topology(world, tp, 1, ep), rank, device, parity_cases.SEED)
     learned = parity_cases.ADAPTERS if lora else parity_cases.ALL_WEIGHTS

@@ -77,7 +77,7 @@ class Cluster:
     Args:
         root: The folder of its configuration, state and logs. Its path must be short, because it contains a socket.
         num_nodes: The number N of nodes.
-        num_cpus: The number of CPUs that each node reports, which may exceed those of this machine.
+        num_cpus: The number of CPUs that each node reports, which may exceed this machine's number.
         num_gpus: The number of simulated GPUs of each node.
     """
 

@@ -37,7 +37,7 @@ def report(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def check_numbers(page: Page, wanted: dict[str, Any]) -> None:
-    """Check that the page's numbers of encoders and gates equal those of a task in the JSON."""
+    """Check that the page's numbers for encoders and gates equal the JSON's numbers for a task."""
     for name, encoder in wanted["encoders"].items():
         for key in ("clip_share", "num_clips", "audio_share", "audio_sec"):
             assert page.numbers[f"encoders.{name}.{key}"] == pytest.approx(encoder[key], rel=1e-5, abs=1e-6), (

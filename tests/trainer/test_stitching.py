@@ -70,7 +70,7 @@ def test_single_window_is_unchanged_and_empty_ones_add_nothing(words: list[str])
     [
         # a word that is cut at the edge of one window is taken from the other window
         (["the quick brown fox jum", "ick brown fox jumps over it"], "the quick brown fox jumps over it"),
-        # case and punctuation are ignored, and those of the first window are kept
+        # case and punctuation are ignored, and the first window's are kept
         (["He came home. Then,", "then he slept well all night"], "He came home. Then, he slept well all night"),
         # without common words, nothing is dropped
         (["one two three four", "five six seven eight"], "one two three four five six seven eight"),

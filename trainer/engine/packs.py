@@ -66,7 +66,7 @@ class Packs:
         return PackedSequences(lengths=lengths, num_samples=len(samples), noise=noise)
 
     def rows(self, microbatch: int) -> slice:
-        """Return the rows of one pack among those of all packs."""
+        """Return the range that one pack occupies in the rows of all packs."""
         return slice(microbatch * self.pack_tokens, (microbatch + 1) * self.pack_tokens)
 
     def sum_by_sample(self, token_losses: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -79,8 +79,8 @@ class TokenMeter:
         Returns:
             num_steps: The number of steps.
             sums: [kinds, L, 2 + 3·E]. The columns are the number of tokens; the sum of the entropies of the
-                probabilities; E numbers of tokens that each expert processed; E numbers of tokens for which each expert
-                had the highest score; and E sums of each expert's weights.
+                probabilities; and, for each of the E experts, the number of tokens that it processed (E columns), the
+                number of tokens for which it had the highest score (E columns), and the sum of its weights (E columns).
         """
         dist.all_reduce(self._sums, group=groups.world)
         taken = self.num_steps, self._sums.transpose(0, 1).cpu().numpy().copy()

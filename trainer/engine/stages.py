@@ -55,7 +55,7 @@ class StageConfig:
     min_lr_ratio: float | None = None
     """The learning rate at the end of the stage, as a fraction of the peak."""
     parts: tuple[PartConfig, ...] = ()
-    """Other settings for some of the parameters in this stage, applied after those of `optim.parts`."""
+    """Different settings for some of the parameters in this stage, applied after the settings in `optim.parts`."""
     weights: dict[str, float] = field(default_factory=dict)
     """The weights of datasets in this stage, by the name of the dataset. Other datasets keep their own `weight`."""
 

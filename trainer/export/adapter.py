@@ -55,7 +55,7 @@ def adapter_names(source: Source) -> dict[str, str]:
 
 
 def fuse_expert_factors(source: Source, targets: Sequence[Target]) -> list[Target]:
-    """Replace the factors of single experts with those of parameters that contain all experts, and return all targets.
+    """Fuse the factors of experts whose weights share one parameter, and return all targets.
 
     Args:
         source: The checkpoint.
@@ -138,7 +138,7 @@ class _FactorPlace:
     own: slice
     """The part of R that the expert's factor occupies."""
     outputs: slice | None
-    """The expert's outputs among those of B; None for A."""
+    """The rows of B for the adapted projection, such as gate or up; None for A."""
     scale: float
     """The factor by which the values are multiplied."""
 

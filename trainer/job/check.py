@@ -50,7 +50,7 @@ class Facts:
     plan_json: str = ""
     """The numbers of the plan as one JSON object; empty if there is none."""
     fewer_ranks: tuple[int, ...] = ()
-    """The smaller numbers of ranks with which a restarted job may continue, the largest first."""
+    """The smaller rank counts with which a restarted job may continue, the largest first."""
     ranks_per_node: int = 0
     """The number of ranks on a node; 0 if it is not needed."""
 
@@ -123,7 +123,7 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float, per_node: int 
 
 
 def fewer_ranks(recipe: Recipe, per_node: int) -> tuple[int, ...]:
-    """Return the smaller numbers of ranks that `restart.min_nodes` allows and for which the recipe is valid.
+    """Return the smaller rank counts that `restart.min_nodes` allows and for which the recipe is valid.
 
     Args:
         recipe: The recipe.

@@ -23,7 +23,7 @@ _MANY_ITEMS_PER_BIN = 16
 bins."""
 _ROUNDS = 16
 _FEW_ITEMS, _FEW_ITEMS_PER_BIN = 8192, 64
-"""The numbers of items, in total and per bin, up to which the longest-processing-time rule alone is fast enough.
+"""The largest number of items, in total and per bin, for which the longest-processing-time rule alone is fast enough.
 
 The rule alone balances better than dealing out items first.
 """

@@ -94,7 +94,7 @@ class ExpertPlan:
     all experts are used equally. A dense layer with as much computation does not keep them."""
     worst_bytes: int
     """The bytes that a micro-batch adds to the peak if all tokens choose experts on one rank. With recomputation, these
-    are the activations of one layer. Without it, they are those of all layers of a stage."""
+    are the activations of one layer. Without it, they are the activations of all layers of a stage."""
     all_to_all_bytes: float
     """The bytes that a rank sends to other ranks for the experts in a step."""
 

@@ -169,7 +169,7 @@ class Search:
         return float(values * (_BOUND * (layers + again) + 2 * packs.num_microbatches))
 
     def _unit(self, variant: Recipe) -> float:
-        """Return the bytes that a layer keeps, divided by those of its input, as traced without parallelism."""
+        """Return the bytes that a layer keeps, divided by the bytes of its input, as traced without parallelism."""
         mode = variant.train.recompute_llm
         if mode not in self._units:
             self._units[mode] = self.planner.layer_unit(variant)

@@ -16,7 +16,7 @@ from trainer.config.schema import Recipe
 ENCODERS, LLM, UPDATE = "encoders", "LLM", "update"
 _BATCH_KEYS = ("global_batch_samples", "num_lanes", "min_audio_sec", "max_audio_sec", "tokenizer")
 """Keys of the recipe's `data` section that change the time of a step or its memory. The contents of the datasets may
-differ from the plan; the numbers of tokens and seconds of audio are then reported."""
+differ from the plan; the number of tokens and seconds of audio is then reported."""
 _UNPLANNED_KEYS = ("steps", "run_dir", "debug_plan")
 """Keys of the recipe's `train` section that change neither the time of a step nor its memory."""
 

@@ -112,7 +112,7 @@ def macro_f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     `f1_score(average="macro", labels=<the references' classes>)`.
 
     Args:
-        sums: [..., 3·C] numbers of hits, answers and references of each of C classes.
+        sums: [..., 3·C] the number of hits, answers and references of each of C classes.
 
     Returns:
         [...] macro-F1.

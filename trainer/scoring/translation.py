@@ -89,7 +89,7 @@ def chrf_score(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     hypotheses and references have n-grams, and recall counts twice as much as precision.
 
     Args:
-        sums: [..., 24] for each order, the numbers of n-grams in the hypotheses, in the references, and in both.
+        sums: [..., 24] for each order, the number of n-grams in the hypotheses, in the references, and in both.
 
     Returns:
         [...] scores.
