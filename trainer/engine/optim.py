@@ -58,8 +58,8 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     """The learning rate at the end of the schedules `linear` and `cosine`, as a fraction of the peak, from 0 to 1."""
     parts: tuple[PartConfig, ...] = ()
-    """Different settings for some of the parameters, for example to freeze the LLM. A pattern that matches nothing is an
-    error."""
+    """Different settings for some of the parameters, for example to freeze the LLM. A pattern that matches nothing is
+    an error."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

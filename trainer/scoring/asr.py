@@ -19,7 +19,7 @@ _MAX_LENGTH_RATIO = 2
 def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str]) -> list[Metric]:
     """Return the metrics of speech recognition; lower is better for all of them.
 
-    `wer` is (S + D + I) / (S + D + H), where S, D, I and H are the numbers of substitutions, deletions, insertions and
+    `wer` is (S + D + I) / (S + D + H), where S, D, I and H are the number of substitutions, deletions, insertions and
     hits in all samples. It may exceed 1. `substitutions`, `deletions` and `insertions` are rates per reference word,
     whose sum is `wer`. `cer` is the same ratio as `wer`, computed for the characters of the normalized text, including
     spaces. `hallucination_rate` is the share of hypotheses that are far longer than their reference. `wer_audiobench`

@@ -64,7 +64,7 @@ def bleu_score(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     It matches `sacrebleu.metrics.BLEU.compute_bleu` with its default arguments.
 
     Args:
-        sums: [..., 10] lengths of the hypotheses and of the closest references in tokens, followed by the numbers of
+        sums: [..., 10] lengths of the hypotheses and of the closest references in tokens, followed by the number of
             correct n-grams and of all n-grams in the hypotheses, each for orders 1 to 4.
 
     Returns:

@@ -102,7 +102,7 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
 
     Losses, the gradient norm and times are means over the steps. The loss of a task is the mean over its tokens in all
     steps, and routing metrics are means over all clips. Rates are totals divided by the total time. The learning rate
-    and the numbers of skipped samples and updates are taken from the last step. Steps whose update was skipped count in
+    and the number of skipped samples and updates are taken from the last step. Steps whose update was skipped count in
     the losses and the norm only if the updates of all steps were skipped.
 
     Args:
