@@ -167,7 +167,7 @@ def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
             found["encoder"][name], found["calls"][name] = encoder_waste(frames, batch, ranks)
             found["llm"][name] = llm_waste(tokens, batch, ranks)
     for cost_sec in OTHER_CALL_COSTS_SEC:
-        name = f"plan, {max(BATCHES)} samples, world size 1, a call costing {cost_sec:g} s"
+        name = f"plan, {max(BATCHES)} samples, world size 1, call cost {cost_sec:g} s"
         found["encoder"][name], found["calls"][name] = encoder_waste(frames, max(BATCHES), 1, num_samples(cost_sec))
     return found
 
