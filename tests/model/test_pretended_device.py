@@ -169,7 +169,7 @@ def test_tensors_of_two_devices_do_not_mix() -> None:
         there = torch.ones(3, device=DEVICE)
         with pytest.raises(RuntimeError, match=r"add: expected all tensors on one device, but one of shape \(3,\)"):
             there + torch.ones(3)
-        with pytest.raises(TypeError, match="numpy"):
+        with pytest.raises(TypeError, match="NumPy"):
             there.numpy()
         assert host(there + torch.tensor(1.0)).tolist() == [2.0] * 3
 
