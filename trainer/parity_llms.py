@@ -72,6 +72,23 @@ _FEATURES: dict[str, dict[str, Any]] = {
 }
 """The config fields of families with operations that Llama lacks. Sliding windows are shorter than most samples."""
 
+FEATURED = tuple(_FEATURES)
+"""The families without FFN experts that have operations that Llama lacks."""
+
+
+def features(family: str, num_layers: int) -> dict[str, Any]:
+    """Return the config fields of a family that differ from Llama's, for a model with `hidden_size` 32 and 4 heads.
+
+    Args:
+        family: The family. The result is empty if it is not one of `FEATURED`.
+        num_layers: The number of layers, at most 8.
+    """
+    fields = dict(_FEATURES.get(family, {}))
+    if "layer_types" in fields:
+        fields["layer_types"] = fields["layer_types"][:num_layers]
+    return fields
+
+
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
@@ -123,8 +140,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
     "mixture_qwen3_5": {
         "model_type": "qwen3_5_text",
-        **_FEATURES["qwen3_5_text"],
-        "layer_types": ["linear_attention", "full_attention"] * 2,
+        **features("qwen3_5_text", 4),
         "ffn_experts": {"experts": ["d", "b", "c", "a"], "layers": [0, 1], "top_k": 2, "normalize": True},
     },
 }
@@ -135,19 +151,3 @@ so much per step that they affect which experts are chosen. In `mixture_qwen3_5`
 linear attention."""
 MIXTURES = tuple(name for name, fields in EXPERTS.items() if "ffn_experts" in fields)
 """The entries of `EXPERTS` in which the recipe adds experts to a dense LLM."""
-
-FEATURED = tuple(_FEATURES)
-"""The families without FFN experts that have operations that Llama lacks."""
-
-
-def features(family: str, num_layers: int) -> dict[str, Any]:
-    """Return the config fields of a family that differ from Llama's, for a model with `hidden_size` 32 and 4 heads.
-
-    Args:
-        family: The family. The result is empty if it is not one of `FEATURED`.
-        num_layers: The number of layers, at most 8.
-    """
-    fields = dict(_FEATURES.get(family, {}))
-    if "layer_types" in fields:
-        fields["layer_types"] = fields["layer_types"][:num_layers]
-    return fields
