@@ -23,8 +23,6 @@ _CHUNK_BYTES = 1 << 19  # A chunk of this size is still in the CPU's cache when 
 _NUM_HASHERS = 4
 _ON_ITS_OWN = FileEntry(0, "")
 """The entry of a file that is stored under its own name."""
-_MALFORMED = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError, OSError, EOFError)
-"""The exceptions that the parsing of a damaged manifest may raise."""
 
 
 class DamagedError(Exception):
