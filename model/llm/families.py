@@ -42,7 +42,7 @@ that has the parameter of that name. Families with linear attention have the rol
 `delta`."""
 
 REQUIRED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
-"""For each of these fields of the Hugging Face config, the only value that the Megatron model supports."""
+"""The fields of the Hugging Face config for which the Megatron model supports only one value, with this value."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class LLMFamily:
     scales: Callable[[PretrainedConfig], Scales] = plain
     """A function that returns the factors that a config describes."""
     required: Mapping[str, Any] = field(default_factory=lambda: dict(REQUIRED))
-    """For each of these fields of the Hugging Face config, the only supported value. Fields that the config lacks are
-    ignored."""
+    """The fields of the Hugging Face config for which only one value is supported, with this value. Fields that the
+    config lacks are ignored."""
     modules: Mapping[str, str] = field(default_factory=lambda: dict(LLAMA_MODULES))
     """The names of the modules in the checkpoint, by the roles of `LLAMA_MODULES`."""
     experts: Callable[[PretrainedConfig], Mixture | None] | None = None

@@ -99,8 +99,8 @@ class FusedProjection:
     num_outputs: int
     """The number of outputs of each expert, including the outputs of gate and up if both are in the parameter."""
     parts: dict[str, tuple[int, slice]]
-    """For each expert's projection, by its name in checkpoints, the index of the expert, and the slice of
-    the parameter's outputs that belongs to the projection."""
+    """The projections of the experts by their names in checkpoints. Each is given by the index of its expert and the
+    slice of the parameter's outputs that belongs to it."""
 
 
 EXPERTS_MODULE = "mlp.experts"

@@ -110,7 +110,7 @@ EXPERT_LORA = {
     "qwen3_moe": ("llm.*", "llm.*.mlp.down_proj", "llm.*.experts.2.up_proj"),
     "gpt_oss": ("llm.*.layers.0.*.experts.2.down_proj", "llm.*.layers.1.*.experts.[13].gate_proj", "llm.*.q_proj"),
 }
-"""By family, the patterns of adapters with the ranks 2, 3 and 1. Layer 1 of the Qwen3-MoE is dense. In GPT-OSS,
+"""The patterns of adapters with the ranks 2, 3 and 1 for each family. Layer 1 of the Qwen3-MoE is dense. In GPT-OSS,
 transformers stores experts' projections in one parameter, and only some experts of some parameters have adapters."""
 
 

@@ -18,16 +18,16 @@ FORMER_KEYS = {
     "model.router.entry_steps": "added_encoder_warmup_steps",
     "telemetry.mlflow_experiment": "experiment",
 }
-"""For each former dotted key, the last part of its current name. The section is the same."""
+"""The former dotted keys, each with the last part of its current name. The section is the same."""
 
 FORMER_SWITCHES = {"telemetry.mlflow": ("trackers", {True: ["mlflow"], False: []})}
-"""For each former boolean key, the last part of its current name, and the values that replace true and false."""
+"""The former boolean keys, each with the last part of its current name and the values that replace true and false."""
 
 FORMER_VALUES = {"model.router.gates": FORMER_GATES}
-"""For each dotted key of a list: former name of an item → current name."""
+"""The dotted keys of lists whose items were renamed, each with the current names of its items by their former names."""
 
 FORMER_BOOLEANS = {"train.recompute_llm": {True: "full", False: "none"}}
-"""For each key whose value was true or false in earlier versions, the current values that replace true and false."""
+"""The keys whose values were true or false in earlier versions, each with the current values that replace these."""
 
 
 def refuse(tree: dict[str, Any]) -> None:
