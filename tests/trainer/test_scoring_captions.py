@@ -35,7 +35,7 @@ def nltk_reader(wordnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     folder = tmp_path_factory.mktemp("nltk") / "wordnet"
     folder.mkdir()
-    for path in wordnet.iterdir():
+    for path in filter(Path.is_file, wordnet.iterdir()):  # some distributions add folders
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "lexnames").write_text("".join(f"{i:02}\tname.{i}\t1\n" for i in range(45)))
 
