@@ -110,11 +110,19 @@ def _attention_rate(device: torch.device, dtype: torch.dtype, round_sec: float) 
 
 
 def _memory_rate(device: torch.device, round_sec: float) -> float:
-    """Return the memory bandwidth, in bytes per second, of the addition of two tensors into a third tensor."""
-    count = 2**28 if device.type == "cuda" else 2**23
+    """Return the memory bandwidth, in bytes per second, of the addition of two tensors into a new tensor.
+
+    As in a training step, many results exist before they are all freed. On a GPU, PyTorch keeps the freed memory. On a
+    CPU, the C library returns it to the operating system, so the pages of every new tensor must be mapped again.
+    """
+    count, results = (2**28, 1) if device.type == "cuda" else (2**21, 32)
     a, b = (torch.ones(count, device=device) for _ in range(2))
-    out = torch.empty_like(a)
-    return 3.0 * a.nbytes / measured_seconds(lambda: torch.add(a, b, out=out), device, round_sec)
+
+    def add_often() -> None:
+        kept = [a + b for _ in range(results)]
+        kept.clear()
+
+    return 3.0 * results * a.nbytes / measured_seconds(add_often, device, round_sec)
 
 
 def _kernel_seconds(device: torch.device, round_sec: float) -> float:

@@ -37,9 +37,9 @@ _MOST_FRAMES = 800
 
 @dataclass(frozen=True)
 class CallCost:
-    """The bytes that an encoder call keeps, reads and writes, as functions of the call's shape.
+    """The memory, memory traffic and attention FLOPs of an encoder call, as functions of the call's shape.
 
-    Each function is stored as four coefficients, in bytes, of the terms 1, B·F, B·F² and F². It is exact for an encoder
+    Each function is stored as four coefficients of the terms 1, B·F, B·F² and F². It is exact for an encoder
     whose cost is a sum of these terms.
     """
 
@@ -49,6 +49,8 @@ class CallCost:
     """The bytes that the forward pass reads and writes, except in matmuls and attention."""
     backward: tuple[float, ...]
     """The bytes that the backward pass reads and writes, except in matmuls and attention."""
+    attention: tuple[tuple[float, ...], tuple[float, ...]]
+    """The FLOPs of fused attention in the forward pass, and in forward passes that the backward pass recomputes."""
     kernels: tuple[int, int]
     """The number of kernels that the (forward, backward) pass launches."""
     windowing: Windowing
@@ -62,6 +64,12 @@ class CallCost:
         """Return the bytes that the (forward, backward) pass reads and writes for clips of these lengths."""
         terms = self._terms(clips)
         return float(np.dot(self.forward, terms)), float(np.dot(self.backward, terms))
+
+    def attention_flops(self, clips: Sequence[int]) -> tuple[float, float]:
+        """Return the FLOPs of fused attention in the (forward pass, recomputed forward passes) for these clips."""
+        terms = self._terms(clips)
+        forward, again = (float(np.dot(coefficients, terms)) for coefficients in self.attention)
+        return forward, again
 
     def _terms(self, clips: Sequence[int]) -> tuple[float, ...]:
         windows = sum(map(self.windowing.num_windows, clips))
@@ -139,6 +147,7 @@ class EncoderTracer:
                 fit([one.kept for one in found]),
                 fit([one.moved_forward for one in found]),
                 fit([one.moved_backward for one in found]),
+                (fit([one.attention_forward for one in found]), fit([one.attention_again for one in found])),
                 (found[-1].kernels_forward, found[-1].kernels_backward),
                 windowing,
             )

@@ -13,13 +13,18 @@ from trainer.plan.sizes import PartSizes, SizedModel
 from trainer.plan.states import FP32_BYTES
 from trainer.plan.workload import EncoderWork
 
+_ATTENTION_BACKWARD = 2.5
+"""The FLOPs of the backward pass of fused attention, which computes the scores again, relative to the forward pass."""
+
 
 @dataclass(frozen=True)
 class EncoderCost:
     """The costs of all encoder calls of a step on the busiest rank, forward and backward, including recomputation."""
 
     flops: float
-    """The FLOPs of matmuls, convolutions and attention."""
+    """The FLOPs of matmuls and convolutions, and of attention without a fused kernel."""
+    attention: float
+    """The FLOPs of fused attention. Its backward pass takes 2.5 times the FLOPs of its forward pass."""
     moved: float
     """The bytes that all other operations, and convolutions that are bound by memory, read and write."""
     kernels: int
@@ -57,15 +62,20 @@ def encoder_costs(
         passes = 3 + recompute_layers + recompute_calls if trains else 1
         calls = [(name, call) for name, some in zip(one.names, one.calls[rank], strict=True) for call in some]
         again = recompute_calls and trains
-        moved, kernels = 0.0, 0
+        moved, attention, extra, kernels = 0.0, 0.0, 0.0, 0
         for name, call in calls:
             cost = tracer.calls(name)
             forward, backward = cost.moved(call)
             moved += (1 + again) * forward + backward
             moved += tracer.learned(name) * (size + 2 * FP32_BYTES if again else 3 * size)
             kernels += (1 + again) * cost.kernels[0] + cost.kernels[1]
+            once, repeated = cost.attention_flops(call)
+            attention += (1 + again + _ATTENTION_BACKWARD * trains) * once + repeated
+            extra += (_ATTENTION_BACKWARD - 2) * trains * once
         frames = max((sum(call) / FRAME_SAMPLES for _, call in calls), default=1.0)
-        found.append(EncoderCost(float(one.cost[rank]) * passes, moved, kernels, max(1.0, frames)))
+        # The FLOPs of the work contain those of attention, and count its backward pass as two forward passes.
+        products = max(0.0, float(one.cost[rank]) * passes - (attention - extra))
+        found.append(EncoderCost(products, attention, moved, kernels, max(1.0, frames)))
     return tuple(found)
 
 
@@ -81,4 +91,5 @@ def encoder_seconds(cost: EncoderCost, width: float, rates: RankRates) -> float:
         rates: The rates of the rank.
     """
     share = rates.accelerator.matrix_share(cost.frames, width, width)
-    return cost.flops / (rates.peak * share) + rates.memory(cost.moved) + rates.starts(cost.kernels)
+    attention = cost.attention / (rates.peak * rates.accelerator.attention_efficiency)
+    return cost.flops / (rates.peak * share) + attention + rates.memory(cost.moved) + rates.starts(cost.kernels)

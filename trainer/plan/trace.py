@@ -41,6 +41,10 @@ class Traced:
     """The number of kernels that the forward pass launches."""
     kernels_backward: int = 0
     """The number of kernels that the backward pass launches."""
+    attention_forward: int = 0
+    """The FLOPs of fused attention in the forward pass."""
+    attention_again: int = 0
+    """The FLOPs of fused attention that the backward pass spends on recomputing forward passes."""
 
 
 def trace(
@@ -57,15 +61,15 @@ def trace(
     with (
         _Bytes(existing, ridge) as count,
         _resized_storages(count),
-        _flash_attention(device),
+        _flash_attention(device, count),
         _fused_norms(device),
     ):
         output = forward()
-        kept, peak, moved, kernels = count.now, count.peak, count.moved, count.kernels
-        count.peak, count.moved, count.kernels = count.now, 0, 0
+        kept, peak, moved, kernels, attention = count.now, count.peak, count.moved, count.kernels, count.attention
+        count.peak, count.moved, count.kernels, count.attention = count.now, 0, 0, 0
         if output.requires_grad:
             output.backward(torch.empty_like(output))
-        return Traced(kept, peak, count.peak, moved, count.moved, kernels, count.kernels)
+        return Traced(kept, peak, count.peak, moved, count.moved, kernels, count.kernels, attention, count.attention)
 
 
 def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
@@ -81,8 +85,8 @@ def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
 
 
 @contextmanager
-def _flash_attention(device: str) -> Iterator[None]:
-    """Count the memory of attention as fused kernels use it, that is, without the scores.
+def _flash_attention(device: str, count: _Bytes) -> Iterator[None]:
+    """Count the memory of attention as fused kernels use it, that is, without the scores, and the FLOPs.
 
     On the meta device, torch would choose the unfused implementation. CPUs use it only for a trainable mask (WavLM's
     gated position bias), for which CUDA has a fused kernel that returns the gradient of the mask
@@ -92,11 +96,15 @@ def _flash_attention(device: str) -> Iterator[None]:
     plain = functional.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if device == "cuda" and attn_mask is not None and attn_mask.is_floating_point() and attn_mask.shape[-2] > 1:
+        biased = attn_mask is not None and attn_mask.is_floating_point() and attn_mask.shape[-2] > 1
+        if attn_mask is not None and attn_mask.requires_grad and not (biased and device == "cuda"):
+            return plain(query, key, value, attn_mask, **kwargs)
+        # Every score and every product of a score and a value takes a multiply-add.
+        scores = query.shape[:-1].numel() * key.shape[-2]
+        count.attention += 2 * scores * (query.shape[-1] + value.shape[-1])
+        if biased and device == "cuda":
             return cast(Tensor, _BiasedFlash.apply(query, key, value, attn_mask))
-        if attn_mask is None or not attn_mask.requires_grad:
-            return cast(Tensor, _Flash.apply(query, key, value))
-        return plain(query, key, value, attn_mask, **kwargs)
+        return cast(Tensor, _Flash.apply(query, key, value))
 
     functional.scaled_dot_product_attention = attend  # type: ignore[assignment]
     try:
@@ -196,12 +204,13 @@ class _BiasedFlash(torch.autograd.Function):
 class _Bytes(TorchDispatchMode):
     """A counter of the bytes of all meta storages that exist (`now`), and of the maximum (`peak`).
 
-    It also counts the bytes that operations read and write (`moved`), and their number (`kernels`).
+    It also counts the bytes that operations read and write (`moved`), their number (`kernels`), and the FLOPs of fused
+    attention (`attention`).
     """
 
     def __init__(self, existing: Iterable[Tensor], ridge: float = math.inf) -> None:
         super().__init__()
-        self.now = self.peak = self.moved = self.kernels = 0
+        self.now = self.peak = self.moved = self.kernels = self.attention = 0
         self._ridge = ridge
         self._alive = {t.untyped_storage()._cdata: 0 for t in existing}
 
