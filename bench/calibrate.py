@@ -101,7 +101,7 @@ def _product_rate(side: int, device: torch.device, dtype: torch.dtype, round_sec
 
 def _attention_rate(device: torch.device, dtype: torch.dtype, round_sec: float) -> float:
     """Return the FLOP/s of causal attention in the forward pass, counting only the scores that the mask keeps."""
-    heads, tokens, width = (16, 4096, 128) if device.type == "cuda" else (4, 256, 64)
+    heads, tokens, width = (16, 4096, 128) if device.type == "cuda" else (4, 1024, 64)
     q, k, v = (torch.randn(1, heads, tokens, width, device=device, dtype=dtype) for _ in range(3))
     seconds = measured_seconds(
         lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True), device, round_sec
