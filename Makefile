@@ -89,7 +89,8 @@ check: setup
 fast-tests: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile
 
-test: lint docs
+test: setup
+	@$(MAKE) --no-print-directory -j2 lint docs
 	tests/run_all.sh $(PY) $(JOBS)
 
 family-tests: setup

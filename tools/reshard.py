@@ -19,8 +19,9 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,28 @@ def same(folder: Path, whole: Results) -> list[Row]:
     return rows
 
 
-def others(folder: Path, whole: Results, world: int) -> list[Row]:
-    """Load every case on all topologies of `world` ranks, and return the comparison with the uninterrupted runs."""
-    found = _launch(world, "reshape", folder)
+def pairs(world: int, every: bool = True) -> list[tuple[str, str]]:
+    """Return the cases that are saved, and the topologies with `world` ranks that load them.
+
+    Args:
+        world: The number of ranks.
+        every: True for all pairs. Otherwise, if there are several topologies, half of the pairs are returned, in which
+            every case and every topology occurs.
+    """
+    return [
+        (case, topology)
+        for i, case in enumerate(SAVED)
+        for j, topology in enumerate(LOADED[world])
+        if every or len(LOADED[world]) == 1 or (i + j) % 2 == 0
+    ]
+
+
+def others(folder: Path, whole: Results, world: int, every: bool = True) -> list[Row]:
+    """Load the cases on topologies of `world` ranks, and return the comparison with the uninterrupted runs.
+
+    See `pairs` for the cases and topologies.
+    """
+    found = _launch(world, "reshape" if every else "reshape half", folder)
     return [
         Row(
             case,
@@ -112,8 +132,7 @@ def others(folder: Path, whole: Results, world: int) -> list[Row]:
             _difference(found[f"{case} to {topology}"]["losses"], whole[case]["losses"][BEFORE:]),
             TOLERANCE,
         )
-        for case in SAVED
-        for topology in LOADED[world]
+        for case, topology in pairs(world, every)
     ]
 
 
@@ -148,7 +167,13 @@ def work(task: str) -> int:
         import trainer.parity  # noqa: F401 - the modules that the cases import, with both engines
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     phase, folder, scratch = json.loads(task)
-    found = {"save": save_cases, "resume": resume_cases, "reshape": reshape_cases}[phase](folder)
+    cases: dict[str, Callable[[str], Results]] = {
+        "save": save_cases,
+        "resume": resume_cases,
+        "reshape": reshape_cases,
+        "reshape half": partial(reshape_cases, every=False),
+    }
+    found = cases[phase](folder)
     Path(scratch, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -184,17 +209,19 @@ def resume_cases(folder: str) -> dict[str, Any]:
     return results
 
 
-def reshape_cases(folder: str) -> dict[str, Any]:
-    """Load every case of `SAVED` on the other topologies of this number of ranks, and train `AFTER` steps.
+def reshape_cases(folder: str, every: bool = True) -> dict[str, Any]:
+    """Load the cases of `SAVED` on other topologies with this number of ranks (`pairs`), and train `AFTER` steps.
 
     Collective: every rank of the world must call it.
     """
     from trainer.parallel.groups import connect
 
     _, world, _ = connect()
-    results = {}
+    results, chosen = {}, pairs(world, every)
     for topology, shape in _in_order(LOADED[world]):
         for case, options in SAVED.items():
+            if (case, topology) not in chosen:
+                continue
             results[f"{case} to {topology}"] = _resume(*start(folder, case, **{**options, **shape}))
             stop()
     return results

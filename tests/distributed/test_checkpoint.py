@@ -11,7 +11,7 @@ from tests.distributed.harness import run_ranks
 from tools import reshard
 from tools.reshard import BEFORE, LOADED, SAME_ONLY, SAVED, Results, start, stop, train
 
-TIMEOUT_SEC = 280
+TIMEOUT_SEC = 400
 pytestmark = pytest.mark.timeout(TIMEOUT_SEC + 20)
 
 
@@ -29,8 +29,9 @@ def test_same_topology_resumes_bit_identically(saved: tuple[Path, Results]) -> N
 
 @pytest.mark.parametrize("world", LOADED)
 def test_other_topologies_resume_nearly_identically(saved: tuple[Path, Results], world: int) -> None:
-    rows = reshard.others(*saved, world)
-    assert len(rows) == len(SAVED) * len(LOADED[world]) and all(row.passed for row in rows), rows
+    rows = reshard.others(*saved, world, every=False)  # `make reshape` compares all pairs
+    assert {row.saved for row in rows} == set(SAVED) and {row.loaded for row in rows} == set(LOADED[world])
+    assert all(row.passed for row in rows), rows
 
 
 def test_difference_is_detected() -> None:
