@@ -216,6 +216,7 @@ def _memory(plan: Plan) -> list[str]:
         at = f", EP place {kind.place}" if plan.topology.ep > 1 else ""
         rows.append([f"stage {ranks_text(stages)}{at}", *(f"{part / unit:.2f}" for part in parts), kind.phase])
     device, whole = plan.accelerator, []
+    kinds = f"{len(plan.kinds)} kind{'s' if len(plan.kinds) > 1 else ''} of ranks"
     places = ", and an EP place is a rank's position in its expert-parallel group" if plan.topology.ep > 1 else ""
     if plan.worst.whole_weights:
         whole = _wrapped(
@@ -226,7 +227,7 @@ def _memory(plan: Plan) -> list[str]:
         )
     return [
         *_wrapped(
-            f"Peak memory in {name} on the fullest rank of each stage ({len(plan.kinds)} kinds of ranks in total); "
+            f"Peak memory in {name} on the fullest rank of each stage ({kinds} in total); "
             f"the columns LLM and encoders are activations{places}:"
         ),
         *table(rows),
@@ -254,7 +255,7 @@ def _host(plan: Plan) -> list[str]:
     size = sum(one.lengths.num_bytes for one in plan.workload.data.datasets) if plan.workload.data else 0
     cache = f" The shards take {gib(size)} GiB. A node reads them once if they fit into its page cache." if size else ""
     return _wrapped(
-        f"Host memory of a node with {per_node} ranks: {gib(host.total)} GiB ({named}), without page cache.{cache}",
+        f"Host memory of a node with {per_node} rank{'s' if per_node != 1 else ''}: {gib(host.total)} GiB ({named}), without page cache.{cache}",
         f"A checkpoint takes {bytes_text(disk.checkpoint)}. Up to {disk.num_kept} exist at once{shared}, and take "
         f"{bytes_text(disk.run)} {where}.",
     )
