@@ -250,12 +250,13 @@ def _host(plan: Plan) -> list[str]:
         "checkpoints": host.snapshot,
     }
     named = ", ".join(f"{name} {gib(number)}" for name, number in parts.items() if number)
+    ranks = f"{per_node} rank{'s' if per_node != 1 else ''}"
     where = "in the bucket" if disk.in_bucket else "on the disk"
     shared = f", which share {bytes_text(disk.shared)} of weights that are not trained" if disk.shared else ""
     size = sum(one.lengths.num_bytes for one in plan.workload.data.datasets) if plan.workload.data else 0
     cache = f" The shards take {gib(size)} GiB. A node reads them once if they fit into its page cache." if size else ""
     return _wrapped(
-        f"Host memory of a node with {per_node} rank{'s' if per_node != 1 else ''}: {gib(host.total)} GiB ({named}), without page cache.{cache}",
+        f"Host memory of a node with {ranks}: {gib(host.total)} GiB ({named}), without page cache.{cache}",
         f"A checkpoint takes {bytes_text(disk.checkpoint)}. Up to {disk.num_kept} exist at once{shared}, and take "
         f"{bytes_text(disk.run)} {where}.",
     )
