@@ -28,7 +28,7 @@ from trainer.data.stream import SampleStream
 
 GOAL = 0.05
 SUBSETS = ("digits", "digit_strings", "wake_words")
-"""The kit's subsets with short clips, which give many epochs and cheap batches."""
+"""The kit's subsets with short clips, so that there are many epochs and batches are cheap."""
 
 
 def resident_bytes() -> int:

@@ -84,7 +84,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if not self.gates or len(set(self.gates)) != len(self.gates):
             raise UserError(
-                f"model.router.gates = {list(self.gates)}: give data_independent, data_dependent or both, once each"
+                f"model.router.gates = {list(self.gates)}: use data_independent, data_dependent or both, once each"
             )
         check_least("model.router", self, added_encoder_warmup_steps=1, noise_std=0)
         if self.temperature <= 0:

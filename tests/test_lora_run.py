@@ -70,7 +70,7 @@ def test_a_resumed_run_keeps_the_factors_of_its_adapters() -> None:
     second = "{pattern: llm.*.v_proj, rank: 2, alpha: 16}]"
     assert str(error.value) == (
         f"lora = [{{pattern: llm.*, rank: 4, alpha: 16}}, {second}: this run has trained its adapters with "
-        f"[{{pattern: llm.*, rank: 4, alpha: 8}}, {second}; give these values, or export the run and start from the "
+        f"[{{pattern: llm.*, rank: 4, alpha: 8}}, {second}; use these values, or export the run and start from the "
         "export with new adapters (checkpoint.start_from)"
     )
     for other in (lora[:1], lora[::-1], ()):

@@ -145,8 +145,8 @@ QUIET = Quiet()
             GOOD.replace("NAME", "y"),
             "earshot.tasks",
             "x",
-            "the entry point x = plug_other:EXTRA of the package plug_other defines an entry with the name y; give "
-            "both the same name",
+            "the entry point x = plug_other:EXTRA of the package plug_other defines an entry with the name y; use "
+            "the same name for both",
         ),
         (
             "plug_taken",
@@ -154,7 +154,7 @@ QUIET = Quiet()
             "earshot.tasks",
             "asr",
             "the entry point asr = plug_taken:EXTRA of the package plug_taken: asr already exists in the group "
-            "earshot.tasks; give it another name",
+            "earshot.tasks; choose another name",
         ),
     ],
 )

@@ -269,7 +269,7 @@ def test_templates_of_the_weights_are_used_if_the_recipe_gives_none(run: Path) -
     given = Recipe(
         name="next", model=tiny_model(), data=DataConfig(tokenizer=TokenizerConfig(template="say {audio}{instruction}"))
     )
-    with pytest.raises(UserError, match=r"data.tokenizer.template = 'say .* was trained with .*; give the key that"):
+    with pytest.raises(UserError, match=r"data.tokenizer.template = 'say .* was trained with .*; set the key to that"):
         adopt(given, owned)
     same = Recipe(
         name="next", model=tiny_model(), data=DataConfig(tokenizer=TokenizerConfig(path=str(run / "tokenizer.model")))

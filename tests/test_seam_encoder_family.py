@@ -91,7 +91,7 @@ def test_a_recipe_names_the_family(plugin: Path) -> None:
         build_encoder(EncoderConfig("ears", "toy", config={"hiden_size": 8}))
     with pytest.raises(UserError, match=r"window_sec = 1.02; must be a positive multiple of 0.04 s"):
         build_encoder(EncoderConfig("ears", "toy", window_sec=1.02))
-    with pytest.raises(UserError, match="length_mode = trim; give full"):
+    with pytest.raises(UserError, match="length_mode = trim; use full"):
         build_encoder(EncoderConfig("ears", "toy", length_mode="trim"))
 
 

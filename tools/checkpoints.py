@@ -60,7 +60,7 @@ def _open(options: argparse.Namespace) -> Checkpoints:
         steps = " ".join(map(str, options.steps)) or "nothing"
         raise UserError(f"{options.action}: takes {_NUM_STEPS[wanted]}, but {steps} was given")
     if step_of(Path(options.run).name) is not None:
-        raise UserError(f"{options.run}: is a single checkpoint; give its run, or the folder that contains it")
+        raise UserError(f"{options.run}: is a single checkpoint; use its run, or the folder that contains it")
     return checkpoints_of(options.run)
 
 

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_plugins(parser)
     args = parser.parse_args(argv)
     if len(args.files) < 2:
-        parser.error("give at least two files")
+        parser.error("at least two files are required")
     try:
         if any(path.is_dir() for path in args.files):
             return _compare_runs(args)
@@ -136,7 +136,7 @@ def _compare_runs(args: argparse.Namespace) -> int:
 
     other = next((path for path in args.files if not is_run(path)), None)
     if other is not None:
-        raise UserError(f"{other}: is not the folder of a run; give only run folders, or only files of predictions")
+        raise UserError(f"{other}: is not a run folder; specify only run folders, or only prediction files")
     load_plugins_of(args.files)
     tree = compare_runs(args.files, time.time())
     print(describe(tree))

@@ -201,7 +201,7 @@ def write_corpus(out: Path, seed: int = 0, scale: float = 1.0) -> Path:
     if stamp.exists() and manifest.exists() and json.loads(stamp.read_text()) == wanted:
         return manifest
     if out.exists() and any(out.iterdir()) and not stamp.exists():
-        raise UserError(f"{out}: contains files that are not a demo corpus; give an empty or new folder")
+        raise UserError(f"{out}: contains files that are not a demo corpus; use an empty or new folder")
     out.mkdir(parents=True, exist_ok=True)
     manifest.unlink(missing_ok=True)
     stamp.write_text(json.dumps(wanted) + "\n")

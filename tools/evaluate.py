@@ -132,7 +132,7 @@ def _check(options: argparse.Namespace) -> None:
         if task not in TASKS:
             raise UserError(f"--tasks {task}: tasks are {known_tasks()}")
     if options.tracked is not None and not options.tracked.is_dir():
-        raise UserError(f"--run {options.tracked}: no such folder; give the folder of a run")
+        raise UserError(f"--run {options.tracked}: no such folder; use the folder of a run")
 
 
 def _note_choice(options: argparse.Namespace, stored: StoredData, indices: Sequence[int]) -> None:

@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         source, found = _export(arguments, options)
     except DamagedError as error:
-        raise UserError(f"{arguments.checkpoint}: is damaged: {error}; give another checkpoint") from None
+        raise UserError(f"{arguments.checkpoint}: is damaged: {error}; use another checkpoint") from None
     out = Path(arguments.out)
     summary = summary_of(source, out, options, found)
     summary |= {"seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak_memory_bytes()["host"]}

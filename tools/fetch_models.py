@@ -189,7 +189,7 @@ def fetch(model: PublishedModel, out: Path) -> Path:
                 return folder
             if folder.exists() and _source_of(folder) is None:
                 raise UserError(
-                    f"{folder}: exists, but was not written by this command; move it away, or give another --out"
+                    f"{folder}: exists, but was not written by this command; move it away, or choose another --out"
                 )
             shutil.rmtree(part, ignore_errors=True)
             try:
@@ -199,7 +199,7 @@ def fetch(model: PublishedModel, out: Path) -> Path:
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); free space or give another --out") from error
+        raise UserError(f"{folder}: cannot be written ({error}); free space or choose another --out") from error
     return folder
 
 

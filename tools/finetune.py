@@ -88,7 +88,7 @@ def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
     for manifest in dict.fromkeys(name for name in manifests if name is not None and name != MANIFEST):
         path = Path(recipe.data.root) / manifest
         if not path.is_file():
-            raise UserError(f"{path}: no such manifest; give data.root=DIR, the folder of the kit")
+            raise UserError(f"{path}: no such manifest; set data.root=DIR to the folder of the kit")
         found += read_jsonl(path)
     return found
 

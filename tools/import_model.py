@@ -6,7 +6,7 @@
 
 FOLDER is the folder of the published model, with config.json, safetensors files and tokenizer. The command writes OUT
 in the layout of `earshot export`, with the same weights under different names and a recipe that starts from them. If
-FOLDER only refers to its LLM or its encoder, give the folder of this part with `--part`. The supported architectures
+FOLDER only refers to its LLM or its encoder, specify the folder of this part with `--part`. The supported architectures
 are Qwen2-Audio, Qwen3-ASR, Ultravox, Voxtral and Audio Flamingo 3.
 
 Exit code 0: the model was imported. 2: it was not.

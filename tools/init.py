@@ -60,7 +60,7 @@ def write(folder: Path, recipe: str) -> list[str]:
         raise UserError(f"--recipe {recipe}: choose one of {', '.join(recipe_names())}")
     in_the_way = [name for name in (*FOLDERS, RECIPE) if (folder / name).exists()]
     if in_the_way:
-        raise UserError(f"{folder / in_the_way[0]}: exists already; move it away, or give another folder")
+        raise UserError(f"{folder / in_the_way[0]}: exists already; move it away, or choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in FOLDERS:
@@ -70,7 +70,7 @@ def write(folder: Path, recipe: str) -> list[str]:
         text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
         (folder / RECIPE).write_text(_own_commands(text, recipe), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
     return [f"{name}/" for name in FOLDERS] + [RECIPE]
 
 

@@ -102,7 +102,7 @@ def check_model(place: str | Path) -> None:
         UserError: If there is no such folder.
     """
     if not scheme_of(str(place)) and not Path(place).is_dir():
-        raise UserError(f"{place}: no such folder; give the folder of a run, of a checkpoint or of an export")
+        raise UserError(f"{place}: no such folder; use the folder of a run, a checkpoint or an export")
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def _data(options: argparse.Namespace, recipe: Recipe) -> DataSummary | None:
     from trainer.plan.data import is_present, summarize
 
     if options.audio_sec is not None and options.data:
-        raise UserError(f"--audio-sec {options.audio_sec:g}: --data reads the lengths of clips; give one of them")
+        raise UserError(f"--audio-sec {options.audio_sec:g}: --data reads the lengths of clips; pass only one of them")
     wanted = options.data or (options.data is None and options.audio_sec is None and is_present(recipe.data))
     return summarize(recipe) if wanted else None
 

@@ -120,7 +120,7 @@ def find_runs(folder: Path) -> list[Path]:
         elif depth >= _DEPTH:
             folders.clear()
     if not found:
-        raise UserError(f"{folder}: contains no run; give the folder of a run or a folder of runs, e.g. runs")
+        raise UserError(f"{folder}: contains no run; use the folder of a run or a folder of runs, e.g. runs")
     return sorted(found)
 
 
@@ -138,7 +138,7 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
     everything = list(read_metrics(run_dir / _METRICS_NAME))
     records = [record for record in everything if "train/loss" in record]
     if not events and not records:
-        raise UserError(f"{run_dir}: contains no run; give the folder that contains events.jsonl, e.g. runs/demo")
+        raise UserError(f"{run_dir}: contains no run; use the folder that contains events.jsonl, e.g. runs/demo")
     started = [e for e in events if e["event"] == "started"]
     state, state_event = _state(events)
     step = records[-1]["step"] if records else 0
@@ -223,7 +223,7 @@ def read_stored(url: str, now_sec: float) -> list[Status]:
             )
         )
     if not found:
-        raise UserError(f"{url}: contains no checkpoints of a run; give the value of checkpoint.root")
+        raise UserError(f"{url}: contains no checkpoints of a run; use the value of checkpoint.root")
     return found
 
 

@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("earshot serve needs additional packages: pip install 'earshot[serve]'") from None
     for name in options.allow_host:
         if "*" in name.removeprefix("*."):
-            raise UserError(f"--allow-host {name}: give a name, or a pattern such as *.example.org")
+            raise UserError(f"--allow-host {name}: must be a name, or a pattern such as *.example.org")
     check_model(options.model)
     import uvicorn
 

@@ -141,7 +141,7 @@ def sentences(kit: Path) -> list[str]:
     texts = kit / "text"
     book = texts / "botchan.txt"
     if not book.is_file():
-        raise UserError(f"{book}: no such file; give the folder of the kit, which has a folder text")
+        raise UserError(f"{book}: no such file; KIT must be the kit's folder, with a subfolder named text")
     found = set()
     for table in sorted(texts.glob("audiocaps_*.csv")):
         with table.open(encoding="utf-8", newline="") as lines:

@@ -35,7 +35,7 @@ def describe(recipe: Recipe, memory: bool = True) -> str:
         memory: Whether to include the memory per rank, which cannot be computed in a process that is a rank.
 
     Raises:
-        UserError: If the sizes of a model are unknown because the recipe gives a hub id without `config`, or if a
+        UserError: If the sizes of a model are unknown because the recipe names a hub id without `config`, or if a
             pattern in `optim.parts` matches no parameter.
     """
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)

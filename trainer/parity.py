@@ -101,11 +101,11 @@ class Difference:
 
 
 def draw_projection(tower: AudioTower) -> None:
-    """Give the projection of added features random weights. With its initial zeros, no gradient would reach experts.
+    """Draw random weights for the projection of added features.
 
-    With the adapter `swiglu`, the projection keeps its zeros. Otherwise, the experts' gradients in fp32 would differ
-    from those in fp64 by more than 1e-5, even in one process. `swiglu_post_norm` has the same parts in a different
-    order, so its experts are still compared.
+    With its initial zeros, no gradient would reach experts. With the adapter `swiglu`, the projection keeps its
+    zeros. Otherwise, the experts' gradients in fp32 would differ from those in fp64 by more than 1e-5, even in one
+    process. `swiglu_post_norm` has the same parts in a different order, so its experts are still compared.
     """
     if tower.stream_projection is not None and tower.config.adapter.kind != "swiglu":
         weight = tower.stream_projection.weight

@@ -121,10 +121,10 @@ def _add(name: str, point: EntryPoint) -> None:
         )
     own_name = getattr(value, "name", point.name)
     if isinstance(own_name, str) and own_name != point.name:
-        raise UserError(f"{where} defines an entry with the name {own_name}; give both the same name")
+        raise UserError(f"{where} defines an entry with the name {own_name}; use the same name for both")
     entry = point.value if GROUPS[point.group].by_place else value
     if table.get(point.name, entry) != entry:
-        raise UserError(f"{where}: {point.name} already exists in the group {point.group}; give it another name")
+        raise UserError(f"{where}: {point.name} already exists in the group {point.group}; choose another name")
     table[point.name] = entry
 
 

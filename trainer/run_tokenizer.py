@@ -239,8 +239,8 @@ def adopt(recipe: Recipe, owned: OwnedTokenizer) -> Recipe:
         given, wanted = getattr(ours, key), getattr(owned.config, key)
         if given not in (wanted, getattr(default, key)):
             raise UserError(
-                f"data.tokenizer.{key} = {given!r}: {owned.owner} was trained with {wanted!r}; give the key that "
-                "value, or train from new weights (another name, no checkpoint.start_from)"
+                f"data.tokenizer.{key} = {given!r}: {owned.owner} was trained with {wanted!r}; set the key to "
+                "that value, or train from new weights (another name, no checkpoint.start_from)"
             )
     values = {f.name: getattr(owned.config if f.name in _KEYS else ours, f.name) for f in fields(ours)}
     return replace(recipe, data=replace(recipe.data, tokenizer=TokenizerConfig(**values)))

@@ -122,8 +122,8 @@ def probed(resolved: ResolvedEncoder) -> Probe:
     extractor = resolved.extractor[WHOLE_EXTRACTOR]
     if not isinstance(extractor, dict):
         raise UserError(
-            "family = auto: there is no feature extractor; give weights, or the content of preprocessor_config.json as "
-            "config.extractor"
+            "family = auto: there is no feature extractor; set weights, or set config.extractor to the content "
+            "of preprocessor_config.json"
         )
     config: Any = resolved.hf_config
     try:

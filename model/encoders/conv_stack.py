@@ -173,7 +173,7 @@ def check_conv_stack(config: EncoderConfig, hf_config: Any, frame_samples: int =
         rate = f"must be {frame_samples} ({frame_samples / 16:g} ms frames)"
         raise encoder_error(config, f"config.conv_stride: the strides multiply to {hop}", rate)
     if feature_norm(hf_config) not in ("group", "layer"):
-        raise encoder_error(config, f"config.feat_extract_norm = {feature_norm(hf_config)}", "give group or layer")
+        raise encoder_error(config, f"config.feat_extract_norm = {feature_norm(hf_config)}", "set it to group or layer")
     for key in ("add_adapter", "conv_pos_batch_norm"):
         if getattr(hf_config, key, False):
             why = "it changes the frame rate" if key == "add_adapter" else "it mixes the clips of a batch"

@@ -34,11 +34,11 @@ def resolve(config: EncoderConfig) -> ResolvedEncoder:
     overrides = dict(config.config)
     do_normalize = overrides.pop("do_normalize", None) if family.normalizes is not None else None
     if do_normalize is not None and not isinstance(do_normalize, bool):
-        raise encoder_error(config, f"config.do_normalize = {do_normalize!r}", "give true or false")
+        raise encoder_error(config, f"config.do_normalize = {do_normalize!r}", "set it to true or false")
     given = {key: overrides.pop(key) for key in family.extractor_fields if key in overrides}
     hf_config = _hf_config(config, family, overrides)
     if config.length_mode not in family.length_modes:
-        raise encoder_error(config, f"length_mode = {config.length_mode}", f"give {' or '.join(family.length_modes)}")
+        raise encoder_error(config, f"length_mode = {config.length_mode}", f"use {' or '.join(family.length_modes)}")
     family.check(config, hf_config)
     extractor = {**_extractor(config, family, hf_config), **given}
     family.check_extractor(config, extractor)
@@ -86,7 +86,7 @@ def _config_class(config: EncoderConfig, model_type: object) -> type[PreTrainedC
         UserError: If transformers has no class for it.
     """
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        remedy = "give weights, or config.model_type of an audio encoder of transformers"
+        remedy = "set weights, or set config.model_type to that of an audio encoder in transformers"
         raise encoder_error(config, f"model_type = {model_type} is unknown to transformers", remedy)
     found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
     return found
@@ -107,13 +107,13 @@ def _stored_config(config: EncoderConfig, family: EncoderFamily, weights: str) -
         raise encoder_error(
             config,
             f"weights = {config.weights}: cannot read config.json ({one_line(error)})",
-            "give a directory saved by save_pretrained, or a hub id that this machine can reach",
+            "use a directory saved by save_pretrained, or a hub id that this machine can reach",
         ) from error
     if not stored or not isinstance(stored, dict):
         raise encoder_error(
             config,
             f"weights = {config.weights}: there is no config.json",
-            "give a directory saved by save_pretrained, or a hub id that this machine can reach",
+            "use a directory saved by save_pretrained, or a hub id that this machine can reach",
         )
     found = stored.get("model_type")
     container = family.containers.get(str(found))
@@ -122,7 +122,7 @@ def _stored_config(config: EncoderConfig, family: EncoderFamily, weights: str) -
         stored = inner if isinstance(inner, dict) else {}
         found = stored.get("model_type", getattr(family.config_class, "model_type", None))
     if family.config_class is not None and found != family.config_class.model_type:
-        remedy = f"set family = {found} or other weights" if found in ENCODER_FAMILIES else "give other weights"
+        remedy = f"set family = {found}, or use other weights" if found in ENCODER_FAMILIES else "use other weights"
         raise encoder_error(config, f"weights = {config.weights} hold a {found} model", remedy)
     return stored
 

@@ -86,7 +86,7 @@ def _pretrained(config: EncoderConfig, resolved: ResolvedEncoder) -> PreTrainedM
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = f"weights = {config.weights}: cannot load them ({one_line(error)})"
-        remedy = "give weights as safetensors; check the files, or download them again"
+        remedy = "use weights in safetensors format; check the files, or download them again"
         raise encoder_error(config, what, remedy) from error
     _refuse(config, "lack", sorted(info["missing_keys"]))
     misfits = sorted(info["mismatched_keys"])

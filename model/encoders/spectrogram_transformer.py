@@ -123,11 +123,11 @@ def _check_extractor(config: EncoderConfig, extractor: Mapping[str, Any]) -> Non
     for key, value in extractor.items():
         is_number = type(value) in (int, float) and math.isfinite(value)
         if key == "do_normalize" and type(value) is not bool:
-            raise encoder_error(config, f"config.do_normalize = {value!r}", "give true or false")
+            raise encoder_error(config, f"config.do_normalize = {value!r}", "set it to true or false")
         if key == "mean" and not is_number:
-            raise encoder_error(config, f"config.mean = {value!r}", "give a number")
+            raise encoder_error(config, f"config.mean = {value!r}", "set it to a number")
         if key == "std" and not (is_number and value > 0):
-            raise encoder_error(config, f"config.std = {value!r}", "give a positive number")
+            raise encoder_error(config, f"config.std = {value!r}", "set it to a positive number")
 
 
 def _features(hf_config: Any) -> dict[str, Any]:

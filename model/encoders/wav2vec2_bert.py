@@ -176,7 +176,7 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
     width = hf_config.feature_projection_input_dim
     if width % STACKED:
         what = f"config.feature_projection_input_dim = {width}"
-        raise encoder_error(config, what, "give twice the number of mel bins")
+        raise encoder_error(config, what, "set it to twice the number of mel bins")
 
 
 def _features(hf_config: Any) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def describe_experts(
     numbers = list(patterns[layers]) if isinstance(layers, str) else list(layers)
     if not numbers or numbers != sorted({n for n in numbers if 0 <= n < num_layers}):
         raise UserError(
-            f"model.llm.moe_layers = {layers}: give {', '.join(patterns)}, or ascending numbers within "
+            f"model.llm.moe_layers = {layers}: use {', '.join(patterns)}, or ascending numbers within "
             f"0..{num_layers - 1}"
         )
     everyone = [expert.name for expert in experts]

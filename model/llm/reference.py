@@ -78,7 +78,7 @@ def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
     except Exception as error:  # noqa: BLE001 - an arbitrary config file can cause any exception
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise UserError(
-            f"model.llm.weights = {config.weights}: config.json is not a usable model config ({reason}); give other "
+            f"model.llm.weights = {config.weights}: config.json is not a usable model config ({reason}); use other "
             "weights"
         ) from error
     return hf_config
@@ -95,7 +95,7 @@ def dense_config(hf_config: PretrainedConfig) -> PretrainedConfig:
 def _add_experts(hf_config: PretrainedConfig, config: LLMConfig) -> None:
     if mixture_of(hf_config) is not None:
         raise UserError(
-            f"model.llm.experts: the LLM ({hf_config.model_type}) has experts already; give a dense LLM, or remove "
+            f"model.llm.experts: the LLM ({hf_config.model_type}) has experts already; use a dense LLM, or remove "
             "the key"
         )
     if is_fused(hf_config) or family_of(hf_config).activation != "silu":
@@ -222,7 +222,7 @@ def _check_precision(hf_config: PretrainedConfig, directory: Path) -> None:
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
     raise UserError(
         f"{directory}: the weights are quantized ({method}); write them in bf16 to another folder, as in docs/llms.md, "
-        "section Dequantize, and give that folder"
+        "section Dequantize, and use that folder"
     )
 
 

@@ -61,7 +61,7 @@ class SafetensorsSource:
             self._file_of = dict.fromkeys(self._handle(single.name).keys(), single.name)
         else:
             raise UserError(
-                f"{self._directory}: holds neither {single.name} nor {index.name}; give a Hugging Face directory with "
+                f"{self._directory}: holds neither {single.name} nor {index.name}; use a Hugging Face directory with "
                 "safetensors weights"
             )
 
@@ -205,7 +205,7 @@ def local_directory(weights: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"model.llm.weights = {weights!r}: neither a local directory nor a hub id that can be fetched ({reason}); "
-            "give a directory, or check the id, the network and HF_TOKEN"
+            "use a local directory, or check the id, the network and HF_TOKEN"
         ) from error
 
 

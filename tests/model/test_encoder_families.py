@@ -208,7 +208,7 @@ def test_mean_and_deviation_are_those_of_the_checkpoint_or_the_recipe(tmp_path: 
     found: Any = build_encoder(case.encoder(weights=str(tmp_path), config={"std": 4.0}))
     assert found.extractor == {"do_normalize": True, "mean": -3.5, "std": 4.0}
     for key, value in (("std", 0), ("std", "4"), ("std", True), ("mean", "low"), ("mean", None), ("do_normalize", 1)):
-        with pytest.raises(UserError, match=rf"config.{key} = {value!r}; give"):
+        with pytest.raises(UserError, match=rf"config.{key} = {value!r}; set it to"):
             build_encoder(case.encoder(config={**case.config, key: value}))
     with pytest.raises(UserError, match=r"window_sec = 30.0; must not exceed 2 s \(200 mel frames\)"):
         build_encoder(case.encoder(window_sec=30.0))
@@ -270,7 +270,7 @@ def test_what_auto_cannot_encode_is_refused() -> None:
         check_recipe(replace(recipe, train=replace(recipe.train, gather_audio_weights="per_module")))
     for fields, message in (
         ({**whisper, "extractor": extractor}, "makes features of the same length for all clips"),
-        ({**whisper}, "there is no feature extractor; give weights"),
+        ({**whisper}, "there is no feature extractor; set weights"),
         ({"model_type": "bert", "extractor": extractor}, "BertModel reads input_ids, not audio features"),
         ({"model_type": "nothing"}, "model_type = nothing is unknown to transformers"),
     ):

@@ -193,7 +193,7 @@ def test_normalisation_is_never_guessed_for_a_checkpoint(tmp_path: Path) -> None
             EncoderConfig("ear", "hubert", config={"hiden_size": 32}),
             "config.hiden_size is unknown; did you mean hidden_size",
         ),
-        (EncoderConfig("ear", "whisper", config={"do_normalize": 1}), "config.do_normalize = 1; give true or false"),
+        (EncoderConfig("ear", "whisper", config={"do_normalize": 1}), "do_normalize = 1; set it to true or false"),
         (EncoderConfig("ear", "hubert", config={"layerdrop": 0.1}), "config.layerdrop = 0.1; must be 0"),
         (EncoderConfig("ear", "whisper", config={"encoder_layerdrop": 0.1}), "encoder_layerdrop = 0.1; must be 0"),
         (EncoderConfig("ear", "wavlm", config={"apply_spec_augment": True}), "apply_spec_augment"),

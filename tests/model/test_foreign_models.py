@@ -104,7 +104,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     torch.save(HubertModel(HubertConfig.from_pretrained(tmp_path)).state_dict(), tmp_path / "pytorch_model.bin")
     build_encoder(config)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="give weights as safetensors"):
+    with pytest.raises(UserError, match="use weights in safetensors format"):
         build_encoder(config)
 
 

@@ -72,5 +72,5 @@ def test_steps_are_checked(run: Path, capsys: pytest.CaptureFixture[str], argume
 
 def test_one_checkpoint_is_not_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert checkpoints.main([str(run / "checkpoints" / "step-00000002")]) == 2
-    assert "step-00000002: is a single checkpoint; give its run" in capsys.readouterr().err
+    assert "step-00000002: is a single checkpoint; use its run" in capsys.readouterr().err
     assert report(capsys, run / "checkpoints")["checkpoints"][0]["step"] == 1

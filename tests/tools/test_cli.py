@@ -107,7 +107,7 @@ def test_init_writes_the_files_to_edit_and_overwrites_nothing(
         "# sbatch slurm/train_70b.sh recipe.yaml data.root=/data",
     ]
     assert init.main([str(folder)]) == 2
-    assert "slurm: exists already; move it away, or give another folder" in capsys.readouterr().err
+    assert "slurm: exists already; move it away, or choose another folder" in capsys.readouterr().err
     assert init.main([str(tmp_path / "other"), "--recipe", "none"]) == 2
     assert "--recipe none: choose one of debug" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
@@ -125,7 +125,7 @@ def test_a_wrong_path_of_a_model_is_reported_before_anything_is_imported(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert module.main(["runs/nowhere", *more]) == 2
-    wanted = "error: runs/nowhere: no such folder; give the folder of a run, of a checkpoint or of an export\n"
+    wanted = "error: runs/nowhere: no such folder; use the folder of a run, a checkpoint or an export\n"
     assert capsys.readouterr().err == wanted
 
 

@@ -49,7 +49,7 @@ def test_runs_are_compared_in_recipe_loss_scores_and_throughput(
 def test_runs_and_predictions_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write(tmp_path / "a", 0.1, 0.5)
     assert compare.main([str(run), str(run / "metrics.jsonl")]) == 2
-    assert "is not the folder of a run" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     assert compare.main([str(run), str(tmp_path)]) == 2
 
 

@@ -102,6 +102,5 @@ def test_a_missing_manifest_is_a_one_line_error_before_anything_is_fetched(
     monkeypatch.setattr(finetune, "fetch", lambda model, out: pytest.fail("weights were fetched"))
     (here / "data" / "ac.jsonl").unlink()
     assert finetune.main(["data.root=data"]) == 2
-    assert (
-        capsys.readouterr().err == "error: data/ac.jsonl: no such manifest; give data.root=DIR, the folder of the kit\n"
-    )
+    wanted = "error: data/ac.jsonl: no such manifest; set data.root=DIR to the folder of the kit\n"
+    assert capsys.readouterr().err == wanted

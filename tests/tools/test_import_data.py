@@ -325,10 +325,11 @@ def test_a_table_with_one_split_is_pointed_out(tmp_path: Path, capsys: pytest.Ca
     [
         (
             "audio,said",
-            "give its column with --map answer=NAME, and add --set task=asr for transcripts (the row has audio, said)",
+            "specify its column with --map answer=NAME, and add --set task=asr for transcripts "
+            "(the row has audio, said)",
             ["--map", "answer=said", "--set", "task=asr"],
         ),
-        ("clip,text", "give its column with --map audio=NAME (the row has clip, text)", ["--map", "audio=clip"]),
+        ("clip,text", "specify its column with --map audio=NAME (the row has clip, text)", ["--map", "audio=clip"]),
     ],
 )
 def test_a_column_with_an_unknown_name_is_asked_for(

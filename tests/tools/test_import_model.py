@@ -132,7 +132,8 @@ def test_the_llm_may_be_in_another_folder(tmp_path: Path, capsys: pytest.Capture
     reference = ultravox(tmp_path / "original", tmp_path / "llm")
     command = [str(tmp_path / "original"), str(tmp_path / "imported")]
     assert import_model.main(command) == 2
-    assert "names the LLM (meta-llama/somewhere) instead of containing it; give its folder" in capsys.readouterr().err
+    wanted = "names the LLM (meta-llama/somewhere) instead of containing it; specify its folder"
+    assert wanted in capsys.readouterr().err
     assert import_model.main([*command, "--part", str(tmp_path / "llm")]) == 0
     assert difference(reference, tmp_path / "imported", LENGTHS[0]) < 1e-4
 
@@ -264,7 +265,7 @@ def test_another_model_is_not_exported_in_the_original_layout(
 ) -> None:
     write_run_of(references["qwen2_audio"].folder.parent / "imported", tmp_path / "run")
     for name, expected in (
-        ("audioflamingo3", "the run lacks audio.adapter.linear.bias; give the folder that the run was imported from"),
+        ("audioflamingo3", "the run lacks audio.adapter.linear.bias; use the folder that the run was imported from"),
         ("voxtral", "the run lacks audio.adapter.linear.weight"),
     ):
         command = [str(tmp_path / "run"), str(tmp_path / "out"), "--original", str(references[name].folder)]

@@ -68,5 +68,5 @@ def test_the_manifest_can_be_trained_on(
 def test_a_folder_without_texts_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}/text/botchan.txt: no such file; give the folder of the kit, which has a folder text\n"
+        f"error: {tmp_path}/text/botchan.txt: no such file; KIT must be the kit's folder, with a subfolder named text\n"
     )

@@ -122,7 +122,7 @@ def test_command_is_fast_and_reports_what_is_wrong(tmp_path: Path, capsys: pytes
     assert "none: contains no run" in capsys.readouterr().err
     assert status.main([str(run / "events.jsonl")]) == 2
     error = capsys.readouterr().err
-    assert "events.jsonl: contains no run; give the folder" in error and error.count("\n") == 1
+    assert "events.jsonl: contains no run; use the folder" in error and error.count("\n") == 1
     code = "import sys, tools.status; print([m for m in ('torch', 'numpy', 'yaml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -63,7 +63,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             ["model.llm.config.num_attention_heads=0"],
             "model.llm.config.num_attention_heads = 0: must be at least 1",
         ),
-        ("debug", ["model.primary.config.encoder_layers=-1"], "model.primary.config: -1 layers; give at least 1"),
+        ("debug", ["model.primary.config.encoder_layers=-1"], "model.primary.config: -1 layers; use at least 1"),
         ("debug", ["model.expert_dim=0"], "model.expert_dim = 0: must be at least 1"),
         ("debug", ["optim.betas=[2,3]"], "optim.betas = [2.0, 3.0]: must be within [0, 1)"),
         ("debug", ["eval.max_samples=-5"], "eval.max_samples = -5: must be at least 1"),
@@ -198,8 +198,8 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ),
         ("debug", ["model.primary.trailing_silence_sec=-1"], "model.primary.trailing_silence_sec = -1.0: must be 0"),
         ("debug", ["model.primary.trailing_silence_sec=30"], "model.primary.trailing_silence_sec = 30.0: must be 0"),
-        ("debug", ["model.experts.0.config={}"], "model.experts[0]: give weights (a directory or hub id), or config"),
-        ("debug", ["model.adapter.strides=[]"], "model.adapter.strides = []: give one positive stride per convolut"),
+        ("debug", ["model.experts.0.config={}"], "model.experts[0]: set weights (a directory or hub id), or config"),
+        ("debug", ["model.adapter.strides=[]"], "model.adapter.strides = []: specify one positive stride per conv"),
         ("debug", ["model.adapter.kernel_size=1"], "model.adapter.kernel_size = 1: must be at least the largest stri"),
         ("debug", ["model.primary=null", "model.router.mode=all_routed"], "model.router.input = primary: all_rou"),
         ("debug", ["train.deepspeed=nope.json"], "train.deepspeed = "),
@@ -244,7 +244,7 @@ def test_weights_of_other_programs_are_named(
             check_recipe(load_recipe("debug", [f"{key}={path}"]))
         message = str(error.value)
         assert message.startswith(f"{key} = {path}: ") and words in message and "\n" not in message
-        assert "cannot be read; give the Hugging Face folder" in message and "`earshot models`" in message
+        assert "cannot be read; use the Hugging Face folder" in message and "`earshot models`" in message
 
 
 def test_a_missing_folder_is_named_before_the_hub_is_asked(tmp_path: Path) -> None:
@@ -256,14 +256,14 @@ def test_a_missing_folder_is_named_before_the_hub_is_asked(tmp_path: Path) -> No
         "model.primary.weights = models/whisper-base: no such folder; run: earshot models whisper-base --out models"
     )
     overrides = [f"model.primary.weights={tmp_path}", f"model.llm.weights={tmp_path / 'llm'}"]
-    with pytest.raises(UserError, match=f"model.llm.weights = {tmp_path / 'llm'}: no such folder; give a folder that"):
+    with pytest.raises(UserError, match=f"model.llm.weights = {tmp_path / 'llm'}: no such folder; specify an existing"):
         check_folders(load_recipe("finetune_cpu", overrides))
     check_folders(load_recipe("mowe_8b"))  # the weights are hub ids
 
 
 def test_a_file_is_no_folder_of_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="a file; give the Hugging Face folder that contains it"):
+    with pytest.raises(UserError, match="a file; use the Hugging Face folder that contains it"):
         check_recipe(load_recipe("debug", [f"model.llm.weights={tmp_path / 'model.safetensors'}"]))
 
 

@@ -59,7 +59,7 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         ([EXPERTS, "model.llm.router={bias_rate: 1.5}"], r"router.bias_rate = 1.5: must be at least 0 and below 1"),
         (["model.llm.router={bias_rate: 0.001}"], "moe_layers, top_k and router have no effect"),
         (["model.llm.experts=[{name: 'null'}]"], "name = 'null': null experts have this name; choose another one"),
-        ([EXPERTS, "model.llm.moe_layers=[1, 2]"], r"moe_layers = \(1, 2\): give all, .* numbers within 0\.\.1"),
+        ([EXPERTS, "model.llm.moe_layers=[1, 2]"], r"moe_layers = \(1, 2\): use all, .* numbers within 0\.\.1"),
         ([EXPERTS, "model.llm.router={forced: sound}"], "forced = sound: must be one of speech, text, or null"),
         ([EXPERTS, "model.llm.router={temperature: 0.1}"], "model.llm.router.temperature: unknown key; known keys are"),
         ([EXPERTS, "model.llm.router={jitter: 1}"], r"router.jitter = 1.0: must be at least 0 and below 1"),

@@ -84,7 +84,7 @@ def test_a_task_is_never_guessed_from_labels(tmp_path: Path, capsys: pytest.Capt
         (tmp_path / "in" / label).mkdir(parents=True)
         (tmp_path / "in" / label / "x.wav").write_bytes(audio_bytes(0.1, kind="WAV"))
     assert run("audiofolder", tmp_path / "in", tmp_path / "out") == 2
-    assert "task is missing; give it with --set task=asr or another task" in capsys.readouterr().err
+    assert "task is missing; set it with --set task=asr or another task" in capsys.readouterr().err
     assert run("audiofolder", tmp_path / "in", tmp_path / "out", "--set", "task=aqa", "--set", "instruction=?") == 0
     assert {(r["original_id"], r["answer"]) for r in manifest(tmp_path / "out")} == {("dog/x", "dog"), ("cat/x", "cat")}
 

@@ -160,4 +160,4 @@ def test_a_dry_run_checks_local_data(corpus: Path, tmp_path: Path, capsys: pytes
     assert train([*dry, "data.root=s3://nowhere/x"]) == 0  # buckets are not read
     capsys.readouterr()
     assert train([*dry, f"data.root={corpus}", "model.llm.weights=/nowhere/llm"]) == 0
-    assert "warning: model.llm.weights = /nowhere/llm: no such folder; give a folder" in capsys.readouterr().err
+    assert "warning: model.llm.weights = /nowhere/llm: no such folder; specify an existing" in capsys.readouterr().err

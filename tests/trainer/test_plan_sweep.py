@@ -25,7 +25,7 @@ def test_values_may_contain_commas_in_brackets() -> None:
     found = parse_sweeps(["a.b=1,2", "data.datasets=[{name: x, shards: y}],[]"])
     assert found == [("a.b", ["1", "2"]), ("data.datasets", ["[{name: x, shards: y}]", "[]"])]
     for wrong in ("a.b", "a.b=", "a.b=1,,2", "=1"):
-        with pytest.raises(UserError, match=f"--sweep {wrong}: give a key and its values"):
+        with pytest.raises(UserError, match=f"--sweep {wrong}: specify a key and its values"):
             parse_sweeps([wrong])
     with pytest.raises(UserError, match="the key a is given twice"):
         parse_sweeps(["a=1", "a=2"])

@@ -92,7 +92,7 @@ def test_accelerators_by_name_and_by_numbers() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v100", "--accelerator v100: must be one of h100, h200, a100; or give values as key=value"),
+        ("v100", "--accelerator v100: must be one of h100, h200, a100; or specify values as key=value"),
         ("h100,flops=1", "--accelerator flops=1: known keys are tflops, fp32_tflops"),
         ("h100,tflops=x", "--accelerator tflops=x: 'x' is not a number"),
         ("h100,tflops=0", "--accelerator tflops=0: must be positive"),

@@ -110,7 +110,7 @@ def test_a_group_that_is_frozen_in_a_stage_does_not_move() -> None:
 def test_a_stage_without_a_match_or_without_audio_is_an_error() -> None:
     names = ["audio.projector.weight", "llm.model.norm.weight"]
     check_stages(staged(CONNECTOR), names)
-    with pytest.raises(UserError, match=r"stages 'x': pattern llm\.\*\.q_prj matches no parameter; give one of conn"):
+    with pytest.raises(UserError, match=r"stages 'x': pattern llm\.\*\.q_prj matches no parameter; use one of conn"):
         check_stages(staged(StageConfig(name="x", steps=1, train=("connector", "llm.*.q_prj"))), names)
     with pytest.raises(UserError, match="stages 'x': every audio parameter is frozen"):
         check_stages(staged(StageConfig(name="x", steps=1, train=("llm",))), names)

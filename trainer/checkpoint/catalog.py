@@ -130,7 +130,7 @@ def checkpoints_of(url: str) -> Checkpoints:
         found = open_checkpoints(place)
         if found.steps():
             return found
-    raise UserError(f"{url}: holds no checkpoint; give a run's folder or one of its checkpoints")
+    raise UserError(f"{url}: holds no checkpoint; use a run's folder or one of its checkpoints")
 
 
 def find_checkpoint(url: str) -> Folder:

@@ -148,7 +148,7 @@ def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig, l
         if is_factor(name) and name.startswith(kept) and name not in names:
             raise UserError(
                 f"checkpoint.start_from: {origin.url}: holds the adapter {name}, which the recipe's section lora does "
-                "not ask for; give the section of that run, or export the run (earshot export merges adapters) and "
+                "not ask for; use the section of that run, or export the run (earshot export merges adapters) and "
                 "start from the export"
             )
         before, now = (adapters.of_layer(name.rpartition(".")[0]) for adapters in (former, own))

@@ -106,6 +106,6 @@ def _read_header(folder: Folder, name: str, offset: int, size: int) -> dict[str,
         start, stop = (int(n) for n in entry["data_offsets"])
         dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
         if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= size - 8 - num_header:
-            raise ValueError(f"{name}: the header gives a wrong position or size of {key}")
+            raise ValueError(f"{name}: the header states a wrong position or size for {key}")
         spans[key] = Span(dtype, shape, offset + 8 + num_header + start, stop - start)
     return spans

@@ -193,7 +193,7 @@ def _check_encoders(recipe: Recipe) -> None:
         _check_encoder(place, encoder)
     adapter = model.adapter
     if not adapter.strides or any(s < 1 for s in adapter.strides):
-        raise UserError(f"model.adapter.strides = {list(adapter.strides)}: give one positive stride per convolution")
+        raise UserError(f"model.adapter.strides = {list(adapter.strides)}: specify one positive stride per convolution")
     if adapter.kind == "convolutions" and adapter.kernel_size < max(adapter.strides):
         raise UserError(
             f"model.adapter.kernel_size = {adapter.kernel_size}: must be at least the largest stride, "
@@ -203,7 +203,7 @@ def _check_encoders(recipe: Recipe) -> None:
 
 def _check_encoder(place: str, encoder: EncoderConfig) -> None:
     if encoder.weights is None and not encoder.config:
-        raise UserError(f"{place}: give weights (a directory or hub id), or config for random weights")
+        raise UserError(f"{place}: set weights (a directory or hub id), or config for random weights")
     allowed = family_of(encoder).length_modes
     if encoder.length_mode not in allowed:
         raise UserError(
@@ -223,7 +223,7 @@ def _check_encoder(place: str, encoder: EncoderConfig) -> None:
     if known is not None:
         layers = resolve_encoder(known).hf_config.num_hidden_layers
         if layers < 1:
-            raise UserError(f"{place}.config: {layers} layers; give at least 1")
+            raise UserError(f"{place}.config: {layers} layers; use at least 1")
 
 
 def _check_lengths(recipe: Recipe, hf_config: PretrainedConfig) -> None:

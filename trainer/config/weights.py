@@ -11,7 +11,7 @@ FETCHED_MODELS = ("whisper-tiny.en", "whisper-base", "smollm2-135m")
 
 _GGUF_MAGIC = b"GGUF"
 _REMEDY = (
-    "give the Hugging Face folder that it was made from (config.json and safetensors); `earshot models` converts a few "
+    "use the Hugging Face folder that it was made from (config.json and safetensors); `earshot models` converts a few "
     "small models"
 )
 
@@ -34,7 +34,7 @@ def check_weights(key: str, weights: str | None) -> None:
             raise UserError(f"{key} = {weights}: GGUF, the format of llama.cpp, cannot be read; {_REMEDY}")
         if path.name == "model.bin" and _is_ctranslate2(path):
             raise UserError(f"{key} = {weights}: weights of CTranslate2 (faster-whisper) cannot be read; {_REMEDY}")
-        raise UserError(f"{key} = {weights}: is a file; give the Hugging Face folder that contains it")
+        raise UserError(f"{key} = {weights}: is a file; use the Hugging Face folder that contains it")
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return
     gguf = sorted(path.glob("*.gguf"))
@@ -81,7 +81,7 @@ def check_present(key: str, folder: str | None) -> None:
     # A hub id has at most one slash, and no organization on the hub is called "models".
     if folder.startswith(("/", ".", "~", "models/")) or folder.count("/") > 1:
         path = Path(folder)
-        remedy = "give a folder that exists; ~ is not expanded"
+        remedy = "specify an existing folder; ~ is not expanded"
         if path.name in FETCHED_MODELS:
             remedy = f"run: earshot models {path.name} --out {path.parent}"
         raise UserError(f"{key} = {folder}: no such folder; {remedy}")

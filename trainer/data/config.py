@@ -277,5 +277,5 @@ class DataConfig:
         for progress in sorted(starts):
             if not sum(s.weight_at(progress) for s in self.datasets) > 0:
                 raise UserError(
-                    f"data.datasets: all weights are 0 at progress {progress}; give one dataset a positive weight there"
+                    f"data.datasets: all weights are 0 at progress {progress}; make one of them positive there"
                 )

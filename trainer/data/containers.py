@@ -63,7 +63,7 @@ def _split(data: bytes | memoryview, starts: list[int]) -> list[bytes | memoryvi
 def _whole_wav(data: bytes | memoryview) -> bytes | memoryview:
     """Return a WAV file in a form that libsndfile reads completely.
 
-    If the header gives the size 0 although there is audio, the size is replaced by the value that libsndfile takes as
+    If the header states the size 0 although there is audio, the size is replaced by the value that libsndfile takes as
     unknown.
 
     Raises:

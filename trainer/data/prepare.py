@@ -214,7 +214,7 @@ def check_stored(config: DataConfig) -> None:
 
 def _check_datasets(config: DataConfig) -> None:
     if not config.datasets:
-        raise UserError("data.datasets is empty: give at least one dataset with a manifest or shards")
+        raise UserError("data.datasets is empty: specify at least one dataset with a manifest or shards")
 
 
 def _check_eval_splits(
@@ -244,7 +244,7 @@ def _prepare_dataset(
     if scheme_of(config.root):
         raise UserError(
             f"data.datasets '{part.name}': data.root = {config.root} is not a local folder, which manifests need; "
-            "give shards instead of a manifest"
+            "use shards instead of a manifest"
         )
     manifest = Path(config.root) / part.manifest
     rows = _rows_by_split(part, manifest)

@@ -106,7 +106,7 @@ def build_index(
         raise UserError(f"{store.url}: has {INDEX_NAME} already; delete it to build a new index")
     tars = [name for name in names if name.endswith(".tar") and "/" not in name]
     if not tars:
-        raise UserError(f"{store.url}: contains no *.tar; give the folder or prefix that contains the shards")
+        raise UserError(f"{store.url}: contains no *.tar; use the folder or prefix that contains the shards")
     shards: list[Shard] = []
     skipped: list[SkippedSample] = []
     keys: set[str] = set()

@@ -131,7 +131,7 @@ def open_stored(data: str, split: str | None = None) -> StoredData:
     if (path / INDEX_NAME).is_file():
         return ShardData(ShardSet(open_store(data)), split)
     if path.is_dir():
-        raise UserError(f"{data}: contains no {INDEX_NAME}; give a folder of shards, or a manifest")
+        raise UserError(f"{data}: contains no {INDEX_NAME}; use a folder of shards, or a manifest")
     found = ManifestData(path, split)
     if not found.items:
         raise UserError(f"{data}: no samples" + (f" of split '{split}'" if split else "") + "; check the manifest")

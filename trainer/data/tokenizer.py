@@ -239,7 +239,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = self.turn_end_id = inner.eos_token_id
         self.keeps_answers = True
         found = inner.convert_tokens_to_ids(config.placeholder)
-        # Tokenizers made from SentencePiece models may add a prefix token, so the placeholder may give two tokens.
+        # Tokenizers made from SentencePiece models may add a prefix token, so the placeholder may become two tokens.
         if found in (None, inner.unk_token_id) or self._encode(config.placeholder).count(found) != 1:
             raise UserError(_no_placeholder(path, config.placeholder))
         self.placeholder_id = found
@@ -371,7 +371,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
     looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~")) and local.suffix != ".json"
     if not local.exists() and not looks_like_hub_id:
         raise UserError(
-            f"data.tokenizer.path = {path}: no such file; give a SentencePiece .model, a tokenizer.json, "
+            f"data.tokenizer.path = {path}: no such file; use a SentencePiece .model, a tokenizer.json, "
             "a directory that contains one of them, or null to train a tokenizer"
         )
     return HuggingFaceTokenizer(path, config)

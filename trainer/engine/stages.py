@@ -153,7 +153,7 @@ def check_stages(optim: OptimConfig, names: Iterable[str]) -> None:
             # The name of a part is accepted even if this model lacks some of its modules, such as a router.
             if pattern not in known and not fnmatch.filter(names, pattern):
                 raise UserError(
-                    f"stages '{stage.name}': pattern {pattern} matches no parameter; give one of {', '.join(PARTS)}, "
+                    f"stages '{stage.name}': pattern {pattern} matches no parameter; use one of {', '.join(PARTS)}, "
                     f"or a pattern (an example of a name is {names[0]})"
                 )
         if not any(name.startswith("audio.") and not stage.setting(name, 2).frozen for name in names):

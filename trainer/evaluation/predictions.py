@@ -80,7 +80,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give a predictions*.jsonl of an evaluation"
+            f"{path}: cannot be read ({error.strerror}); use the predictions*.jsonl of an evaluation"
         ) from None
     predictions: dict[str, Prediction] = {}
     # splitlines() would also split at characters that JSON strings may contain.
@@ -89,11 +89,11 @@ def read_predictions(path: Path) -> list[Prediction]:
             found = _parse(f"{path}, line {number}", line)
             if found.key in predictions:
                 raise UserError(
-                    f"{path}, line {number}: key '{found.key}' occurs twice; give the predictions of one evaluation"
+                    f"{path}, line {number}: key '{found.key}' occurs twice; use the predictions of a single evaluation"
                 )
             predictions[found.key] = found
     if not predictions:
-        raise UserError(f"{path}: contains no predictions; give a predictions*.jsonl of an evaluation")
+        raise UserError(f"{path}: contains no predictions; use the predictions*.jsonl of an evaluation")
     return list(predictions.values())
 
 

@@ -52,7 +52,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
     written = HuggingFaceTokenizer(str(folder), tokenizer.config)
     if written.digest != tokenizer.digest:
         raise UserError(
-            f"{folder}: the tokenizer has different tokens when it is read back; give the LLM's tokenizer.json"
+            f"{folder}: the tokenizer has different tokens when it is read back; use the LLM's tokenizer.json"
         )
     return found
 
@@ -123,7 +123,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     proto = protobuf.ModelProto.FromString(tokenizer.serialized())
     where = f"data.tokenizer.path = {tokenizer.path}"
     if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
-        raise UserError(f"{where}: only unigram SentencePiece models can be exported; give the LLM's tokenizer.json")
+        raise UserError(f"{where}: only unigram SentencePiece models can be exported; use the LLM's tokenizer.json")
     scores = [p.score for p in proto.pieces if p.type == p.NORMAL]
     pieces = []
     for p in proto.pieces:
@@ -163,6 +163,6 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
         wanted, made = tokenizer.encode_prompt(text), found.encode(text, add_special_tokens=False)
         if wanted != made:
             raise UserError(
-                f"{where}: {text[:40]!r} has different tokens in transformers; give the LLM's tokenizer.json"
+                f"{where}: {text[:40]!r} has different tokens in transformers; use the LLM's tokenizer.json"
             )
     return found

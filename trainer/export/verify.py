@@ -53,7 +53,7 @@ def read_samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: in
     """
     samples = list(_samples(source, tokenizer, manifest, limit))
     if not samples:
-        raise UserError(f"{manifest}: contains no samples; give another manifest")
+        raise UserError(f"{manifest}: contains no samples; use another manifest")
     return samples
 
 

@@ -70,7 +70,7 @@ class Sample:
     fields: dict[str, Any]
     """The fields of the manifest except `id` and `audio`."""
     recording: str | None = None
-    """A text that identifies the recording and determines its split; None if the source gives the split."""
+    """A text that identifies the recording and determines its split; None if the source states the split."""
 
 
 class Ids:
@@ -134,7 +134,7 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
         _check_text(fields)
         check_metadata(with_last_turn(fields), len(clips))
     except SampleError as error:
-        remedy = f"; give its column with --map audio=NAME ({_names(row)})" if error.reason == "no_audio" else ""
+        remedy = f"; specify its column with --map audio=NAME ({_names(row)})" if error.reason == "no_audio" else ""
         raise RowError(error.reason, error.detail + remedy) from None
     except RecursionError:
         raise RowError("wrong_type", "the fields are nested too deeply") from None
@@ -258,16 +258,16 @@ def _set_defaults(fields: dict[str, Any], naming: Naming, is_transcript: bool, r
     if not has_messages and "answer" not in fields:
         given = "" if "task" in fields else ", and add --set task=asr for transcripts"
         raise RowError(
-            "empty_answer", f"answer is missing; give its column with --map answer=NAME{given} ({_names(row)})"
+            "empty_answer", f"answer is missing; specify its column with --map answer=NAME{given} ({_names(row)})"
         )
     if "task" not in fields:
-        raise RowError("wrong_type", "task is missing; give it with --set task=asr or another task, or --map task=NAME")
+        raise RowError("wrong_type", "task is missing; set it with --set task=asr or another task, or --map task=NAME")
     if has_messages:
         return
     if fields["task"] == "asr":
         fields.setdefault("instruction", DEFAULT_INSTRUCTION)
     if "instruction" not in fields:
-        raise RowError("wrong_type", 'instruction is missing; give it with --set "instruction=TEXT" or --map')
+        raise RowError("wrong_type", 'instruction is missing; set it with --set "instruction=TEXT" or --map')
 
 
 def _names(row: Row) -> str:

@@ -30,9 +30,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """The error numbers that mean that a file does not exist."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
-COMMAND = "is a command, and commands are never run; run it yourself, and give the path to a file with its output"
+COMMAND = "is a command, and commands are never run; run it yourself, and specify the path to a file with its output"
 """The end of messages about a command in place of a path."""
-URL = "is a URL, and URLs are never fetched; download the file, and give its path"
+URL = "is a URL, and URLs are never fetched; download the file, and specify its path"
 """The end of messages about a URL in place of a path."""
 
 
@@ -48,7 +48,7 @@ class Source:
     columns: tuple[str, ...] = ()
     """The names of the columns of a table without a header."""
     audio_name: str = "audio"
-    """The name that the source gives to the field `audio`."""
+    """The name of the field `audio` in the source."""
     output: Path | None = None
     """The folder to which the import writes. Its files are not part of the source."""
 

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [load_recipe(recipe, run).name for run in runs]
         doubled = next((name for name in names if names.count(name) > 1), None)
         if doubled is not None:
-            raise UserError(f"{recipe}: two runs would have the name {doubled}; give each value of a key only once")
+            raise UserError(f"{recipe}: two runs would have the name {doubled}; list each value of a key only once")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -143,7 +143,7 @@ def parse_accelerator(text: str) -> Accelerator:
     base = KNOWN.get(first) or _load(first)
     if base is None:
         raise UserError(
-            f"--accelerator {first}: must be one of {', '.join(KNOWN)}; or give values as key=value,… "
+            f"--accelerator {first}: must be one of {', '.join(KNOWN)}; or specify values as key=value,… "
             "or a .json file from bench.calibrate"
         )
     legal = [f.name for f in dataclasses.fields(Accelerator) if f.name not in ("name", "matrix")]

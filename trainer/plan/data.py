@@ -132,7 +132,7 @@ def summarize(recipe: Recipe) -> DataSummary:
     """
     data = recipe.staged_data
     if not data.datasets:
-        raise UserError("data.datasets is empty: give at least one dataset with a manifest or shards")
+        raise UserError("data.datasets is empty: specify at least one dataset with a manifest or shards")
     lengths = [_lengths(data, part) for part in data.datasets]
     counts = [one.num_samples for one in lengths]
     mixture = DatasetMixture(data.datasets, recipe.seed, data.num_lanes, 1, counts, data.temperature)

@@ -198,7 +198,7 @@ def _owner_of_layers(encoder: Any) -> Any:
 
 @contextmanager
 def _only(owner: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Give `owner` only these layers during the block; do nothing if `owner` is None."""
+    """Let `owner` have only these layers during the block; do nothing if `owner` is None."""
     if owner is None:
         yield
         return

@@ -111,7 +111,7 @@ def _advice(plan: Plan, advice: Advice | None) -> list[tuple[str, str]]:
     if advice.change:
         rows.append(("would help", f"{advice.change[0]} makes a step {_faster(advice.change_speedup)} faster"))
     else:
-        rows.append(("would help", "no single change to the layout gives a faster step that still fits into memory"))
+        rows.append(("would help", "no single change to the layout makes the step faster and still fits into memory"))
     if advice.layout_speedup >= WORTH:
         rows.append(("", f"--fit makes a step {_faster(advice.layout_speedup)} faster: {' '.join(advice.layout)}"))
     return rows

@@ -163,7 +163,7 @@ def sized_model(recipe: Recipe) -> SizedModel:
     A tokenizer given by `data.tokenizer.path` is assumed to be the LLM's own.
 
     Raises:
-        UserError: If the sizes of a model are unknown because the recipe gives a hub id without `config`.
+        UserError: If the sizes of a model are unknown because the recipe names a hub id without `config`.
     """
     model = recipe.model
     llm = known_llm_config(model.llm)
@@ -213,8 +213,8 @@ def _sized(place: str, encoder: EncoderConfig) -> EncoderConfig:
 
 def _unknown_size(place: str, weights: str | None) -> UserError:
     return UserError(
-        f"{place}.weights = {weights}: a plan does not download anything; give the checkpoint's sizes in "
-        f"{place}.config, or give a local directory"
+        f"{place}.weights = {weights}: a plan does not download anything; set the checkpoint's sizes in "
+        f"{place}.config, or use a local directory"
     )
 
 

@@ -65,7 +65,7 @@ def parse_sweeps(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
         key, _, rest = text.partition("=")
         values = _split(rest)
         if not key or not all(values):
-            raise UserError(f"--sweep {text}: give a key and its values, such as parallel.num_ranks=64,128,256")
+            raise UserError(f"--sweep {text}: specify a key and its values, such as parallel.num_ranks=64,128,256")
         if key in found:
             raise UserError(f"--sweep {text}: the key {key} is given twice; put all values into one option")
         found[key] = values

@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if not options.run_dir.is_dir():
-            raise UserError(f"{options.run_dir}: there is no such folder; give the folder of a run")
+            raise UserError(f"{options.run_dir}: there is no such folder; use the folder of a run")
         config = read_config(options.run_dir)
         config = RestartConfig(
             config.max_restarts if options.max_restarts is None else options.max_restarts,

@@ -51,7 +51,7 @@ def resampled_sums(
 ) -> NDArray[np.float64]:
     """Return sums of statistics over resamples, each of which draws N samples with replacement.
 
-    The draws depend only on N and `seed`. Statistics of two systems, concatenated along K, give a paired bootstrap.
+    The draws depend only on N and `seed`. Statistics of two systems can be concatenated along K for a paired bootstrap.
 
     Args:
         statistics: [N, K] statistics per sample, N ≥ 1.

@@ -25,7 +25,7 @@ def scheme_of(url: str) -> str:
     scheme = found[1].lower()
     if scheme not in SCHEMES or not url[found.end() :].startswith("//"):
         raise UserError(
-            f"{url}: URLs with scheme '{scheme}:' are not supported; give a local path or "
+            f"{url}: URLs with scheme '{scheme}:' are not supported; use a local path or "
             + ", ".join(f"{s}://BUCKET/PREFIX" for s in SCHEMES)
         )
     return scheme
@@ -53,7 +53,7 @@ def open_store(url: str, retry_sec: float | None = None) -> Store:
             "set the credentials in the environment or in their standard files"
         )
     if not parts.netloc:
-        raise UserError(f"{url}: the bucket's name is missing; give {scheme}://BUCKET/PREFIX")
+        raise UserError(f"{url}: the bucket's name is missing; use {scheme}://BUCKET/PREFIX")
     # obstore takes time to load, and runs with local data do not need it.
     from trainer.storage.bucket import RETRY_SEC, BucketStore
     from trainer.storage.credentials import find_access

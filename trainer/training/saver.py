@@ -186,7 +186,7 @@ def check_adapters(stored: str, lora: Sequence[LoraConfig]) -> None:
     before = stored_adapters(stored)
     if [(part.pattern, part.scale) for part in before] != [(part.pattern, part.scale) for part in lora]:
         raise UserError(
-            f"lora = {_entries(lora)}: this run has trained its adapters with {_entries(before)}; give these values, "
+            f"lora = {_entries(lora)}: this run has trained its adapters with {_entries(before)}; use these values, "
             "or export the run and start from the export with new adapters (checkpoint.start_from)"
         )
 

@@ -49,7 +49,7 @@ def utilization_of(recipe: Recipe, topology: Topology, device: torch.device) -> 
     tflops = known.tflops if recipe.train.precision == "bf16" else known.fp32_tflops
     try:
         return measure(recipe, topology, tflops * 1e12 * topology.world, device.type)
-    except UserError:  # The sizes of a model are not known if the recipe gives only its hub id.
+    except UserError:  # The sizes of a model are not known if the recipe names only its hub id.
         return None
 
 

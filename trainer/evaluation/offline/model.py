@@ -125,7 +125,7 @@ def _export(path: Path) -> Origin:
     config = _read_json(path / "config.json")
     if config.get("model_type") != EarshotConfig.model_type:
         raise UserError(
-            f"{path}: holds a model of type {config.get('model_type')!r}; give a folder that `earshot export` wrote"
+            f"{path}: holds a model of type {config.get('model_type')!r}; use a folder that `earshot export` wrote"
         )
     weights = sorted(path.glob("*.safetensors"))
     if not weights:

@@ -61,9 +61,9 @@ def run_evaluation(
         with locked(folder / ".lock", wait=False):
             return _run(request, folder, num_processes, on_progress)
     except BlockingIOError:
-        raise UserError(f"{folder}: another evaluation is writing it; wait for it, or give another --out") from None
+        raise UserError(f"{folder}: another evaluation is writing it; wait for it, or choose another --out") from None
     except FileExistsError:
-        raise UserError(f"{folder}: is a file, not a folder; give another --out") from None
+        raise UserError(f"{folder}: is a file, not a folder; choose another --out") from None
 
 
 def _run(request: Request, folder: Path, num_processes: int, on_progress: Callable[[int, int], None]) -> Finished:
@@ -126,18 +126,18 @@ def _resume(folder: Path, now: dict[str, Any]) -> list[Prediction]:
         folder.mkdir(parents=True, exist_ok=True)
         if not note.exists():
             if predictions.exists():
-                raise UserError(f"{predictions}: belongs to no evaluation ({REQUEST} is missing); give another --out")
+                raise UserError(f"{predictions}: belongs to no evaluation ({REQUEST} is missing); choose another --out")
             write_atomically(note, json.dumps(now, indent=1, ensure_ascii=False) + "\n")
         before = json.loads(note.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
     except ValueError:
-        raise UserError(f"{note}: is damaged; remove {folder}, or give another --out") from None
+        raise UserError(f"{note}: is damaged; remove {folder}, or choose another --out") from None
     for key, value in now.items():
         if before.get(key) != value:
             raise UserError(
                 f"{folder}: contains an evaluation with {key} = {before.get(key)}, not {value}; remove the folder, or "
-                "give another --out"
+                "choose another --out"
             )
     if not predictions.exists():
         return []

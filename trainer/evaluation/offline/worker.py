@@ -90,7 +90,7 @@ def open_wanted(request: Request) -> tuple[StoredData, list[int]]:
         if (key := stored.items[index].key) in keys:
             raise UserError(
                 f"{request.data}: key '{key}' occurs twice; choose one --split, or delete shards.json and index the "
-                "tars again, which gives every sample its own key"
+                "tars again, so that every sample has its own key"
             )
         keys.add(key)
     return stored, sorted(indices, key=lambda i: (-stored.items[i].seconds, stored.items[i].key))

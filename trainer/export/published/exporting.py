@@ -42,7 +42,7 @@ def read_original(source: Source, folder: Path) -> Published:
     for name in sorted(wanted.keys() | names.keys()):
         if name not in names or name not in wanted:
             what = "lacks" if name not in names else "also has"
-            raise UserError(f"{where}: the run {what} {name}; give the folder that the run was imported from")
+            raise UserError(f"{where}: the run {what} {name}; use the folder that the run was imported from")
         if (shape := tensors[name].shape) != wanted[name]:
             raise UserError(f"{where}: {name} has shape {shape} in the run, but {wanted[name]} according to {CONFIG}")
     described = published.description(1)
@@ -50,13 +50,13 @@ def read_original(source: Source, folder: Path) -> Published:
     changed = sorted(k for k in fields.keys() | own.keys() if k not in _WRITTEN and fields.get(k) != own.get(k))
     if changed:
         raise UserError(
-            f"{where}: the run changed {', '.join(changed)} of the LLM's config, so it does not match {CONFIG}; give "
+            f"{where}: the run changed {', '.join(changed)} of the LLM's config, so it does not match {CONFIG}; use "
             "the folder that the run was imported from, or export without --original"
         )
     for part in ("primary", "adapter"):
         if getattr(source.model.audio, part) != getattr(described.audio, part):
             raise UserError(
-                f"{where}: model.{part} of the run differs from that of the published model; give the folder that the "
+                f"{where}: model.{part} of the run differs from that of the published model; use the folder that the "
                 "run was imported from, or export without --original"
             )
     return published

@@ -121,7 +121,7 @@ def _sub_configs(
         if not isinstance(found[key], dict):
             named = config.get(key.replace("config", "model_id"))
             where = f"names {what} ({named}) instead of containing it" if named else f"does not describe {what}"
-            raise UserError(f"{CONFIG} {where}; give its folder with --part FOLDER")
+            raise UserError(f"{CONFIG} {where}; specify its folder with --part FOLDER")
     text, audio = found["text_config"], found["audio_config"]
     assert text is not None and audio is not None
     return (
@@ -171,7 +171,7 @@ def find_tensors(published: Published, parts: Sequence[Path] = ()) -> list[Store
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
             f"{published.folder}: lacks {published.architecture.published_name(missing[0])}{more}; download it again, "
-            "or use --part FOLDER to give the folder of the LLM or encoder with these tensors"
+            "or specify the folder of the LLM or encoder that has these tensors with --part FOLDER"
         )
     return [found[own] for own in wanted]
 
@@ -203,7 +203,7 @@ def _stored(folder: Path) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
     for name in sorted(names):
         file = folder / name
         if not file.is_file():
-            raise UserError(f"{folder}: contains no {name}; give a Hugging Face folder with safetensors weights")
+            raise UserError(f"{folder}: contains no {name}; use a Hugging Face folder with safetensors weights")
         try:
             with safe_open(str(file), framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - `opened` is not a mapping
@@ -221,7 +221,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the Hugging Face folder of a published speech LLM") from None
+        raise UserError(f"{path}: no such file; use the Hugging Face folder of a published speech LLM") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); download it again") from None
     if not isinstance(content, dict):

@@ -167,7 +167,7 @@ def _read_tokenizer(published: Published, prompt: Prompt) -> Any:
         template = _stored_template(published.folder) or inner.chat_template or published.architecture.chat_template
         if template is None:
             raise UserError(
-                f"{published.folder}: has no chat template; add chat_template.jinja, or give --no-chat-template"
+                f"{published.folder}: has no chat template; add chat_template.jinja, or pass --no-chat-template"
             )
         inner.chat_template = template
     return inner
@@ -194,8 +194,8 @@ def _settings(published: Published, prompt: Prompt, inner: Any) -> TokenizerConf
     known = [token for token in candidates if inner.convert_tokens_to_ids(token) not in (None, inner.unk_token_id)]
     if not known:
         raise UserError(
-            f"{published.folder}: none of {', '.join(candidates)} is a token of its tokenizer; use --placeholder TOKEN "
-            "to give a token that no text contains"
+            f"{published.folder}: none of {', '.join(candidates)} is a token of its tokenizer; pass "
+            "--placeholder TOKEN with a token that no text contains"
         )
     return TokenizerConfig(
         placeholder=known[0],
