@@ -2,16 +2,16 @@
 
     python -m bench.pipeline
 
-Two real ranks (gloo) hold two equal stages of an LLM (`parallel.pipeline: 2`), and train the model of `bench.trainer`.
-Two variants (*arms*) take turns in the same processes and compute the same loss:
+Two real ranks (gloo) train the model of `bench.trainer` with two equal stages of its LLM (`parallel.pipeline: 2`). Two
+variants (*arms*) take turns in the same processes and compute the same loss:
 
-- spread (what earshot does): all ranks encode clips, with equal shares of the work, before the LLM's pipeline begins,
-  and compute the backward passes of the encoders after the pipeline has ended.
+- spread (as in training): before the LLM's pipeline begins, all ranks encode clips, with equal shares of the work.
+  After the pipeline has ended, they run the encoder backward passes.
 - first stage: the ranks of the first stage encode all clips, as is usual with Megatron.
 
-Goals: `spread` is at least 1.3 times as fast as `first stage`, and the losses agree within 1e-5. If there are fewer
-idle cores than ranks, the CPU seconds of the busiest rank are compared, which are a lower bound on the time with enough
-cores. The exit code is 1 if a goal is missed. The last line is one JSON object.
+Goals: `spread` is at least 1.3 times as fast as `first stage`, and the losses agree to within 1e-5. If there are fewer
+idle cores than ranks, the CPU time of the busiest rank is compared instead of the wall time. It is a lower bound on the
+wall time with enough cores. The exit code is 1 if a goal is missed. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import numpy as np
 from bench.trainer import idle_cores
 from trainer.run.launch import start_ranks
 
-if TYPE_CHECKING:  # at run time, only the ranks import these modules
+if TYPE_CHECKING:  # At run time, only the ranks import these modules.
     from bench.trainer_work import Sizes
     from model.batch import Batch
     from trainer.training.step import Step
@@ -43,9 +43,9 @@ if TYPE_CHECKING:  # at run time, only the ranks import these modules
 SPEED_GOAL, LOSS_LIMIT = 1.3, 1e-5
 ROUNDS, RANKS = 5, 2
 PACK_TOKENS = 160
-"""The maximum number of tokens in a micro-batch. With this value, a step has seven micro-batches."""
+"""The maximum number of tokens in a micro-batch. This limit results in seven micro-batches per step."""
 LLM_LAYERS = 8
-"""The number of LLM layers, half of which are on each stage."""
+"""The number of LLM layers. Each stage holds half of them."""
 SPREAD, FIRST_STAGE = "spread", "first stage"
 TIMES = ("step_sec", "busiest_rank_cpu_sec")
 
@@ -71,7 +71,7 @@ def encoders_on_first_stage() -> Iterator[None]:
 
 
 def build(sizes: Sizes, pack_tokens: int) -> Step:
-    """Return a training step for the model of `bench.trainer` with one pipeline stage per rank, without recomputation.
+    """Return a training step for the model of `bench.trainer`, with one pipeline stage per rank and no recomputation.
 
     Collective: every rank of the world must call it.
     """
@@ -102,8 +102,8 @@ def timed(step: Step, batch: Batch) -> dict[str, Any]:
     Collective: every rank of the world must call it.
 
     Returns:
-        The loss (`loss`), the largest wall time and the largest CPU time of a rank (`times`), the seconds in each phase
-        of this rank's step (`phases`), and the seconds that each rank spends in forward calls of encoders
+        The loss (`loss`), the maxima over ranks of the wall time and the CPU time (`times`), the seconds that this rank
+        spent in each phase of the step (`phases`), and the seconds that each rank spent in encoder forward passes
         (`encoder_sec`).
     """
     import torch
@@ -123,7 +123,7 @@ def timed(step: Step, batch: Batch) -> dict[str, Any]:
 
 
 def measure(sizes: Mapping[str, int], rounds: int, pack_tokens: int = PACK_TOKENS) -> dict[str, list[Record]]:
-    """Run one rank, and return the records of each arm (see `timed`). The first record is a warm-up.
+    """Measure both arms on this rank, and return the records of each (see `timed`). The first record is a warm-up.
 
     Collective: every rank of the world must call it.
 
@@ -222,7 +222,7 @@ def main() -> int:
         result = compare(json.loads(out.read_text(encoding="utf-8")), cores)
     print(
         f"{SPREAD} is {result['speed']:.2f} times as fast as {FIRST_STAGE}, measured by {result['decided_by']}; goals "
-        f"(at least {SPEED_GOAL} times as fast, losses equal within {LOSS_LIMIT}): "
+        f"(at least {SPEED_GOAL} times as fast, losses agree to within {LOSS_LIMIT}): "
         + ("both met" if result["passed"] else "MISSED")
     )
     print(json.dumps(result))

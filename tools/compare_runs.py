@@ -1,4 +1,4 @@
-"""The comparison of the recipes, losses, scores and throughput of runs, as text and as an HTML page."""
+"""Compare the recipes, losses, scores and throughput of runs, as text and as an HTML page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ _IGNORED = ("name", "train.run_dir")
 
 
 def load_plugins_of(folders: Sequence[Path]) -> None:
-    """Load the plug-ins of runs, whose tasks may have scores. A plug-in that cannot be loaded is reported on stderr.
+    """Load the plug-ins of runs, because their tasks may have scores.
+
+    For each plug-in that cannot be loaded, a note is printed on stderr.
 
     Raises:
         UserError: If the recipe of a run cannot be read.
@@ -51,7 +53,7 @@ def load_plugins_of(folders: Sequence[Path]) -> None:
 
 
 def compare_runs(folders: Sequence[Path], now_sec: float) -> dict[str, Any]:
-    """Return the comparison as a JSON-compatible tree, in which the runs have the order of `folders`.
+    """Return the comparison as a JSON-compatible tree. The runs are in the order of `folders`.
 
     Args:
         folders: The folders of the runs.
@@ -88,12 +90,12 @@ def compare_runs(folders: Sequence[Path], now_sec: float) -> dict[str, Any]:
 
 
 def _recipe(folder: Path) -> dict[str, str]:
-    """Return the values of a run's recipe as text by dotted key; empty if the folder contains no recipe."""
+    """Return the values of a run's recipe as text by dotted key. The result is empty if there is no recipe."""
     return flatten_params(_read_recipe(folder))
 
 
 def _read_recipe(folder: Path) -> Mapping[str, Any]:
-    """Return the recipe of a run; empty if the folder contains none."""
+    """Return the recipe of a run. The result is empty if there is no recipe."""
     path = folder / "recipe.yaml"
     if not path.is_file():
         return {}
@@ -105,7 +107,7 @@ def _read_recipe(folder: Path) -> Mapping[str, Any]:
 
 
 def _curve(records: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """Return at most `_NUM_POINTS` + 1 pairs of step and loss, including the first and the last finite loss."""
+    """Return at most `_NUM_POINTS` + 1 pairs (step, loss), including the first and the last finite loss."""
     points = [[float(r["step"]), float(r["train/loss"])] for r in records if "train/loss" in r]
     points = [p for p in points if math.isfinite(p[1])]
     every = max(1, -(-len(points) // _NUM_POINTS))
@@ -114,7 +116,7 @@ def _curve(records: Sequence[Mapping[str, Any]]) -> list[list[float]]:
 
 
 def _scores(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the main scores of the last evaluation of each split, with the bounds of their confidence intervals."""
+    """Return the main scores of each split's last evaluation, with the bounds of their confidence intervals."""
     merged: dict[str, Any] = {}
     for record in records:
         merged.update({key: value for key, value in record.items() if key.startswith("eval/")})
@@ -158,7 +160,7 @@ def describe(tree: Mapping[str, Any]) -> str:
 
 
 def _speeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the throughput table with titles, and with numbers formatted as text; None remains None."""
+    """Return the rows of the throughput table with titles and with numbers formatted as text. None remains None."""
     found = []
     for row in rows:
         title, form = _SPEEDS.get(row["name"], (row["name"], lambda v: f"{v:,.4g}"))
@@ -192,4 +194,4 @@ def write_page(tree: Mapping[str, Any], path: Path) -> None:
             path, render(TEMPLATE, " and ".join(tree["runs"]), {**tree, "throughput": _speeds(tree["throughput"])})
         )
     except OSError as error:
-        raise UserError(f"--html {path}: cannot be written ({error.strerror}); name another file") from None
+        raise UserError(f"--html {path}: cannot be written ({error.strerror}); choose another file") from None

@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
         lambda file: print(f"converting {file}", file=sys.stderr, flush=True),
     )
     print(f"{options.out}: {done.title}, {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB")
-    print(f"train it further with: earshot train {options.out / RECIPE} data.root=DIR")
+    print(f"continue training with: earshot train {options.out / RECIPE} data.root=DIR")
     return 0
 
 

@@ -5,20 +5,22 @@
     earshot parity --steps 0    without loss curves
     earshot parity --deepspeed ds_configs/zero3_offload.json    with the DeepSpeed settings of a run
     earshot parity --pack-multiple 24    with train.pack_multiple_tokens = 24, which adds padding to packs
-    earshot parity --gathering per_module    with weights that are gathered around every call of a module
-    earshot parity --audio-shard 2    with parallel.audio_shard, so that blocks of ranks hold copies of the audio side
+    earshot parity --gathering per_module    with audio weights that are gathered for each module call
+    earshot parity --audio-shard 2    with parallel.audio_shard, with several copies of the audio modules
     earshot parity --recompute-calls    with encoder calls that are recomputed in the backward pass
     earshot parity --lora       train low-rank adapters over partly frozen weights
     earshot parity --stages --steps 11    train different parameters in each of several stages
     earshot parity --adapter queries    with a different kind of adapter, followed by normalization
     earshot parity --family mixtral    an LLM with experts, which are distributed over ranks in several ways
-    earshot parity --family all --steps 0    all families of LLMs without experts
+    earshot parity --family all --steps 0    all LLM families without experts
     earshot parity --freeze 'llm.*.experts.*'    with some parameters frozen
     earshot parity --modes      all modes of the LLM's engine: virtual and uneven stages, recomputation, overlap
     earshot parity --json       also print one JSON object on the last line
 
 Run this command on a new cluster before the first training run. For each topology and each of six kinds of batches, it
-compares the loss and all gradients.
+compares the loss and all gradients with those of the single-process model. For an LLM with experts, it also prints the
+smallest gap: the smallest difference between the router scores of a chosen and a rejected expert. If the gap is below
+about 1e-5, rounding may change the choice.
 
 Exit code 0: all differences are within the limits. 1: a difference exceeds its limit. 2: invalid arguments.
 """
@@ -48,7 +50,7 @@ from trainer.run.command import module_command
 from trainer.run.launch import start_ranks
 
 ALL_DENSE = "all"
-"""The value of `--family` for all families without experts. They are compared in the same processes."""
+"""The value of `--family` for all families without experts. All of them are compared in the same processes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,14 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     passed = all(r.passed for r in rows)
-    print("every topology equals the single-process model" if passed else "some topologies differ: see OVER above")
+    print("every topology matches the single-process model" if passed else "some topologies differ: see OVER above")
     if options.json:
         print(json.dumps({"passed": passed, "limit": TOLERANCE, "rows": [asdict(r) for r in rows]}))
     return 0 if passed else 1
 
 
 def check(comparison: Comparison) -> list[Row]:
-    """Compare one topology with the single-process model, in new processes."""
+    """Compare one topology with the single-process model in new processes."""
     topology = comparison.topology
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
@@ -108,7 +110,7 @@ def work(task: str) -> int:
 
 
 def _comparisons(options: argparse.Namespace) -> list[Comparison]:
-    """Return the comparisons that the options ask for, one for each topology.
+    """Return the comparisons that the options request, one per topology.
 
     Raises:
         UserError: If the options have invalid values, or cannot be combined.
@@ -129,13 +131,13 @@ def _comparisons(options: argparse.Namespace) -> list[Comparison]:
     if not compared:
         raise UserError(
             f"--audio-shard {options.audio_shard}: no topology of up to --ranks {options.ranks} processes has "
-            "several blocks of this many; raise --ranks"
+            "several blocks of this size; increase --ranks"
         )
     rows_of_ranks = math.lcm(*(topology.row_multiple for topology in compared))
     if options.pack_multiple is not None and (options.pack_multiple < 1 or options.pack_multiple % rows_of_ranks):
         raise UserError(
             f"--pack-multiple {options.pack_multiple}: must be a multiple of {rows_of_ranks}, so that packs can be "
-            "divided among tensor and context ranks"
+            "divided among tensor-parallel and context-parallel ranks"
         )
     _check_deepspeed(options.deepspeed)
     return [
@@ -193,13 +195,13 @@ def _parser() -> argparse.ArgumentParser:
         "--family",
         default="llama",
         choices=(*LLM_FAMILIES, *MIXTURES, ALL_DENSE),
-        help=f"family of the LLM (default: llama); in {', '.join(MIXTURES)}, the recipe adds experts to a dense LLM; "
+        help=f"family of the LLM (default: llama); for {', '.join(MIXTURES)}, the recipe adds experts to a dense LLM; "
         f"{ALL_DENSE} stands for all families without experts",
     )
     parser.add_argument(
         "--deepspeed",
         metavar="FILE",
-        help="a DeepSpeed JSON file (default: ZeRO-3 that gathers every weight again for each use)",
+        help="a DeepSpeed JSON file (default: ZeRO-3, which gathers every weight for each use)",
     )
     parser.add_argument(
         "--pack-multiple", type=int, metavar="N", help="train.pack_multiple_tokens, a multiple of 8 (default: none)"
@@ -219,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter",
         default="convolutions",
         choices=tuple(ADAPTERS),
-        help="kind of the adapter; kinds other than convolutions are followed by normalization",
+        help="kind of adapter; kinds other than convolutions are followed by normalization",
     )
     parser.add_argument(
         "--gathering",
@@ -231,14 +233,14 @@ def _parser() -> argparse.ArgumentParser:
         "--audio-shard",
         type=int,
         metavar="N",
-        help="parallel.audio_shard; compares the topologies with more than N processes that allow it",
+        help="parallel.audio_shard; compare only topologies that allow it and have more than N processes",
     )
     parser.add_argument("--recompute-calls", action="store_true", help="train.recompute_encoder_calls")
     parser.add_argument(
         "--modes",
         action="store_true",
         help="compare every mode of the LLM's engine on two kinds of batches: virtual and uneven stages, "
-        "recomputation, and overlap of the exchange between replicas",
+        "recomputation, and overlap of computation with communication between replicas",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

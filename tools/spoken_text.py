@@ -1,11 +1,11 @@
-"""Speak the texts of the kit with synthetic voices, as additional training data for speech recognition.
+"""Synthesize speech from the texts of the kit, as additional training data for speech recognition.
 
 earshot spoken-text KIT OUT
 
-KIT is the folder of the kit, a set of small public recordings. The sentences are from the captions and the novel in
-KIT/text, and strings of digits are added. OUT becomes a folder for `data.root` with the manifest spoken.jsonl. The
-voices come from espeak-ng, and from flite if it is installed (`apt-get install flite`), whose voices were made from
-recordings of people. No sentence of the kit's dev and test splits is spoken.
+KIT is the folder of the kit, a set of small public recordings. The texts are sentences from the captions and the novel
+in KIT/text, and random digit strings. The command writes the folder OUT, which can be used as `data.root`, with the
+manifest spoken.jsonl. The voices come from espeak-ng. If flite is installed (`apt-get install flite`), its voices are
+used as well; they were made from recordings of people. Sentences of the kit's dev and test splits are excluded.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=int,
         default=NUM_DIGIT_STRINGS,
         metavar="N",
-        help="number of strings of digits (default: %(default)s)",
+        help="number of digit strings (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of texts and voices (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed for texts and voices (default: 1)")
     options = parser.parse_args(arguments)
     try:
         seconds = write(options.kit, options.out, options.sentences, options.digits, options.seed)
@@ -101,7 +101,7 @@ def write(
     lines = []
     for i, (subset, text) in enumerate(texts):
         if i and i % REPORT_EVERY == 0:
-            print(f"{i:,} of {len(texts):,} texts have been spoken", flush=True)
+            print(f"{i:,} of {len(texts):,} texts have been synthesized", flush=True)
         voice, samples = speaker.speak(text)
         name = f"audio/{i:05}.flac"
         soundfile.write(out / name, samples, SAMPLE_RATE)
@@ -114,7 +114,7 @@ def write(
 def row(
     name: str, audio: str, subset: str, text: str, voice: str, num_samples: int, rng: random.Random
 ) -> dict[str, Any]:
-    """Return a row of the manifest (docs/data.md)."""
+    """Return a manifest row (docs/data.md)."""
     return {
         "id": name,
         "audio": audio,
@@ -132,7 +132,7 @@ def row(
 
 
 def sentences(kit: Path) -> list[str]:
-    """Return the sentences and clauses of 3 to 14 words in the kit's texts, sorted, without those of its dev and test
+    """Return the sorted sentences and clauses of 3 to 14 words in the kit's texts, except those of its dev and test
     splits.
 
     Raises:
@@ -170,7 +170,7 @@ def _letters(text: str) -> str:
 
 
 def _held_out(kit: Path) -> set[str]:
-    """Return the answers of the splits dev and test, reduced to their letters."""
+    """Return the answers of the dev and test splits, reduced to their letters."""
     rows = [json.loads(line) for path in sorted(kit.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
     return {_letters(row["answer"]) for row in rows if row["split"] != "train"}
 

@@ -1,6 +1,6 @@
-"""A family for any audio encoder in transformers. It uses transformers' feature extractor and model, after a self-test.
+"""A family for any audio encoder in transformers. It runs transformers' feature extractor and model after a self-test.
 
-Shapes: B windows, T audio samples, E frames at the encoder's own rate, F frames (20 ms), D width.
+Shapes: B windows, T audio samples, E frames at the encoder's own frame rate, F frames of 20 ms, D width.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ MIN_SAMPLES = 4800
 
 
 class AutoNetwork:
-    """A constructor of the audio encoder that a transformers config describes.
+    """A factory for the audio encoder that a transformers config describes.
 
-    It is used where other families have a network class.
+    It takes the place of the network class of other families.
     """
 
     def __new__(cls, hf_config: Any) -> Any:
@@ -52,7 +52,7 @@ class AutoNetwork:
 
     @staticmethod
     def from_pretrained(weights: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Return the encoder with the weights of a folder or hub id, and a mapping that names the missing weights."""
+        """Return the encoder with the weights from a folder or hub id, and a mapping that lists the missing weights."""
         network, info = AutoModel.from_pretrained(weights, trust_remote_code=False, **options)
         missing = [key for key in info["missing_keys"] if "masked_spec_embed" not in key]
         try:
@@ -62,11 +62,11 @@ class AutoNetwork:
 
 
 class AutoEncoder(AudioEncoder):
-    """An encoder from transformers as an `AudioEncoder`. The parameters under `encoder.` have transformers' names.
+    """An `AudioEncoder` that wraps an encoder from transformers. Parameters under `encoder.` keep transformers' names.
 
     The network stays in evaluation mode: batch norms use the statistics of the checkpoint, and dropout is off. If the
-    self-test found that padding changes features, only windows of equal length are computed together. Layers are not
-    recomputed, but `train.recompute_encoder_calls` can recompute whole calls.
+    self-test found that padding changes features, only windows of equal length are encoded together. Layers are not
+    recomputed, but `train.recompute_encoder_calls` can recompute whole encoder calls.
 
     Args:
         encoder: The network.
@@ -107,7 +107,7 @@ class AutoEncoder(AudioEncoder):
         return at_mixture_rate(Ragged.of(frames), self.probe.hop, wanted).values
 
     def _extract(self, wave: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the features and the mask of one window. On the meta device, they are computed from silence."""
+        """Return the features and the mask of one window. For a window on the meta device, silence is used instead."""
         known = torch.zeros(len(wave), device="cpu") if wave.is_meta else wave
         with torch.device("cpu"):
             return extract(self.extractor, functional.pad(known, (0, max(0, MIN_SAMPLES - len(known)))))
@@ -141,24 +141,24 @@ def _refused(hf_config: Any, error: Exception) -> UserError:
 
 
 def _windowing(_config: EncoderConfig, _hf_config: Any, window_samples: int) -> Windowing:
-    """Return the windowing. Windows are computed at their own length, but at least at `MIN_SAMPLES`."""
+    """Return the windowing. Windows are encoded at their own length, but shorter ones are padded to `MIN_SAMPLES`."""
     return Windowing(window_samples, MIN_SAMPLES)
 
 
 def _check(config: EncoderConfig, hf_config: Any) -> None:
-    """Check that the config of the encoder has a `hidden_size`."""
+    """Check that the encoder's config has a `hidden_size`."""
     if not isinstance(getattr(hf_config, "hidden_size", None), int):
         raise encoder_error(config, "its config has no hidden_size", "use another checkpoint")
 
 
 def _flops_of(resolved: ResolvedEncoder) -> Callable[[int], float]:
-    """Return the estimate of the forward FLOPs of a window, which is fitted to measurements at two lengths."""
+    """Return an estimator of a window's forward FLOPs by its length, which is fitted to measurements at two lengths."""
     linear, square = probed(resolved).flops
     return lambda samples: float(round(linear * samples + square * samples**2))
 
 
 def _notes(resolved: ResolvedEncoder) -> list[str]:
-    """Return the notes that a user should read about the encoder."""
+    """Return notes about the encoder for the user."""
     leak = probed(resolved).leak
     return [f"only clips of equal length are encoded together, because {leak}"] if leak else []
 

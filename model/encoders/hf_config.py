@@ -1,4 +1,4 @@
-"""The transformers config that a recipe's `EncoderConfig` describes, after checks. No weights are read."""
+"""Build and check the transformers config that a recipe's `EncoderConfig` describes. No weights are read."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def resolve(config: EncoderConfig) -> ResolvedEncoder:
 
     `config.config` contains fields of the family's transformers config, and optionally `do_normalize`. If the recipe
     does not set `do_normalize`, it is taken from the checkpoint's preprocessor_config.json, or from the family's
-    default if there is no checkpoint. All dropouts default to 0, even with a checkpoint.
+    default if there is no checkpoint. All dropout rates default to 0, even with a checkpoint.
 
     Raises:
-        UserError: If a field is unknown or invalid, the checkpoint cannot be read or is of a different family, or the
-            window is impossible.
+        UserError: If a field is unknown or invalid, the checkpoint cannot be read or is of a different family, or
+            `window_sec` is invalid.
     """
     family = family_of(config)
     overrides = dict(config.config)
@@ -93,7 +93,7 @@ def _config_class(config: EncoderConfig, model_type: object) -> type[PreTrainedC
 
 
 def without_dropout(cls: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Return the fields of a config class that switch off dropout, LayerDrop and SpecAugment, and their values."""
+    """Return the values that disable dropout, LayerDrop and SpecAugment, by the fields of a config class."""
     names = {f.name for f in dataclasses.fields(cls)}
     dropped = (n for n in names if "dropout" in n or n.endswith("layerdrop") or n == "drop_path_rate")
     switches = {"apply_spec_augment": False} if "apply_spec_augment" in names else {}
@@ -168,10 +168,11 @@ def _stored_extractor(config: EncoderConfig, cls: type[FeatureExtractionMixin], 
 
 
 def _window_samples(config: EncoderConfig, family: EncoderFamily) -> int:
-    """Return the window in samples, which is a whole number of frames at the encoder's rate and at 50 Hz.
+    """Return the length of a window in samples.
 
     Raises:
-        UserError: If `window_sec` is not such a number.
+        UserError: If `window_sec` is not a positive whole number of frames, both at the encoder's own frame rate and at
+            50 Hz.
     """
     unit = math.lcm(FRAME_SAMPLES, family.frame_samples)
     units = config.window_sec * SAMPLE_RATE / unit

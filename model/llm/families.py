@@ -1,7 +1,7 @@
-"""The LLM families, and the properties by which they differ in Megatron-core and in Hugging Face's checkpoints.
+"""The LLM families, and the properties that distinguish them in Megatron-core and in Hugging Face checkpoints.
 
-All families are decoders with RMSNorms, rotary positions and gated feed-forward networks. They differ in additional
-tensors, in names, and in the features that `model.llm.features` describes.
+All families are decoders with RMSNorms, rotary position embeddings and gated feed-forward networks. They differ in
+their additional tensors, in their tensor names, and in the features that `model.llm.features` describes.
 """
 
 from __future__ import annotations
@@ -35,59 +35,58 @@ LLAMA_MODULES: dict[str, str] = {
     "output": "lm_head",
 }
 """The names of the modules of transformers' Llama, by role. Names within a layer are relative to `layer`, in which
-`{n}` stands for the layer's number. Roles with the same module share one tensor, in which their rows follow each other
-in the order of the roles. Families with norms after attention and after the feed-forward network have the roles
-`attention_output_norm` and `mlp_output_norm`. Families with attention sinks have the role `sinks`, which is the module
-that has the parameter of that name. Families with linear attention have the roles of `QWEN3_5_MODULES` that begin with
-`delta`."""
+`{n}` stands for the layer's number. If several roles name the same module, they share one tensor, which contains their
+rows in the order of the roles. Families with norms after attention and after the feed-forward network have the roles
+`attention_output_norm` and `mlp_output_norm`. In families with attention sinks, the role `sinks` names the module that
+has a parameter `sinks`. Families with linear attention have the roles of `QWEN3_5_MODULES` that begin with `delta`."""
 
 REQUIRED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
-"""The fields of the Hugging Face config for which the Megatron model supports only one value, with this value."""
+"""The fields of the Hugging Face config for which the Megatron model supports only one value, and this value."""
 
 
 @dataclass(frozen=True)
 class LLMFamily:
     """The properties that distinguish one LLM family from another.
 
-    A family is one entry in `LLM_FAMILIES`. `docs/extending.md` shows how to add a family.
+    Each family is an entry in `LLM_FAMILIES`. `docs/extending.md` shows how to add a family.
     """
 
     qkv_bias: bool = False
-    """True if the projections of queries, keys and values have biases."""
+    """True if the query, key and value projections have biases."""
     output_bias: bool = False
-    """True if the projection of attention's output has a bias."""
+    """True if the attention output projection has a bias."""
     sinks: bool = False
-    """True if every head has an attention sink: a learned score that takes part in the softmax, without a value."""
+    """True if every head has an attention sink, a learned score that takes part in the softmax but has no value."""
     gated_attention: bool = False
-    """True if the projection of queries also has rows for a gate by which attention's output is multiplied. The rows of
+    """True if the query projection also has rows for a gate by which the attention output is multiplied. The rows of
     each head's gate follow the rows of its query."""
     qk_norm: bool = False
     """True if every query and key head is normalized by an RMSNorm with learned weights."""
     all_heads_norm: bool = False
     """True if one RMSNorm normalizes all query heads together, and another one normalizes all key heads together. It
-    excludes `qk_norm`."""
+    cannot be combined with `qk_norm`."""
     norms: Norms = "before"
-    """The places of the RMSNorms in a layer."""
+    """The positions of the RMSNorms in a layer."""
     norms_from_zero: bool = False
-    """True if the factor of a norm is 1 + weight, so that its initial weights are 0."""
+    """True if norms multiply by 1 + weight, so that their weights are initialized to 0."""
     activation: Activation = "silu"
-    """The activation function of the gate."""
+    """The activation function of the gate in the feed-forward network."""
     rotates_in_fp32: bool = False
     """True if queries and keys are rotated in fp32 even in half precision, as in transformers' OLMo 2."""
     partial_rotary: bool = False
     """True if the config may restrict the rotary embedding to a part of each head (`partial_rotary_factor`)."""
     scales: Callable[[PretrainedConfig], Scales] = plain
-    """A function that returns the factors that a config describes."""
+    """The function that reads the scaling factors from a config."""
     required: Mapping[str, Any] = field(default_factory=lambda: dict(REQUIRED))
-    """The fields of the Hugging Face config for which only one value is supported, with this value. Fields that the
+    """The fields of the Hugging Face config for which only one value is supported, and this value. Fields that the
     config lacks are ignored."""
     modules: Mapping[str, str] = field(default_factory=lambda: dict(LLAMA_MODULES))
     """The names of the modules in the checkpoint, by the roles of `LLAMA_MODULES`."""
     experts: Callable[[PretrainedConfig], Mixture | None] | None = None
-    """A function that returns the experts that a config describes; None if the family has no experts. For a family with
-    experts, `modules` also has the roles `router`, `expert_gate`, `expert_up` and `expert_down`, whose names begin with
-    the same module. A family with shared experts has the roles `shared_gate`, `shared_up`, `shared_down` and, with
-    `Mixture.shared_gate`, `shared_score`. `{e}` stands for the name of the expert."""
+    """The function that reads the experts from a config; None if the family has no experts. For a family with experts,
+    `modules` also has the roles `router`, `expert_gate`, `expert_up` and `expert_down`. Their names begin with the
+    same parent module. For a family with shared experts, it also has the roles `shared_gate`, `shared_up` and
+    `shared_down`, and `shared_score` if `Mixture.shared_gate` is true. `{e}` stands for the name of the expert."""
     stacks_experts: bool = False
     """True if published checkpoints store the experts of a layer in the tensors that `model.llm.stacked` describes."""
 
@@ -154,7 +153,7 @@ _GEMMA2_REQUIRED = {
     "attention_dropout": 0,
     "use_bidirectional_attention": False,
 }
-_GEMMA3_REQUIRED = {**_GEMMA2_REQUIRED, "attn_logit_softcapping": None}  # transformers ignores this field.
+_GEMMA3_REQUIRED = {**_GEMMA2_REQUIRED, "attn_logit_softcapping": None}  # transformers' Gemma 3 ignores this field.
 _EXPERTS_REQUIRED = {**REQUIRED, "output_router_logits": False, "router_jitter_noise": 0.0}
 
 LLM_FAMILIES: dict[str, LLMFamily] = {
@@ -222,7 +221,7 @@ def check_family(model_type: object) -> None:
 
 
 def family_of(hf_config: PretrainedConfig) -> LLMFamily:
-    """Return the family of a Hugging Face config, whose `model_type` must be known."""
+    """Return the family of a Hugging Face config. Its `model_type` must be in `LLM_FAMILIES`."""
     return LLM_FAMILIES[hf_config.model_type]
 
 
@@ -241,8 +240,9 @@ def is_fused(hf_config: PretrainedConfig) -> bool:
 def modules_of(hf_config: PretrainedConfig) -> Mapping[str, str]:
     """Return the names of an LLM's modules in checkpoints, including those of its experts, by role.
 
-    An expert that was added to a dense LLM is stored under its name, next to the projections of the dense layers. Its
-    row of the router is stored as a separate matrix, so that no tensor depends on the order of the experts.
+    An expert that was added to a dense LLM is stored under its own name, in the module that holds the projections of
+    dense layers. Its row of the router is stored as a separate matrix, so that no tensor depends on the order of the
+    experts.
     """
     modules = family_of(hf_config).modules
     if described(hf_config) is None:

@@ -1,6 +1,6 @@
-"""LLM features beyond the plain decoder layer: attention windows, rotary embeddings by layer, and scales.
+"""LLM features beyond the plain decoder layer, such as attention windows, linear attention and scaling factors.
 
-All features are read from the Hugging Face config. Each family names the function that reads its scales.
+All features are read from the Hugging Face config. `LLMFamily.scales` is the function that reads a family's scales.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Norms = Literal["before", "after", "around"]
-"""The RMSNorms of a layer: before attention and before the feed-forward network (Llama), after both (OLMo 2,
-arXiv 2501.00656, section 3.2), or before and after both (Gemma 3)."""
+"""The positions of the RMSNorms in a layer: before attention and before the feed-forward network (Llama), after both
+(OLMo 2, arXiv 2501.00656, section 3.2), or before and after both (Gemma 3)."""
 
 Activation = Literal["silu", "gelu_tanh"]
 """The activation function of the gate in the feed-forward network."""
 
 SINK_CHANNELS = 8
-"""The number of channels by which queries and keys are widened in attention with sinks. Kernels on GPUs need a multiple
-of 8."""
+"""The number of channels that are added to each query and key in attention with sinks. GPU kernels need a multiple of
+8."""
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """The properties in which the attention of a layer may differ from that of other layers."""
+    """The properties of attention that may differ between the layers of an LLM."""
 
     window: int | None = None
     """The number of tokens to which a token attends, including itself; None for all previous tokens of its segment."""
     rope: str | None = ""
-    """The key of the layer's parameters in `rope_parameters`; empty if all layers have the same parameters, and None if
-    the layer has no rotary embedding."""
+    """The key of the layer's parameters in `rope_parameters`; an empty string if all layers have the same parameters,
+    and None if the layer has no rotary embedding."""
     is_linear: bool = False
-    """True if a gated delta network (`model.llm.delta_net`) replaces attention."""
+    """True if the layer has a gated delta network (`model.llm.delta_net`) in place of attention."""
 
 
 LINEAR = AttentionLayer(rope=None, is_linear=True)
@@ -43,7 +43,7 @@ LINEAR = AttentionLayer(rope=None, is_linear=True)
 
 @dataclass(frozen=True)
 class DeltaSizes:
-    """The sizes of the gated delta networks of an LLM over all tensor-parallel ranks."""
+    """The sizes of an LLM's gated delta networks, before they are divided among tensor-parallel ranks."""
 
     key_heads: int
     """The number of query heads, which is also the number of key heads."""
@@ -58,12 +58,12 @@ class DeltaSizes:
 
     @property
     def keys(self) -> int:
-        """The number of channels of all key heads."""
+        """The total number of channels in all key heads."""
         return self.key_heads * self.key_width
 
     @property
     def values(self) -> int:
-        """The number of channels of all value heads."""
+        """The total number of channels in all value heads."""
         return self.value_heads * self.value_width
 
 
@@ -94,24 +94,24 @@ class Scales:
     tokens: float = 1.0
     """The factor for token embeddings. Audio embeddings are not multiplied."""
     inputs: float = 1.0
-    """The factor for all inputs of the first layer, which are token embeddings and audio embeddings."""
+    """The factor for all inputs of the first layer, both token embeddings and audio embeddings."""
     branches: float = 1.0
     """The factor for the outputs of attention and of the feed-forward network, before they are added to the
-    residual."""
+    residual stream."""
     softmax: float | None = None
     """The factor for attention scores; None for 1/√D."""
     scores_cap: float | None = None
-    """The bound c of attention scores, which are replaced by c · tanh(score / c); None for no bound."""
+    """The bound c of attention scores; None for no bound. Each score is replaced by c · tanh(score / c)."""
     logits: float = 1.0
     """The number by which logits are divided."""
     logits_cap: float | None = None
-    """The bound c of logits, which are replaced by c · tanh(logits / c); None for no bound."""
+    """The bound c of logits; None for no bound. Each logit is replaced by c · tanh(logit / c)."""
     long_queries: tuple[float, int] | None = None
     """(β, n): the query at position p is multiplied by 1 + β log(1 + ⌊p / n⌋), as in Llama 4; None for no factor."""
 
 
 def plain(_hf_config: PretrainedConfig) -> Scales:
-    """Return the scales of a family without such factors."""
+    """Return the default scales, for a family without scaling factors."""
     return Scales()
 
 
@@ -143,7 +143,7 @@ def ministral3(hf_config: PretrainedConfig) -> Scales:
     """Return the scales of a Ministral 3 model, as in transformers' `modeling_ministral3.py`.
 
     Raises:
-        UserError: If `rope_parameters` lacks the parameters that scale queries. transformers fails without them.
+        UserError: If `rope_parameters` lacks the parameters that scale queries. transformers also fails without them.
     """
     rope = hf_config.rope_parameters
     keys = ("llama_4_scaling_beta", "original_max_position_embeddings")
@@ -166,9 +166,9 @@ def rope_sets(hf_config: PretrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def attention_layers(hf_config: PretrainedConfig) -> tuple[AttentionLayer, ...]:
-    """Return the properties of the attention of each layer.
+    """Return the attention properties of each layer.
 
-    A window that is at least as long as the longest sequence is ignored.
+    A window that is at least as long as the maximum sequence length is ignored.
 
     Raises:
         UserError: If a layer is of an unknown type, or the config describes fewer layers than the LLM has.

@@ -1,12 +1,12 @@
 """Megatron-core MoE layers that combine Megatron's all-to-all dispatcher and expert MLPs with this project's router.
 
-The router chooses experts by the same function as the single-process model (`model.llm.experts.choose`), in fp32.
+The router chooses experts with the same function as the single-process model (`model.llm.experts.choose`), in fp32.
 Megatron's own auxiliary losses are not used, because their gradients depend on the topology. The router losses
 are entries of the loss table instead (`model.losses.router`).
 
 A *pack* is a packed sequence (`model.llm.packing`).
 
-Shapes: t rows of a pack, E experts, C = E + N choices with N null experts, H hidden width.
+Shapes: t rows of a pack, E experts, C = E + N choices including N null experts, H hidden width.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, exper
 
 
 def expert_spec(mixture: Mixture) -> ModuleSpec:
-    """Return the specification of the feed-forward network of a layer with experts."""
+    """Return the module specification of the feed-forward network in a layer with experts."""
     projections = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     experts = ModuleSpec(module=SequentialMLP, submodules=projections)
     if mixture.biases:
@@ -80,7 +80,7 @@ def expert_spec(mixture: Mixture) -> ModuleSpec:
 
 
 class ColumnParallelWithBias(ColumnParallelLinear):
-    """Megatron's column-parallel layer, which has a bias even if Megatron's config disables biases.
+    """Megatron's column-parallel layer with a bias, even if Megatron's config disables biases.
 
     Megatron has a single setting for the biases of all layers, and rejects biases for experts that tensor-parallel
     ranks share.
@@ -91,7 +91,7 @@ class ColumnParallelWithBias(ColumnParallelLinear):
 
 
 class RowParallelWithBias(RowParallelLinear):
-    """Megatron's row-parallel layer, which always has a bias; see `ColumnParallelWithBias`."""
+    """Megatron's row-parallel layer with a bias; see `ColumnParallelWithBias`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "bias": True})
@@ -104,7 +104,7 @@ class RowParallelWithBias(RowParallelLinear):
 
 
 class ExpertsWithBiases(SequentialMLP):
-    """The experts of a rank, which have biases and may have a clamped gate.
+    """The experts on a rank. They have biases and may have a clamped gate.
 
     Args:
         num_local_experts: The number of experts.
@@ -122,7 +122,7 @@ class ExpertsWithBiases(SequentialMLP):
         pg_collection: Any,
         clamp: Clamp | None,
     ) -> None:
-        super().__init__(0, config, submodules, pg_collection)  # Megatron creates none of its own experts.
+        super().__init__(0, config, submodules, pg_collection)  # With 0, Megatron creates none of its own experts.
         self.num_local_experts = num_local_experts
         group = pg_collection.expt_tp
         self.local_experts.extend(_Expert(self.config, submodules, group, clamp) for _ in range(num_local_experts))
@@ -137,7 +137,7 @@ class _Expert(MLP):
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor, **_: Any) -> tuple[Tensor, None]:
         """Return the output [n, H] for n tokens, multiplied by their weights `per_token_scale` [n].
 
-        The sum over the ranks that share the expert is the whole output.
+        The outputs of the ranks that share the expert add up to the whole output.
         """
         both, bias = self.linear_fc1(hidden_states)
         weight = per_token_scale[:, None]
@@ -148,7 +148,7 @@ class _Expert(MLP):
 
 
 class _Share(torch.autograd.Function):
-    """A bias divided by N, which each of N ranks adds to its partial sum. The gradient is that of the whole bias."""
+    """Divide a bias by N, since each of N ranks adds it to its partial sum. The gradient is that of the whole bias."""
 
     @staticmethod
     def forward(_ctx: Any, bias: Tensor, num_ranks: int) -> Tensor:
@@ -160,14 +160,14 @@ class _Share(torch.autograd.Function):
 
 
 class SharedExperts(nn.Module):
-    """The shared experts of a layer. Tensor-parallel ranks divide each of them like the network of a dense layer.
+    """The shared experts of a layer. Each is divided among tensor-parallel ranks like the network of a dense layer.
 
-    Megatron-core's own class holds a single network, so it could not have a name and a gate for each shared expert.
+    Megatron-core's own class holds a single network, so it cannot have a separate name and gate for each shared expert.
 
     Args:
         config: Megatron's config.
-        pg_collection: Megatron's process groups, which Megatron passes.
-        gate: A setting of Megatron's shared expert. Megatron passes it, and this class ignores it.
+        pg_collection: Megatron's process groups. Megatron passes them, but this class ignores them.
+        gate: A setting of Megatron's shared expert. Megatron passes it, but this class ignores it.
         mixture: The experts.
     """
 
@@ -217,13 +217,13 @@ class Router(nn.Module):
             self.bias = nn.Parameter(torch.empty(shape[0], dtype=config.params_dtype, device=device))
             self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.score_bias: nn.Parameter | None = None
-        """The biases [C] that balance the experts, in fp32. They have no gradient, and are the same on all ranks that
-        hold the layer; None if there are none."""
+        """The fp32 biases [C] that balance the experts; None if there are none. They have no gradient, and are the same
+        on all ranks that hold the layer."""
         if mixture.bias_rate:
             self.score_bias = nn.Parameter(torch.empty(shape[0], device=device), requires_grad=False)
         self.layer_number = 0
         self.packed: PackedSequences | None = None
-        """The pack whose rows the next forward pass routes. A hook on the layer sets it (`watch`)."""
+        """The pack whose rows the next forward pass routes. A hook on the layer sets it (see `watch`)."""
 
     def set_layer_number(self, layer_number: int) -> None:
         """Set the number of the layer, counted from 1. Megatron calls this method."""
@@ -258,7 +258,7 @@ class Router(nn.Module):
 
 
 def routers_of(chunks: Iterable[Any]) -> dict[int, Router]:
-    """Return the routers of a pipeline stage by the numbers of their layers, counted from 0."""
+    """Return the routers of a pipeline stage by layer number, counted from 0."""
     layers = (layer for chunk in chunks for layer in chunk.decoder.layers)
     return {layer.layer_number - 1: layer.mlp.router for layer in layers if isinstance(layer.mlp, MoELayer)}
 
@@ -278,7 +278,7 @@ def _set_pack(layer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
 
 
 class _WithLoss(torch.autograd.Function):
-    """The identity on `values`, whose backward pass also computes the gradient of the scalar `loss`."""
+    """Return `values` unchanged. The backward pass also computes the gradient of the scalar `loss`."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, loss: Tensor) -> Tensor:

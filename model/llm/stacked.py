@@ -1,10 +1,9 @@
-"""Tensors in transformers that contain one projection, or its biases, of all experts of a layer.
+"""Tensors that stack the weights or biases of a projection for all experts of a layer, as in transformers.
 
-In checkpoints of runs, each projection of an expert is a separate matrix [outputs, inputs]. GPT-OSS is published with
-the tensors of `GptOssExperts` in transformers: matrices are transposed, and the columns of gate and up alternate. In
-transformers, the models of the other families also have such parameters, but they are published with separate matrices.
-
-Shapes: E experts, H hidden width, F width of an expert.
+In training checkpoints, each projection of an expert is a separate matrix [outputs, inputs]. GPT-OSS is published with
+the tensors of transformers' `GptOssExperts`: matrices are transposed, and the columns of gate and up alternate. In
+transformers, the models of the other families also have stacked parameters, but their published checkpoints contain
+separate matrices.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from model.llm.weights import WeightSource
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a published tensor that is one tensor of an expert."""
+    """The part of a published tensor that corresponds to one tensor of an expert."""
 
     name: str
     """The name of the expert's tensor."""
     expert: int
-    """The index of the expert, along the first dimension of the published tensor."""
+    """The index of the expert in the first dimension of the published tensor."""
     columns: slice
-    """The columns along the last dimension of the published tensor."""
+    """The columns of this part in the last dimension of the published tensor."""
     transposed: bool
     """True if the expert's tensor is the transpose of this part."""
 
@@ -37,7 +36,7 @@ class Part:
         return self.of_expert(stacked[self.expert])
 
     def of_expert(self, published: Tensor) -> Tensor:
-        """Return a view of the expert's tensor, given the part of the published tensor that belongs to the expert."""
+        """Return a view of the expert's tensor, given the slice of the published tensor for this expert."""
         part = published[..., self.columns]
         return part.T if self.transposed else part
 
@@ -47,10 +46,10 @@ class Part:
         own.copy_(values.view(own.shape))
 
     def of_row(self, row: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return the expert's tensor, given all values of the published tensor that belong to the expert.
+        """Return the expert's tensor, given the slice of the published tensor for this expert.
 
         Args:
-            row: The values, in one dimension.
+            row: The slice, flattened to one dimension.
             shape: The shape of the expert's tensor.
         """
         return self.of_expert(row.view(shape[1], -1) if self.transposed else row)
@@ -65,7 +64,10 @@ class Stacked:
 
 
 def stacked_tensors(hf_config: PretrainedConfig) -> dict[str, Stacked]:
-    """Return the published tensors that contain tensors of several experts, by name; empty for most families."""
+    """Return the published tensors that contain tensors of several experts, by name.
+
+    For most families, there are none.
+    """
     mixture = mixture_of(hf_config)
     if mixture is None or not family_of(hf_config).stacks_experts:
         return {}
@@ -92,25 +94,24 @@ def stacked_tensors(hf_config: PretrainedConfig) -> dict[str, Stacked]:
 
 @dataclass(frozen=True)
 class FusedProjection:
-    """A parameter in transformers that contains one projection of all experts of a layer, or their gate and up
-    projections."""
+    """A parameter in transformers that contains one projection, or both gate and up, for all experts of a layer."""
 
     num_experts: int
     num_outputs: int
-    """The number of outputs of each expert, including the outputs of gate and up if both are in the parameter."""
+    """The number of outputs per expert. If the parameter contains both gate and up, the outputs of both are counted."""
     parts: dict[str, tuple[int, slice]]
-    """The projections of the experts by their names in checkpoints. Each is given by the index of its expert and the
-    slice of the parameter's outputs that belongs to it."""
+    """For each projection of an expert, by its name in checkpoints: the index of the expert, and the slice of the
+    parameter's outputs that belongs to the projection."""
 
 
 EXPERTS_MODULE = "mlp.experts"
-"""The module with the experts of a layer in transformers, which is the same for all families with experts."""
+"""The name of the module that holds a layer's experts in transformers, which all families with experts share."""
 
 
 def fused_projections(hf_config: PretrainedConfig) -> dict[str, FusedProjection]:
     """Return the parameters of an LLM in transformers that contain projections of experts, by name.
 
-    They are in the order of the layers. The result is empty for an LLM without experts.
+    They are in layer order. The result is empty for an LLM without experts.
     """
     mixture = mixture_of(hf_config)
     if mixture is None:
@@ -139,10 +140,10 @@ def fused_projections(hf_config: PretrainedConfig) -> dict[str, FusedProjection]
 
 
 class StackedSource:
-    """The weights of an LLM with stacked experts, under the names of separate experts; implements `WeightSource`.
+    """A `WeightSource` that presents the stacked experts of an LLM under the names of separate experts.
 
     Args:
-        published: The weights as published.
+        published: The published weights.
         hf_config: The LLM.
     """
 

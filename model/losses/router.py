@@ -1,11 +1,10 @@
-"""The losses of the routers in an LLM with experts, which balance the experts and limit the router's scores.
+"""The router losses of an LLM with experts. One balances the experts, and the other limits the router's scores.
 
-Both losses are averaged over the layers with experts. Each is a sum over samples or tokens, so it does not depend on
-the division of the samples into micro-batches and among ranks. Other definitions do: Megatron-core's losses are
-products of averages over a micro-batch, and the loss in transformers is a product of averages over the batch and all
-layers.
+Both losses are averaged over the layers with experts. Each is computed from sums over samples or tokens, so it does not
+depend on how samples are divided into micro-batches and among ranks. Other definitions do depend on this: Megatron-core
+multiplies averages over a micro-batch, and transformers multiplies averages over the batch and all layers.
 
-Shapes: n tokens, S samples, E experts, k chosen experts per token.
+Shapes: n tokens, S samples, E experts (including null experts), k chosen experts per token.
 """
 
 from __future__ import annotations
@@ -28,32 +27,32 @@ class RoutedTokens:
     """The choices of one layer's router for tokens of S samples. Other ranks may hold other tokens of these samples."""
 
     choice: Choice
-    """The choices for n tokens."""
+    """The choices for the n tokens on this rank."""
     samples: Tensor
     """The index [n] int64 of each token's sample, from 0 to S - 1."""
     lengths: Tensor
     """The number of tokens [S] of each sample, including those on other ranks."""
     reduce: Callable[[Tensor], Tensor]
-    """A function that returns the sum of a tensor, without gradient, over the ranks that hold tokens of these samples.
-    """
+    """A function that sums a tensor over the ranks that hold tokens of these samples. The sum has no gradient."""
 
 
 class RouterLoss(Loss):
-    """A loss that is computed from the choices of the routers in the LLM."""
+    """A loss that is computed from the choices of the LLM's routers."""
 
     @abstractmethod
     def sum(self, tokens: RoutedTokens, config: ModelConfig) -> Tensor:
-        """Return this rank's contribution to the sum for one layer, a scalar in fp32 with gradient.
+        """Return this rank's contribution to the sum for one layer, as an fp32 scalar with a gradient.
 
         Collective: every rank that holds tokens of these samples must call it, because it may call `tokens.reduce`.
         """
 
 
 class ExpertBalance(RouterLoss):
-    """The mean over samples of E/k · Σᵢ fᵢ·Pᵢ, which is 1 if every expert is chosen equally often.
+    """The mean over samples of E/k · Σᵢ fᵢ·Pᵢ. The loss is 1 if every expert is chosen equally often.
 
-    fᵢ is the number of choices of expert i per token of the sample, and Pᵢ is the mean probability of expert i over the
-    sample's tokens (Switch Transformer, arXiv 2101.03961, per sample as in DeepSeek-V3, arXiv 2412.19437).
+    fᵢ is the fraction of the sample's tokens that choose expert i, and Pᵢ is the mean probability of expert i over
+    these tokens. The loss is that of Switch Transformer (arXiv 2101.03961), but is computed per sample, as in
+    DeepSeek-V3 (arXiv 2412.19437).
     """
 
     name = "expert_balance"

@@ -1,4 +1,4 @@
-"""Tests that every topology equals the single-process model. `earshot parity` covers more cases."""
+"""Tests that every topology matches the single-process model. `earshot parity` covers more cases."""
 
 from __future__ import annotations
 

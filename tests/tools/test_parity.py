@@ -18,7 +18,7 @@ from trainer.parity_cases import tiny_model
         (["--steps", "-1"], "--steps -1: must be at least 0"),
         (
             ["--pack-multiple", "6"],
-            "--pack-multiple 6: must be a multiple of 8, so that packs can be divided among tensor and",
+            "--pack-multiple 6: must be a multiple of 8, so that packs can be divided among tensor-parallel and",
         ),
         (["--deepspeed", "nope.json"], "nope.json: no such file"),
         (["--deepspeed", "bad.json"], "zero_optimization.overlap_comm = 'perhaps'"),

@@ -25,7 +25,7 @@ def from_tree(cls: type[T], tree: Any, path: str = "") -> T:
         path: The dotted key that leads to the tree, for error messages.
 
     Raises:
-        UserError: If a key is unknown or missing, a value has the wrong type, or a check of a dataclass fails.
+        UserError: If a key is unknown or missing, a value has the wrong type, or a dataclass rejects its values.
     """
     if not isinstance(tree, dict):
         raise UserError(f"{path or 'recipe'} = {_show(tree)}: expected a mapping of {cls.__name__}'s keys")
@@ -50,7 +50,10 @@ def key_of(field: dataclasses.Field[Any]) -> str:
 
 
 def to_tree(value: Any) -> Any:
-    """Return a dataclass as a tree from which `from_tree` builds an equal dataclass. Credentials in URLs are masked."""
+    """Return a dataclass as a tree.
+
+    Credentials in URLs are masked. If there are none, `from_tree` builds an equal dataclass from the tree.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {key_of(f): to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -61,7 +64,7 @@ def to_tree(value: Any) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """Return the description of a type annotation that error messages and the reference of keys contain."""
+    """Return a description of a type annotation, for error messages and for the reference of recipe keys."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is type(None):
         return "null"

@@ -19,17 +19,17 @@ AUDIO_TYPES = ("flac", "wav", "mp3", "ogg", "opus")
 """The audio types that shards may contain, by file extension."""
 
 MIN_RATE, MAX_RATE = 1_000, 768_000
-"""The sampling rates that are accepted, in Hz."""
+"""The bounds of the accepted sampling rates, in Hz."""
 MAX_SEC = 6 * 3600.0
-"""The length of the longest clip that is decoded if the caller sets no limit, in seconds."""
+"""The maximum length of a clip if the caller sets no limit, in seconds."""
 MAX_VALUES_PER_BYTE = 4096
-"""The largest number of decoded values per byte of a file. The limit applies to frames times channels, and to the
-samples after resampling. FLAC and Opus reach about 3000 for digital silence. A file that exceeds the limit was probably
-made to exhaust the memory."""
+"""The maximum number of decoded values per byte of a file. The limit applies to the number of frames times channels,
+and also to the number of samples after resampling. FLAC and Opus reach about 3000 for digital silence. A file that
+exceeds the limit was probably made to exhaust memory."""
 _FREE_VALUES = 1 << 16
-"""The number of decoded values that a file of any size may contain in addition to this limit."""
+"""The number of decoded values that every file may contain in addition to `MAX_VALUES_PER_BYTE` values per byte."""
 MAX_LEVEL = 100.0
-"""The largest absolute value of audio. Full scale is 1; floating-point files may exceed it a little."""
+"""The maximum absolute value of a sample. Full scale is 1; floating-point files may exceed it slightly."""
 _BLOCK_VALUES = 1 << 20
 """The number of values that are decoded at once."""
 
@@ -42,8 +42,8 @@ def decode_audio(data: bytes | memoryview, max_sec: float | None = None) -> NDAr
 
     Args:
         data: The content of a FLAC, WAV, MP3, OGG or Opus file.
-        max_sec: The largest length of the clip, in seconds; None for `MAX_SEC`. A longer clip is rejected, before it is
-            decoded if possible.
+        max_sec: The maximum length of the clip, in seconds; None for `MAX_SEC`. A longer clip is rejected, if possible
+            before it is decoded.
 
     Returns:
         `[T]` float32 with T > 0; all values are finite.
@@ -87,9 +87,9 @@ class _Block:
 
 
 class _Sequential(soundfile.SoundFile):
-    """A file that is read from its beginning to its end.
+    """A file that is read from beginning to end.
 
-    soundfile seeks after each read if a file is seekable. A seek changes the samples of some MP3 files, and fails if
+    soundfile seeks after each read if a file is seekable. Seeking changes the samples of some MP3 files, and fails if
     the number of frames is unknown.
     """
 
@@ -102,7 +102,7 @@ def _rest(resampler: soxr.ResampleStream | None) -> list[NDArray[np.float32]]:
 
 
 def _blocks(data: bytes | memoryview, max_sec: float | None) -> Iterator[_Block]:
-    """Yield the audio of one clip, block by block. At least one frame is yielded.
+    """Yield the audio of one clip in blocks, which contain at least one frame in total.
 
     Raises:
         SampleError: If the clip cannot be used; see `decode_audio`.
@@ -129,7 +129,7 @@ def _blocks_of_file(data: bytes | memoryview, start_sec: float, max_sec: float) 
         rate, channels = file.samplerate, file.channels
         if not MIN_RATE <= rate <= MAX_RATE:
             raise SampleError("broken", f"the sampling rate is {rate} Hz, but must be {MIN_RATE} to {MAX_RATE} Hz")
-        # A FLAC file that was written to a pipe states no number of frames, and a damaged header may state any number.
+        # The header of a FLAC file written to a pipe does not state the length, and a damaged one may state any length.
         declared = file.frames if file.frames * channels <= most_values and declares_length(data) else None
         if declared is not None and declared > (max_sec - start_sec) * rate:
             seconds = start_sec + declared / rate

@@ -1,4 +1,4 @@
-"""Collectives for small values that are not tensors. Values are not pickled, so that received data cannot execute code.
+"""Collectives for small values that are not tensors. Values are not pickled, so received data cannot execute code.
 
 A value is sent as a line of JSON, followed by the bytes of its arrays. Besides the types that JSON has, values
 may contain tuples, ranges, sets, bytes, dictionaries whose keys are not strings, NumPy arrays of numbers, and instances
@@ -21,17 +21,17 @@ from trainer.parallel.tree import broadcast_bytes, gather_bytes
 
 T = TypeVar("T")
 Kinds = Sequence[type]
-"""The dataclasses and named tuples of which a value may contain instances. All ranks must list the same classes in the
+"""The dataclasses and named tuples whose instances a value may contain. All ranks must list the same classes in the
 same order."""
 _NUMBERS = "biuf"
 """The kinds of NumPy dtypes that can be sent. Arrays of other kinds may contain references to objects."""
 
 
 def encode(value: Any, kinds: Kinds = ()) -> bytes:
-    """Encode a value as bytes that `decode` converts to an equal value.
+    """Encode a value as bytes from which `decode` restores an equal value.
 
     Raises:
-        TypeError: If the value contains a type that the module's docstring does not list.
+        TypeError: If the value contains an object of a type that the module's docstring does not list.
     """
     arrays: list[bytes] = []
     head = json.dumps(_Writer(kinds, arrays).tree(value), separators=(",", ":")).encode()
@@ -39,7 +39,7 @@ def encode(value: Any, kinds: Kinds = ()) -> bytes:
 
 
 def decode(data: bytes, kinds: Kinds = ()) -> Any:
-    """Return the value that `encode` converted to `data`.
+    """Return the value that was passed to `encode`, given its result.
 
     Raises:
         ValueError: If `data` is not the result of `encode`.
@@ -54,14 +54,14 @@ def decode(data: bytes, kinds: Kinds = ()) -> Any:
 
 
 def all_gather_values(value: T, group: dist.ProcessGroup | None, kinds: Kinds = ()) -> list[T]:
-    """Return the values of all ranks, in the order of the ranks.
+    """Return the values of all ranks, in rank order.
 
     Collective: every rank of `group` must call it.
 
     Args:
         value: This rank's value.
         group: The group, which must accept CPU tensors; None for the default group.
-        kinds: The classes of which the values may contain instances.
+        kinds: The dataclasses and named tuples whose instances the values may contain.
     """
     parts = gather_bytes(encode(value, kinds), group)
     joined = broadcast_bytes(None if parts is None else encode(parts), 0, group)
@@ -69,7 +69,7 @@ def all_gather_values(value: T, group: dist.ProcessGroup | None, kinds: Kinds = 
 
 
 def gather_values(value: T, group: dist.ProcessGroup | None, kinds: Kinds = ()) -> list[T] | None:
-    """Return the values of all ranks, in the order of the ranks, on the first rank of a group, and None on the others.
+    """Return the values of all ranks, in rank order, on the first rank of a group, and None on the other ranks.
 
     Collective: every rank of `group` must call it. See `all_gather_values` for the arguments.
     """
@@ -89,7 +89,7 @@ def broadcast_value(value: T, group: dist.ProcessGroup | None, kinds: Kinds = ()
 
 
 class _Writer:
-    """A converter of values to JSON. It represents a type that JSON does not have by a mapping with one key."""
+    """A converter of values to JSON. Values of types that JSON lacks become mappings with one key."""
 
     def __init__(self, kinds: Kinds, arrays: list[bytes]) -> None:
         self._numbers = {kind: number for number, kind in enumerate(kinds)}
@@ -125,7 +125,7 @@ class _Writer:
 
 
 class _Reader:
-    """A converter that turns the JSON of `_Writer` back into a value."""
+    """A converter of the JSON that `_Writer` produces back to values."""
 
     def __init__(self, kinds: Kinds, arrays: memoryview) -> None:
         self._kinds, self._arrays, self._offset = tuple(kinds), arrays, 0
@@ -169,7 +169,7 @@ class _Reader:
 
 
 def _fields(kind: type) -> tuple[str, ...]:
-    """Return the names of the arguments of a dataclass or a named tuple, in order."""
+    """Return the names of the constructor arguments of a dataclass or named tuple, in order."""
     if dataclasses.is_dataclass(kind):
         return tuple(f.name for f in dataclasses.fields(kind) if f.init)
     names: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]

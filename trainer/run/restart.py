@@ -29,22 +29,23 @@ from trainer.telemetry.events import Event, EventLog, read_events
 
 _PROJECT = Path(__file__).parents[2]
 _BOUNDARIES = ("submitted", "started", "requeued", "refused", "cancelled")
-"""The events that separate attempts. All events after the last of them belong to the attempt that has just ended."""
+"""The events that separate attempts. Events after the last of them belong to the attempt that is running or has just
+ended, except late events from ranks of an earlier attempt (see `_split`)."""
 _CLOCK_SEC = 60.0
-"""The largest tolerated difference between the clocks of two machines, in seconds. Events that are further in the
-future are ignored, because the clock of the machine that wrote them was wrong."""
+"""The maximum tolerated difference between the clocks of two machines, in seconds. Restarts that are further in the
+future are not counted, because the clock of the machine that recorded them was wrong."""
 
 
 @dataclass(frozen=True)
 class RestartConfig:
-    """The recipe's `restart` section: how often a job that ended early is run again."""
+    """The recipe's `restart` section: how often a job that ended early is restarted."""
 
     max_restarts: int = 10
-    """The largest number of restarts within `window_sec`; 0 for none. After that many, the job is not run again."""
+    """The maximum number of restarts within `window_sec`; 0 for none. Once it is reached, the job is not restarted."""
     window_sec: float = 86400.0
     """The length of the time window in which restarts are counted, in seconds. Earlier restarts are ignored."""
     min_nodes: int | None = None
-    """The smallest number of nodes on which a restarted Slurm job may run; null to require all nodes of the recipe.
+    """The minimum number of nodes on which a restarted Slurm job may run; null to require all nodes of the recipe.
 
     With fewer nodes, there are fewer data-parallel replicas, but the global batch and the order of samples stay the
     same.
@@ -61,16 +62,16 @@ class RestartConfig:
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision whether a job is run again."""
+    """The decision whether to run a job again."""
 
     again: bool
-    """Whether the job is run again."""
+    """Whether to run the job again."""
     why: str
     """The reason, as one line."""
 
 
 def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_sec: float) -> Decision:
-    """Decide from a run's events and the exit code of its last attempt whether the job is run again.
+    """Decide from a run's events and the exit code of its last attempt whether to run the job again.
 
     Args:
         events: All events of the run.
@@ -91,7 +92,7 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
         why = f"it would fail again: {mistake['error'] if mistake else 'a user error, see the log'}"
         return Decision(False, why + _on_fewer_nodes(events))
     known = {_cause(e) for e in before if e["event"] == "failed"}
-    # A fault of the machine, such as a killed data worker, has no fingerprint, because it may not occur again.
+    # A machine fault, such as a killed data worker, has no fingerprint, because it may not occur again.
     repeated = next((e for e in failures if e.get("fingerprint") and _cause(e) in known), None)
     faulty = suspect_nodes(own)
     if repeated is not None and not faulty:
@@ -115,7 +116,7 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
 
 
 def _on_fewer_nodes(events: Sequence[Event]) -> str:
-    """Return a remedy if the newest attempt had fewer nodes than the recipe, and otherwise an empty string."""
+    """Return a remedy if the newest attempt had fewer nodes than the recipe requires, and otherwise an empty string."""
     begin = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
     fewer = next((e for e in events[begin:] if e["event"] == "fewer_nodes"), None)
     if fewer is None:
@@ -127,18 +128,18 @@ def _on_fewer_nodes(events: Sequence[Event]) -> str:
 
 
 def current_attempt(events: Sequence[Event]) -> Sequence[Event]:
-    """Return the events of the attempt that runs or has just ended."""
+    """Return the events of the attempt that is running or has just ended."""
     return _split(events)[1]
 
 
 def _split(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
-    """Return the events of earlier attempts, and those of the attempt that runs or has just ended.
+    """Return the events of earlier attempts, and those of the attempt that is running or has just ended.
 
     When an attempt starts, ranks of an earlier attempt may still be running on a node that Slurm could not reach. Their
     events belong to the earlier attempt, even if they are at the end of the file.
     """
     begin = max((i for i, e in enumerate(events) if e["event"] in _BOUNDARIES), default=0)
-    # No rank of an attempt has written anything before `started`.
+    # No rank of an attempt writes an event before `started`.
     attempt = events[begin]["attempt"] if events and events[begin]["event"] == "started" else None
     before: list[Event] = list(events[:begin])
     own: list[Event] = []
@@ -150,7 +151,8 @@ def _split(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
 def fingerprint(error: BaseException) -> str:
     """Return a string that is the same for two errors with the same cause.
 
-    It consists of the error's class, its message without numbers, and the function that raised it.
+    It consists of the error's class, its message without numbers, and the innermost function of this project in the
+    traceback.
     """
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(_PROJECT)]
     where = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
@@ -159,7 +161,7 @@ def fingerprint(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the error's class and message as one line of at most 500 characters."""
+    """Return an error's class and message as one line of at most 500 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
@@ -196,9 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `python -m trainer.restart`.
 
     Returns:
-        The exit code: 0 if the job should run again, 1 if it should not, or 2 if an argument is invalid.
+        The exit code: 0 if the job should be run again, 1 if not, and 2 if an argument is invalid.
     """
-    parser = argparse.ArgumentParser(prog="python -m trainer.restart", description="Decide whether a job is run again.")
+    parser = argparse.ArgumentParser(prog="python -m trainer.restart", description="Decide whether to run a job again.")
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder")
     parser.add_argument("--exit-code", type=int, required=True, help="the exit code of the ranks")
     parser.add_argument("--max-restarts", type=int, help="overrides the recipe's restart.max_restarts")

@@ -1,6 +1,6 @@
 """Metrics as functions of sums over samples, and bootstrap estimates of their uncertainty.
 
-In shapes, N is the number of samples, K the number of statistics per sample, and R the number of resamples.
+Shapes: N samples, K statistics per sample, R resamples.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 NUM_RESAMPLES = 1000
 _MAX_DRAWS = 1 << 22
-"""The largest number of samples that are drawn at once, which limits the memory."""
+"""The maximum number of samples that are drawn at once. It limits the memory use."""
 
 
 def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -23,7 +23,7 @@ def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of N samples. For any subset of the samples, the metric is `value` of the sum of their statistics."""
+    """One metric of N samples. On any subset, the metric is `value` applied to the sum of the statistics."""
 
     name: str
     statistics: NDArray[np.float64]
@@ -41,7 +41,7 @@ class Metric:
 
 
 def mean(name: str, values: Sequence[float], counted: NDArray[np.bool_] | None = None) -> Metric:
-    """Return a metric that is the mean of one number per sample; higher is better."""
+    """Return a metric that is the mean of one number per sample. Higher is better."""
     column = np.asarray(values, dtype=np.float64)
     return Metric(name, np.stack([column, np.ones_like(column)], axis=1), counted=counted)
 
@@ -49,12 +49,12 @@ def mean(name: str, values: Sequence[float], counted: NDArray[np.bool_] | None =
 def resampled_sums(
     statistics: NDArray[np.float64], num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Return sums of statistics over resamples, each of which draws N samples with replacement.
+    """Return the sum of statistics over each resample. A resample consists of N samples drawn with replacement.
 
     The draws depend only on N and `seed`. Statistics of two systems can be concatenated along K for a paired bootstrap.
 
     Args:
-        statistics: [N, K] statistics per sample, N ≥ 1.
+        statistics: [N, K] statistics per sample, with N ≥ 1.
         num_resamples: The number of resamples, R.
         seed: The seed of the draws.
 
@@ -73,7 +73,7 @@ def resampled_sums(
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the 95 % percentile interval of resampled values (Efron & Tibshirani 1993, chapter 13)."""
+    """Return the 95 % percentile bootstrap interval of resampled values (Efron & Tibshirani 1993, chapter 13)."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -87,7 +87,8 @@ class Difference:
     high: float
     """The bounds of the 95 % bootstrap interval."""
     p: float
-    """The two-sided p-value: twice the share of resamples in which the difference has the opposite sign."""
+    """The two-sided p-value, min(1, 2 · (n + 1) / (R + 1)). Here, n is the number of resamples in which the difference
+    is at most 0, or the number in which it is at least 0, whichever is smaller. A difference of 0 counts in both."""
 
     @property
     def is_significant(self) -> bool:
@@ -96,7 +97,7 @@ class Difference:
 
 
 def paired_difference(a: Metric, b: Metric, rows: NDArray[np.int64]) -> Difference:
-    """Compare two systems by a paired bootstrap over the samples `rows` (Koehn 2004).
+    """Compare two systems with a paired bootstrap over the samples `rows` (Koehn 2004).
 
     Both systems are resampled with the same draws.
     """

@@ -1,8 +1,10 @@
-"""The history of the encoders' load and costs per logging interval, which is stored in `expert_load.jsonl`.
+"""The history of encoder load and costs, which `expert_load.jsonl` stores with one line per logging interval.
 
-Each rank adds up its clips and costs in a `LoadMeter`. At the end of an interval, the parts of all ranks are merged
-into a `LoadInterval`, which becomes one line of the file. Intervals can be added, so that a run can be examined as a
-whole or over time.
+The load is the number and duration of the clips on which each encoder expert ran, with statistics of the router's
+decisions (`trainer.telemetry.expert_load`). The costs are the time and the traffic of running the encoders. Each rank
+adds up its clips and costs in a `LoadMeter`. At the end of an interval, the parts of all ranks are merged into a
+`LoadInterval`, which becomes one line of the file. Intervals can be added, so that a run can be examined as a whole or
+over time.
 
 Shapes: E encoders (the primary encoder first), R ranks.
 """
@@ -26,7 +28,7 @@ from trainer.telemetry.jsonl import read_lines
 HISTORY_NAME = "expert_load.jsonl"
 """The name of the file in the run's folder."""
 MAX_SOURCES = 64
-"""The largest number of sources that a process distinguishes. A manifest may name a different source for each clip."""
+"""The maximum number of sources that a process distinguishes. A manifest may name a different source for each clip."""
 OTHER_SOURCES = "(others)"
 """The source of all clips beyond the first `MAX_SOURCES` sources."""
 _COST_FIELDS = 4
@@ -41,16 +43,17 @@ class EncoderCosts:
     compute_sec: Floats
     """The seconds that each rank spent running each encoder, of shape [E, R]."""
     wait_sec: Floats
-    """The seconds that each rank waited for other ranks in each encoder, of shape [E, R]."""
+    """The seconds that each rank spent in exchanges with other ranks, including waiting for them, of shape [E, R]. The
+    time of an exchange is divided evenly among the encoders."""
     sent_bytes: Floats
     """The number of bytes that all ranks sent for each encoder, of shape [E]."""
     received_bytes: Floats
     """The number of bytes that all ranks received for each encoder, of shape [E]."""
     slowest_sec: float
-    """The sum over steps of the compute time of the slowest rank, for which all other ranks wait.
+    """The compute time of the slowest rank, summed over steps. All other ranks wait for this rank.
 
     In each step, this is the time of the slowest rank in the primary encoder plus the time of the slowest rank in the
-    experts, which start after the primary encoder has ended.
+    experts. The experts start after the primary encoder has finished.
     """
 
     def __add__(self, other: EncoderCosts) -> EncoderCosts:
@@ -76,7 +79,7 @@ class EncoderCosts:
         )
 
     def same_ranks(self, other: EncoderCosts) -> bool:
-        """Return whether `other` has the same encoders and number of ranks, so that the two can be added."""
+        """Return whether `other` has the same encoders and the same number of ranks, so that the two can be added."""
         return (self.encoders, self.compute_sec.shape) == (other.encoders, other.compute_sec.shape)
 
     @property
@@ -92,12 +95,12 @@ class EncoderCosts:
     def imbalance(self) -> float:
         """The ratio of the slowest rank's time to the mean time.
 
-        The best value is 1, which is also the value if nothing was computed.
+        The ideal value is 1. The result is also 1 if nothing was computed.
         """
         return self.slowest_sec / self.mean_sec if self.mean_sec > 0 else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the costs as a tree that can be written as JSON and that `from_json` reads."""
+        """Return the costs as a JSON-compatible tree that `from_json` reads."""
         return {
             "encoders": list(self.encoders),
             "compute_sec": self.compute_sec.round(5).tolist(),
@@ -297,11 +300,11 @@ def read_history(path: Path) -> list[LoadInterval]:
         path: The file `expert_load.jsonl` of the run.
 
     Raises:
-        UserError: If the file does not exist, is empty, or contains lines that are not such intervals.
+        UserError: If the file does not exist, is empty, contains invalid lines, or mixes different models.
     """
     if not path.is_file():
         raise UserError(
-            f"{path}: does not exist, so the run has no routing history; check the path, train the run further to "
+            f"{path}: does not exist, so the run has no routing history; check the path, continue the run to "
             "record one, or profile a dataset with earshot profile --data"
         )
     intervals: list[LoadInterval] = []
@@ -317,7 +320,7 @@ def read_history(path: Path) -> list[LoadInterval]:
             )
         intervals.append(interval)
     if not intervals:
-        raise UserError(f"{path}: empty because the run ended before its first logging step; train it further")
+        raise UserError(f"{path}: empty because the run ended before its first logging step; continue the run")
     return intervals
 
 

@@ -1,6 +1,6 @@
-"""The conversion of a published speech LLM to the layout of an export, from which a run can start.
+"""Convert a published speech LLM to the layout of an export, from which a run can start.
 
-Tensors keep their values and dtypes. Only their names change. The files of weights are converted one by one.
+Tensors keep their values and dtypes. Only their names change. Weight files are converted one at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Settings of the prompt that replace the defaults of an architecture. None keeps the default."""
+    """Prompt settings that replace the defaults of an architecture. None keeps the default."""
 
     placeholder: str | None = None
     template: str | None = None
@@ -55,20 +55,20 @@ def import_model(
     prompt: Prompt = Prompt(),
     on_file: Callable[[Path], None] = lambda file: None,
 ) -> Imported:
-    """Convert a published model to a folder from which runs can start, with a recipe for such a run.
+    """Convert a published model to a folder from which a run can start, and write a recipe for this run.
 
     Args:
         folder: The published model.
         out: The folder to create.
-        parts: Folders of the LLM and of the encoder, for tensors that `folder` does not contain.
+        parts: Folders of the LLM and the encoder, which are searched for tensors that `folder` does not contain.
         prompt: The prompt settings that differ from the defaults of the architecture.
-        on_file: A function that is called with each file of weights before it is converted.
+        on_file: A function that is called with each weight file before it is converted.
 
     Returns:
         A summary.
 
     Raises:
-        UserError: If the architecture is unknown, tensors are missing or do not fit, the tokenizer does not have the
+        UserError: If the architecture is unknown, tensors are missing or do not fit, the tokenizer lacks
             tokens of the prompt, or `out` exists.
     """
     if out.exists():
@@ -117,7 +117,7 @@ def _convert(file: Path, names: dict[str, str], target: Path) -> int:
 
 
 def _write_text_side(published: Published, prompt: Prompt, folder: Path) -> None:
-    """Write config, code, tokenizer, processor and generation settings of the model."""
+    """Write the config, the code, the tokenizer, the processor and the generation settings of the model."""
     inner = _read_tokenizer(published, prompt)
     settings = _settings(published, prompt, inner)
     with tempfile.TemporaryDirectory() as scratch:
@@ -136,9 +136,9 @@ def _write_text_side(published: Published, prompt: Prompt, folder: Path) -> None
 
 
 def _write_generation_config(published: Published, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write settings for greedy generation, which evaluations use too.
+    """Write the settings for greedy generation. Evaluations use them too.
 
-    An answer ends with an end token of the original model, or with a token that ends answers in training.
+    Generation stops at an end token of the original model, or at a token that ends answers in training.
     """
     stored = published.folder / "generation_config.json"
     given: dict[str, Any] = read_json(stored) if stored.is_file() else {}
@@ -174,7 +174,7 @@ def _read_tokenizer(published: Published, prompt: Prompt) -> Any:
 
 
 def _stored_template(folder: Path) -> str | None:
-    """Return the chat template of a folder's processor; None if there is none."""
+    """Return the chat template of a folder's processor, or None if there is none."""
     if (plain := folder / "chat_template.jinja").is_file():
         return plain.read_text(encoding="utf-8")
     if (stored := folder / "chat_template.json").is_file():
@@ -187,7 +187,7 @@ def _settings(published: Published, prompt: Prompt, inner: Any) -> TokenizerConf
     """Return the tokenizer settings.
 
     Raises:
-        UserError: If no token can stand for audio.
+        UserError: If the tokenizer has no token that can stand for audio.
     """
     architecture = published.architecture
     candidates = architecture.placeholders if prompt.placeholder is None else (prompt.placeholder,)
@@ -206,7 +206,7 @@ def _settings(published: Published, prompt: Prompt, inner: Any) -> TokenizerConf
 
 
 def _data(published: Published) -> DataConfig:
-    """Return data settings that allow clips of the lengths that the original model accepts."""
+    """Return data settings that allow the clip lengths that the original model accepts."""
     architecture, primary = published.architecture, published.model.primary
     assert primary is not None
     shortest = primary.window_sec if architecture.pads_clips else architecture.min_audio_sec
@@ -214,7 +214,7 @@ def _data(published: Published) -> DataConfig:
 
 
 def _dtype(published: Published) -> str:
-    """Return the dtype of the weights, as given in config.json."""
+    """Return the dtype of the weights, as stated in config.json."""
     return str(published.config.get("dtype") or published.config.get("torch_dtype") or "float32")
 
 
@@ -238,7 +238,7 @@ def _write_recipe(published: Published, out: Path, folder: Path) -> None:
 
 
 _HEADER = """\
-# {title}, as imported by `earshot import-model`. Train it further:
+# {title}, as imported by `earshot import-model`. To continue training:
 #   earshot train {out}/recipe.yaml data.root=DIR        DIR/train.jsonl is a manifest (docs/data.md)
 # The tokenizer, the placeholder and the prompt come from the imported folder.
 """
