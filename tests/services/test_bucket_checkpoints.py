@@ -131,7 +131,7 @@ def flipped(content: bytes) -> bytes:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes] | None, str]] = {
-    "flipped weight": ("audio-00000.safetensors", flipped, "audio-00000.safetensors has another checksum"),
+    "flipped weight": ("audio-00000.safetensors", flipped, "audio-00000.safetensors has a different checksum"),
     "truncated": ("moments-00000.safetensors", lambda c: c[:100], "moments-00000.safetensors has 100 bytes"),
     "missing": ("rng-00000.safetensors", None, "rng-00000.safetensors is missing"),
     "half a manifest": ("manifest.json", lambda c: c[:100], "manifest.json cannot be read"),

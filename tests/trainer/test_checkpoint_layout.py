@@ -137,7 +137,7 @@ def test_ranks_of_a_node_share_a_file(tmp_path: Path) -> None:
     with open(joined, "r+b") as file:
         file.seek(files["audio-00000.safetensors"].offset + 500)
         file.write(b"\xff\xff")
-    with pytest.raises(DamagedError, match=r"audio-00000.safetensors has another checksum"):
+    with pytest.raises(DamagedError, match=r"audio-00000.safetensors has a different checksum"):
         check_files(folder, manifest, ["audio-00000.safetensors"])
 
 

@@ -69,12 +69,15 @@ def frozen_file(checkpoint: Path) -> Path:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "flipped weight": (lambda p: flip(p / "audio-00000.safetensors"), "audio-00000.safetensors has another checksum"),
+    "flipped weight": (
+        lambda p: flip(p / "audio-00000.safetensors"),
+        "audio-00000.safetensors has a different checksum",
+    ),
     "flipped moment": (
         lambda p: flip(p / "moments-00000.safetensors"),
-        "moments-00000.safetensors has another checksum",
+        "moments-00000.safetensors has a different checksum",
     ),
-    "flipped state": (lambda p: flip(p / "state.json"), "state.json has another checksum"),
+    "flipped state": (lambda p: flip(p / "state.json"), "state.json has a different checksum"),
     "flipped manifest": (lambda p: flip(p / "manifest.json"), "manifest.json cannot be read"),
     "truncated": (lambda p: os.truncate(p / "audio-00000.safetensors", 100), "audio-00000.safetensors has 100 bytes"),
     "half a manifest": (lambda p: os.truncate(p / "manifest.json", 100), "manifest.json cannot be read"),
@@ -130,7 +133,7 @@ def test_frozen_weights_are_written_once_and_verified_always(start: Start) -> No
     path = save(again, 3)
     assert frozen_file(path) == once and names(path.parent) == [path.name], "one copy, even after a restart"
     flip(once)
-    with pytest.raises(UserError, match=r"frozen-.*/llm-00000.safetensors has another checksum"):
+    with pytest.raises(UserError, match=r"frozen-.*/llm-00000.safetensors has a different checksum"):
         start().load(LocalFolder(path), engines(0.0))
 
 

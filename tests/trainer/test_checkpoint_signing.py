@@ -100,7 +100,7 @@ def test_a_forged_manifest_is_refused(
 def test_a_changed_file_is_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sign(run, monkeypatch)
     change_state(folder)
-    assert damage_of(folder) == f"{STATE} has another checksum than when it was written"
+    assert damage_of(folder) == f"{STATE} has a different checksum than when it was written"
 
 
 def test_a_signature_without_cryptographic_checksums_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_not_signed(
     change_state(folder_of(run))
     monkeypatch.setenv(VARIABLE, KEY)
     assert checkpoints.main([str(run), "sign"]) == 1
-    assert "not signed: state.json has another checksum" in capsys.readouterr().out
+    assert "not signed: state.json has a different checksum" in capsys.readouterr().out
 
 
 def test_a_short_key_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:

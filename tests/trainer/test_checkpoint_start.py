@@ -146,7 +146,7 @@ def test_another_kind_of_folder_is_a_one_line_error(made: tuple[Path, dict[str, 
     assert export.main([str(made[0] / "run"), str(tmp_path / "llm"), "--llm-only"]) == 0
     with pytest.raises(
         UserError,
-        match="another kind of model .*, and name the weights of an LLM without encoders in model.llm.weights",
+        match="does not train.*, and name the weights of an LLM without encoders in model.llm.weights",
     ):
         open_origin(str(tmp_path / "llm"), exported=True)
     with pytest.raises(UserError, match="holds no checkpoint"):

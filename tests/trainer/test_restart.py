@@ -35,7 +35,8 @@ def test_finished_runs_and_user_errors_are_not_restarted() -> None:
     assert not decide([event("started")], ExitCode.FINISHED, CONFIG, NOW).again
     assert not decide([event("started")], ExitCode.USER_ERROR, CONFIG, NOW).again
     ended = [event("started"), event("finished", step=9)]
-    assert decide(ended, 128 + 9, CONFIG, NOW).why == "the run is finished; its last attempt ended later with an error"
+    why = "the run is finished, but its last attempt ended with an error afterwards"
+    assert decide(ended, 128 + 9, CONFIG, NOW).why == why
     assert decide([*ended, event("started")], 128 + 9, CONFIG, NOW).again  # for example, to train more steps
     # srun returns the largest exit code of all ranks, which may hide the code of a user error.
     hidden = decide([event("started"), event("failed", user=True, error="data.root")], ExitCode.PEER_LOST, CONFIG, NOW)

@@ -17,7 +17,7 @@ class FencedError(Exception):
 
 
 class FencedRunError(UserError):
-    """Raised on all ranks of an attempt, which must end because a newer attempt of the same run has started."""
+    """Raised on all ranks of an attempt that must end because a newer attempt of the same run has started."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Access to the tensors of the audio side (`AudioTower`) in the memory of DeepSpeed ZeRO-3.
+"""Access to the tensors of the audio modules (`AudioTower`) in the memory of DeepSpeed ZeRO-3.
 
 ZeRO-3 flattens each parameter and cuts it into slices of equal size, one for each rank of the parameter's own group
 (`ds_process_group`). The last slices are padded. Ranks outside the group hold no part of the parameter, unless the

@@ -1,4 +1,6 @@
-"""Save in the background. A thread of every rank turns a copy of the state in host memory into a checkpoint.
+"""Save checkpoints in the background.
+
+A thread of every rank turns a copy of the state in host memory into a checkpoint.
 
 The threads of all ranks communicate over a process group that nothing else uses. If one of them fails, the save fails
 on all ranks, and training continues.

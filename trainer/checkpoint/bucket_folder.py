@@ -10,7 +10,7 @@ from trainer.storage.store import ChangedError, MissingError, Store
 
 BLOCK_BYTES = 8 << 20
 _NUM_BLOCKS = 12
-"""The largest number of blocks that are kept in memory."""
+"""The maximum number of blocks that are kept in memory."""
 _NUM_READERS = 4
 
 

@@ -195,5 +195,5 @@ def read_extra(folder: Folder) -> dict[str, Any]:
         raise UserError(f"{where}: cannot be read ({type(error).__name__}: {error}); use another checkpoint") from None
     texts = ("recipe", "tokenizer", "tokenizer_digest")
     if not isinstance(extra, dict) or not all(isinstance(extra.get(key), str | None) for key in texts):
-        raise UserError(f"{where}: cannot be read (a value has another type); use another checkpoint")
+        raise UserError(f"{where}: cannot be read (a value has the wrong type); use another checkpoint")
     return extra

@@ -35,7 +35,7 @@ class EngineState:
         return {"audio": audio_state.shards(engines.audio), "llm": llm_state.shards(engines.llm)}
 
     def tensor_names(self, engines: Engines) -> set[str]:
-        """Return the names of the audio side's tensors that this rank holds, and of all tensors of the LLM."""
+        """Return the names of the audio modules' tensors that this rank holds, and of all tensors of the LLM."""
         audio = {shard.name for shard in audio_state.shards(engines.audio)}
         return audio | {name for name, _ in engines.audio.named_parameters()} | llm_state.tensor_names(engines.llm)
 

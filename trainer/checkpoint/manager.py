@@ -114,7 +114,7 @@ class CheckpointManager:
     def failed(self) -> list[Outcome]:
         """Return the saves that failed since the last call. This is not collective.
 
-        A save that has just ended is included only after a call of `finished`.
+        A save that has just ended is included only after `finished` has been called.
         """
         failures, self._failures = self._failures, []
         return failures
@@ -318,7 +318,7 @@ class CheckpointManager:
         waited_sec = time.perf_counter() - started
         if next_step is not None and waited_sec > _NOTICEABLE_SEC and self.groups.rank == 0:
             log.warning(
-                "training waited %.1f s at step %d until %s was saved; raise checkpoint.every_steps",
+                "training waited %.1f s at step %d until %s was saved; increase checkpoint.every_steps",
                 waited_sec,
                 next_step,
                 outcome.url.rpartition("/")[2],

@@ -119,7 +119,7 @@ class CheckpointOrigin:
 
 
 class ExportOrigin:
-    """The weights in a folder that `tools.export` made; implements `Origin`.
+    """The weights in a folder that `tools.export` wrote; implements `Origin`.
 
     Raises:
         UserError: If files are missing or are not safetensors files, or if weights must be signed.
@@ -236,7 +236,7 @@ def read_export_config(url: str) -> dict[str, Any]:
         raise UserError(f"{url}/{CONFIG}: is not JSON; export it again") from None
     if not isinstance(config, dict) or config.get("model_type") != _KIND:
         raise UserError(
-            f"{url}: holds another kind of model than this program trains; use a run, a checkpoint or an export, "
+            f"{url}: holds a model of a kind that this program does not train; use a run, a checkpoint or an export, "
             "and name the weights of an LLM without encoders in model.llm.weights"
         )
     return config

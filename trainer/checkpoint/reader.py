@@ -100,7 +100,7 @@ def check_files(
                 return f"{name} has {size} bytes instead of {wanted.size_bytes}"
             found = hash_file(folder, name, len(wanted.checksum) == SHA256_CHARACTERS, wanted)
             if found.checksum != wanted.checksum:
-                return f"{name} has another checksum than when it was written"
+                return f"{name} has a different checksum than when it was written"
         except FileNotFoundError:
             return f"{name} is missing"
         except (OSError, EOFError) as error:

@@ -36,9 +36,9 @@ _BY_EXPERT = (
 _ROUTING = ("audio.router.", "audio.stream_projection.")
 """The prefixes of the tensors that a model has if and only if it has encoder experts."""
 _HEAD = re.compile(r"audio\.(\w+)_head\.")
-"""The pattern of the names of tensors in the head of a loss."""
+"""The pattern of tensor names in the head of a loss."""
 _FFN_EXPERT = re.compile(r"llm\..+\.experts\.([^.]+)\.")
-"""The pattern of the names of tensors of FFN experts. A new expert starts with the weights of its donor."""
+"""The pattern of FFN expert tensor names. A new expert starts with the weights that `model.llm.experts` names."""
 _BY_TOKEN = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
 """Tensors with one row per id of the LLM's vocabulary."""
 _KEYS = (
@@ -110,7 +110,7 @@ def fill_moments(origin: Origin, shards: Sequence[Shard]) -> int:
     """Fill this rank's moments with the moments in `origin`. Tensors without moments of the same shape are not changed.
 
     Returns:
-        The number of updates that the moments have seen: the largest of all tensors in `origin`.
+        The number of updates that the moments have seen, which is the maximum over all tensors in `origin`.
 
     Raises:
         UserError: If `origin` has no moments.
@@ -138,9 +138,8 @@ def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig, l
         lora: The section `lora` of the new run.
 
     Raises:
-        UserError: If the new model lacks an adapter, whose training would otherwise be lost without a message. The same
-            error is raised if the new model scales an adapter by a different factor, because no tensor stores the
-            factor.
+        UserError: If the new model lacks an adapter, because the adapter's training would otherwise be lost without a
+            message, or if it scales an adapter by a different factor, because no tensor stores the factor.
     """
     former, own = Adapters(origin.lora), Adapters(tuple(lora))
     kept = ("llm.", "audio.primary.", *(f"audio.experts.{e.name}." for e in model.experts))

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def gather(groups: Groups, value: T) -> list[T]:
-    """Return the values of all ranks, in the order of the ranks.
+    """Return the values of all ranks, in rank order.
 
     Collective: every rank of the world must call it.
     """
@@ -57,7 +57,7 @@ def from_rank0(groups: Groups, doing: str, work: Callable[[], T], kinds: Kinds =
         groups: This rank's process groups.
         doing: A description of the work, with which the error message begins.
         work: The function to call, which must not contain collectives.
-        kinds: The classes of which the result may contain instances.
+        kinds: The dataclasses and named tuples whose instances the result may contain.
 
     Raises:
         UserError: If `work` fails.

@@ -25,7 +25,7 @@ from trainer.config.convert import from_tree
 _KEYS = ("text_config", "audio", "vocab_size")
 _AUDIO_KEYS = ("primary", "experts", "expert_dim", "router", "adapter")
 _MAX_LAYERS = 10_000
-"""The largest number of LLM layers. transformers creates a list of this length before it checks the config."""
+"""The maximum number of LLM layers. transformers creates a list of this length before it checks the config."""
 _REMEDY = "the file was damaged or changed; restore it, or use another checkpoint or export"
 
 

@@ -47,7 +47,7 @@ class Options:
     dtype: str = "bf16"
     """The dtype of the weights, as a key of `DTYPES`."""
     shard_bytes: int = 5 << 30
-    """The largest size of a file of weights in bytes. A single tensor that is larger has a file of its own."""
+    """The maximum size of a weight file in bytes. A single tensor that is larger is stored in a file of its own."""
     llm_only: bool = False
     """Whether to export only the LLM."""
     original: str | None = None
@@ -61,7 +61,7 @@ class Options:
     dev: str | None = None
     """A manifest with samples on which to measure the effect of dropped encoders; None skips the measurement."""
     max_samples: int = 32
-    """The largest number of samples to read from each of these manifests."""
+    """The maximum number of samples to read from each of the two manifests."""
 
 
 def export(
@@ -184,7 +184,7 @@ def _temporary_folder(source: Source, out: Path, options: Options, selection: Se
         "adapter": options.adapter,
         "original": options.original,
         "dropped": list(selection.dropped),
-        # Files are not synced to disk. After a crash of the machine, a file may be incomplete even if it has its final
+        # Files are not synced to disk. After a machine crash, a file may be incomplete even if it has its final
         # name.
         "boot": _BOOT_ID.read_text(encoding="utf-8").strip(),
     }
@@ -250,7 +250,7 @@ def write_model_files(
 
     Args:
         description: The arguments of `EarshotConfig`.
-        audio: The audio side of the model.
+        audio: The config of the audio modules.
         tokenizer: The tokenizer.
         data: The processor's settings.
         dtype: The name of the weights' dtype.

@@ -177,7 +177,7 @@ class Source:
 
         Args:
             selection: The encoder experts that are kept.
-            llm_only: Whether to export the LLM without the audio side.
+            llm_only: Whether to export the LLM without the audio modules.
 
         Returns:
             Exported name → saved name.

@@ -27,9 +27,9 @@ _PEER_MESSAGES = (
     "remote process exited",
     "Timed out waiting",
 )
-"""Parts of the messages of gloo and NCCL that mean that the connection to another rank was lost."""
+"""Fragments of gloo and NCCL error messages that indicate a lost connection to another rank."""
 _RANK0_FIRST_SEC = 0.5
-"""The seconds that other ranks wait before they report an error that all ranks raise, so that rank 0 reports it."""
+"""The seconds that other ranks wait before they report an error that all ranks raise, so that rank 0 is the first."""
 
 
 class FaultError(RuntimeError):
@@ -85,7 +85,7 @@ def emit_failure(error: Exception, position: Position, events: EventLog) -> Exit
 
 
 def _remedy(error: Exception) -> str:
-    """Return the remedy for an error that is caused by a limit of the machine; empty for other errors."""
+    """Return the remedy for an error that is caused by a machine limit, or an empty string for other errors."""
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
         return f"; a process may open only {raise_descriptor_limit()} files here; raise the hard limit (docs/scale.md)"
     return ""

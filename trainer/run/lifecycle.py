@@ -1,4 +1,4 @@
-"""Exchanges between ranks at each step, so that a signal or a failure on one rank stops all ranks at the same step."""
+"""Let ranks communicate at each step, so that a signal or failure on one rank stops all of them at the same step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StopRequest:
         self.signal: int | None = None
         """The first signal received; None if there was none."""
         self.time_sec = 0.0
-        """The time at which the first signal was received, in seconds of `time.monotonic`; 0 if there was none."""
+        """The value of `time.monotonic` when the first signal was received; 0 if there was none."""
         self.later: int | None = None
         """The SIGTERM or SIGINT that cancelled the run after SIGUSR1, while it was saving; None if there was none."""
 
@@ -68,7 +68,7 @@ def deadline(grace_sec: float, since_sec: float, late: Callable[[], None]) -> It
 
     Args:
         grace_sec: The time allowed, in seconds.
-        since_sec: The time from which `grace_sec` is measured, in seconds of `time.monotonic`.
+        since_sec: The value of `time.monotonic` from which `grace_sec` is measured.
         late: A function that is called in another thread when the time is up, unless the block has ended.
     """
     timer = threading.Timer(max(0.0, since_sec + grace_sec - time.monotonic()), late)

@@ -85,7 +85,7 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
         return Decision(False, "a newer attempt of this run has started")
     before, own = _split(events)
     if any(e["event"] == "finished" for e in own):
-        return Decision(False, "the run is finished; its last attempt ended later with an error")
+        return Decision(False, "the run is finished, but its last attempt ended with an error afterwards")
     failures = [e for e in own if e["event"] == "failed"]
     mistake = next((e for e in failures if e.get("user")), None)
     if exit_code == ExitCode.USER_ERROR or mistake is not None:

@@ -53,7 +53,7 @@ class Watchdog:
     Use it as a context manager: `with Watchdog(…) as dog: … dog.heartbeat("step 3") …`.
 
     Args:
-        timeout_sec: The longest time between two heartbeats; 0 disables the watchdog.
+        timeout_sec: The maximum time between two heartbeats; 0 disables the watchdog.
         events: The event log of this rank. The folder `hang-<attempt>` is created in the same folder as the log.
         world: The number of ranks.
     """

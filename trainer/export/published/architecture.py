@@ -50,7 +50,7 @@ class Architecture:
     min_audio_sec: float = 0.0
     """The length in seconds to which shorter clips are padded with silence. It is ignored if `pads_clips` is true."""
     max_windows: int = 1
-    """The length of the longest clip that the original model accepts, in windows of the encoder."""
+    """The maximum length of a clip that the original model accepts, in windows of the encoder."""
 
     def own_name(self, name: str) -> str | None:
         """Return earshot's name of a published tensor, or None if earshot does not have this tensor."""

@@ -24,12 +24,12 @@ from trainer.export.published.table import PUBLISHED
 CONFIG = "config.json"
 _PARTS = {"text_config": "the LLM", "audio_config": "the audio tower"}
 _IGNORED = ("rotary_emb.inv_freq",)
-"""The endings of the names of tensors that are not read. Old checkpoints contain them, but the config implies them."""
+"""The suffixes of the names of tensors that are not read. Old checkpoints contain them, but the config implies them."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published model, whose config has been checked."""
+    """A published model with a config that has been checked."""
 
     folder: Path
     config: Mapping[str, Any]

@@ -78,7 +78,7 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):  # type: ignore[misc]
         return str(self.info.get_hf_processor().placeholder) * mm_counts.get("audio", 0)
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
-        """Return silent clips of the largest length."""
+        """Return silent clips of the maximum length."""
         count, options = mm_counts.get("audio", 0), mm_options.get("audio")
         return {
             "audio": self._get_dummy_audios(length=self.info.longest_samples(), num_audios=count, overrides=options)
