@@ -5,7 +5,7 @@
 `bench/published.csv` contains the runs with their sources. Earshot's planner plans each run as an LLM with a one-layer
 encoder and one clip of 0.1 s. The column `recipe` lists recipe keys for mechanisms that the run used. The column
 `mechanisms` lists mechanisms that the run used but the trainer does not have. The column `counts` is `yes` for runs
-that decide the exit code, `what-if` for runs that the trainer could not repeat (because of context parallelism,
+that decide the exit code, `what-if` for runs that the trainer cannot reproduce (because of context parallelism,
 overlapping tensor parallelism, fp8 or deterministic kernels), and `no` for runs whose step time or micro-batch is
 uncertain.
 
@@ -265,7 +265,7 @@ def main() -> int:
     }
     for counts, one in result.items():
         print(f"{counts}: {one['rows']} rows, rms {one['rms']:.1%}, ratios {one['least']:.2f}–{one['most']:.2f}, "
-              f"{one['in_range']} in the printed range")  # fmt: skip
+              f"{one['in_range']} published times in the planned range")  # fmt: skip
     counted = result["yes"]
     missed = [one.row.id for one in found if one.row.counts == "yes" and not within(one)]
     passed = not missed and counted["rms"] <= RMS_LIMIT
@@ -286,7 +286,7 @@ def within(one: Compared) -> bool:
 
 
 def summary(rows: Sequence[Compared]) -> dict[str, Any]:
-    """Return the number of runs, the extremes of their ratios planned / published, and the RMS deviation from 1."""
+    """Return the number of runs, and statistics of the ratios of planned to published time and memory."""
     ratios = [one.ratio for one in rows]
     in_range = sum(one.low_sec <= one.row.step_sec <= one.high_sec for one in rows)
     memory = [one.memory_ratio for one in rows if one.memory_ratio is not None]

@@ -1,7 +1,7 @@
 """Transcribe audio files, or ask a model a question about audio files.
 
     earshot transcribe out/model audio.flac                               a recording of any length
-    earshot transcribe runs/demo a.wav b.wav --prompt "Who speaks?"      a question about each recording
+    earshot transcribe runs/demo a.wav b.wav --prompt "Who is speaking?"      a question about each recording
 
 MODEL is a folder from `earshot export`, a checkpoint or a run. Recordings longer than a window are transcribed in
 overlapping windows, and the transcripts are joined. With --prompt, the model receives each recording as a whole, unless
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--window",
         type=float,
         metavar="SEC",
-        help="length of the windows of longer recordings (default: the longest clip in training, at most 30 seconds)",
+        help="length of the windows into which longer recordings are split "
+        "(default: that of the longest training clip, but at most 30 seconds)",
     )
     parser.add_argument(
         "--overlap", type=float, metavar="SEC", help="minimum overlap of windows (default: a sixth of a window)"

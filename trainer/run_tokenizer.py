@@ -240,7 +240,7 @@ def adopt(recipe: Recipe, owned: OwnedTokenizer) -> Recipe:
         if given not in (wanted, getattr(default, key)):
             raise UserError(
                 f"data.tokenizer.{key} = {given!r}: {owned.owner} was trained with {wanted!r}; set the key to "
-                "that value, or train from new weights (another name, no checkpoint.start_from)"
+                "that value, or train from new weights (use another name, and remove checkpoint.start_from)"
             )
     values = {f.name: getattr(owned.config if f.name in _KEYS else ours, f.name) for f in fields(ours)}
     return replace(recipe, data=replace(recipe.data, tokenizer=TokenizerConfig(**values)))
@@ -270,7 +270,8 @@ def check_named(recipe: Recipe, owned: OwnedTokenizer, tokenizer: Tokenizer) -> 
     if named.digest != tokenizer.digest:
         raise UserError(
             f"data.tokenizer.path = {path}: is not the tokenizer that {owned.owner} was trained with; set it to null "
-            "to use the original tokenizer, or train from new weights (another name, no checkpoint.start_from)"
+            "to use the original tokenizer, or train from new weights (use another name, and remove "
+            "checkpoint.start_from)"
         )
 
 

@@ -42,7 +42,7 @@ def test_a_run_whose_metrics_were_damaged_resumes(tmp_path: Path, caplog: pytest
     StepLog(path, resume_step=3).close()
     assert path.read_bytes() == b"\n".join(RECORDS) + b"\n"
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"\n".join(damaged)
-    assert "3 damaged lines are dropped (the first is line 2), and " in caplog.text
+    assert "3 damaged lines are dropped (the first is line 2); " in caplog.text
     assert [record["step"] for _, record in read_lines(path)] == [1, 2, 3]
 
 

@@ -52,7 +52,7 @@ def test_what_the_recipe_already_does_is_not_recommended() -> None:
     assert "overlap_grad_reduce=true and parallel.overlap_param_gather=true" in remedy(PARTS[7], load_recipe("debug"))
     assert "overlap" not in remedy(PARTS[7], on)
     assert remedy("computing the encoders", on) == "more ranks"
-    assert remedy("computing the encoders", off).startswith("train.recompute_encoders=false if the memory suffices")
+    assert remedy("computing the encoders", off).startswith("train.recompute_encoders=false if there is enough memory")
     assert "gather_audio_weights" in remedy("ZeRO-3's collectives", off)
     assert "gather_audio_weights" not in remedy("ZeRO-3's collectives", on)
     assert remedy("exchanging clips and embeddings", on) == "nothing in the recipe changes it much"

@@ -45,7 +45,8 @@ class TensorFile:
     Args:
         folder: The folder that contains the file.
         name: The name of the file.
-        entry: The manifest's entry for the file, if it may be stored in a joined file.
+        entry: The manifest's entry for the file. It is needed if the file may be stored in a
+            joined file, which contains several files.
 
     Raises:
         ValueError: If the file is not a safetensors file.

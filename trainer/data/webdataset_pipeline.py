@@ -1,6 +1,6 @@
 """A pipeline of the webdataset library that reads the project's shards, for use outside the trainer.
 
-The trainer does not use it, because a run must resume at exactly the same position on any number of ranks.
+The trainer does not use it, because the pipeline cannot resume at exactly the same position on another number of ranks.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from trainer.storage.store import LocalStore
 
 
 def shard_pipeline(url: str, *, split: str | None = None, shuffle: int = 0, seed: int | None = None) -> Any:
-    """Return a `webdataset.DataPipeline`, an iterable dataset of torch, over the samples of shards.
+    """Return a `webdataset.DataPipeline` (a PyTorch `IterableDataset`) over the samples in the shards.
 
     Shards are divided among the ranks of `torch.distributed` and the workers of a DataLoader. There should be at least
-    as many shards as workers of all ranks, because a worker without a shard yields nothing.
+    as many shards as there are workers on all ranks, because a worker without a shard yields nothing.
 
     Args:
         url: The folder or bucket URL of the shards.

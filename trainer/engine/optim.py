@@ -114,7 +114,7 @@ def check_patterns(config: OptimConfig, names: Iterable[str]) -> None:
         if not fnmatch.filter(names, part.pattern):
             example = names[0] if names else "none"
             raise UserError(
-                f"optim.parts[{i}].pattern = {part.pattern}: matches no parameter (an example of a name is {example})"
+                f"optim.parts[{i}].pattern = {part.pattern}: matches no parameter; names are such as {example}"
             )
 
 

@@ -36,7 +36,7 @@ PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stage of training. Null values are taken from the section `optim`."""
+    """A stage of training. Keys that are null have the value of the same key in the section `optim`."""
 
     name: str
     """The name of the stage in logs and reports."""
@@ -154,7 +154,7 @@ def check_stages(optim: OptimConfig, names: Iterable[str]) -> None:
             if pattern not in known and not fnmatch.filter(names, pattern):
                 raise UserError(
                     f"stages '{stage.name}': pattern {pattern} matches no parameter; use one of {', '.join(PARTS)}, "
-                    f"or a pattern (an example of a name is {names[0]})"
+                    f"or a pattern of parameter names, such as {names[0]}"
                 )
         if not any(name.startswith("audio.") and not stage.setting(name, 2).frozen for name in names):
             raise UserError(f"stages '{stage.name}': every audio parameter is frozen; train at least audio.projector.*")

@@ -64,13 +64,13 @@ class ZeroBuffers:
     persistent: int
     """The parameters that stay gathered: small ones (`stage3_param_persistence_threshold`), or all of them."""
     gathered: int
-    """The largest memory of large parameters while they are gathered for the call of a module."""
+    """The peak memory of the large parameters that are gathered while a module runs."""
     learned: int
     """The number of trainable parameters; a count, not bytes."""
     gradients: int = 0
     """The whole gradients of the backward pass, which are reduced at the end of this pass."""
     copies: int = 0
-    """The copies of the gradients that one collective reduces, in the order in which they are sent."""
+    """The copies into which gradients are packed in the order in which one collective sends them."""
 
 
 def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, Any]) -> ZeroBuffers:
@@ -220,7 +220,7 @@ def _traced_stages(
     kernels: Kernels,
     known: dict[Any, StageMemory],
 ) -> dict[int, StageMemory]:
-    """Return the memory of pipeline stages, by stage. It is traced if it is not in `known`, and is added there."""
+    """Return the memory of pipeline stages, by stage. Stages that are not in `known` are traced and added."""
     train, dtype = recipe.train, DTYPES[recipe.train.precision]
     context = kernels.mechanisms.context
     lengths = packs.lengths(0, 0)
@@ -258,7 +258,8 @@ def fullest_rank(
 ) -> int:
     """Return the rank among `ranks` whose encoder calls need the most memory.
 
-    If calls run again in the backward pass, this is the memory of their clips and of the largest call alone.
+    If calls run again in the backward pass, a rank needs memory for the clips of all calls, but only for the
+    activations of its largest call.
     """
 
     def needed(rank: int) -> float:

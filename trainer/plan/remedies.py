@@ -54,7 +54,7 @@ def memory_remedy(part: str, recipe: Recipe, gathers_whole_weights: bool) -> str
 
 
 def _options(part: str, recipe: Recipe) -> list[tuple[str, bool]]:
-    """Return the ways to shorten a part, each with whether it can still be applied to the recipe."""
+    """Return the ways to shorten a part. Each has a flag that is True if it still applies to the recipe."""
     parallel, train = recipe.parallel, recipe.train
     layers = recipe.model.llm.config.get("num_hidden_layers", 0)
     whole_stages = parallel.pipeline * parallel.virtual_stages < layers if layers else True
@@ -65,12 +65,12 @@ def _options(part: str, recipe: Recipe) -> list[tuple[str, bool]]:
             ("a larger train.llm_tokens_per_microbatch for larger matmuls", True),
         ],
         "recomputing the LLM's activations": [
-            ("train.recompute_llm=selective if the memory suffices", train.recompute_llm == "full"),
-            ("train.recompute_llm=none if the memory suffices", train.recompute_llm != "none"),
+            ("train.recompute_llm=selective if there is enough memory", train.recompute_llm == "full"),
+            ("train.recompute_llm=none if there is enough memory", train.recompute_llm != "none"),
         ],
-        "tensor-parallel collectives": [("a smaller parallel.tensor, within a node", True)],
-        "sending tokens to experts": [("a smaller parallel.ffn_expert, within a node", True)],
-        "gathering keys and values": [("a smaller parallel.context, within a node", True)],
+        "tensor-parallel collectives": [("a smaller parallel.tensor, so that its ranks are on one node", True)],
+        "sending tokens to experts": [("a smaller parallel.ffn_expert, so that its ranks are on one node", True)],
+        "gathering keys and values": [("a smaller parallel.context, so that its ranks are on one node", True)],
         "the pipeline's bubble": [
             ("more parallel.virtual_stages", whole_stages),
             (f"more micro-batches ({_LARGER_BATCH} or a smaller train.llm_tokens_per_microbatch)", True),
@@ -90,13 +90,13 @@ def _options(part: str, recipe: Recipe) -> list[tuple[str, bool]]:
             (_LARGER_BATCH, True),
         ],
         "computing the encoders": [
-            ("train.recompute_encoders=false if the memory suffices", train.recompute_encoders),
-            ("train.recompute_encoder_calls=false if the memory suffices", train.recompute_encoder_calls),
+            ("train.recompute_encoders=false if there is enough memory", train.recompute_encoders),
+            ("train.recompute_encoder_calls=false if there is enough memory", train.recompute_encoder_calls),
             ("more ranks", True),
         ],
         "ZeRO-3's collectives": [
             (
-                "train.gather_audio_weights=per_update if the memory suffices",
+                "train.gather_audio_weights=per_update if there is enough memory",
                 train.gather_audio_weights != "per_update",
             ),
             ("a larger parallel.expert", parallel.expert < len(recipe.model.experts)),

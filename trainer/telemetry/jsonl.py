@@ -50,7 +50,9 @@ class Backlog(Generic[T]):
                 )
         else:
             if waited:
-                log.warning("%s can be written again, and the %d entries that were kept are in it", self._name, waited)
+                log.warning(
+                    "%s can be written again; the %d entries that were kept have been written to it", self._name, waited
+                )
 
     def flush(self) -> None:
         """Write all waiting items.
@@ -157,7 +159,7 @@ def _undamaged(path: Path, last_step: int) -> Iterator[str]:
         aside = path.with_name(f"{path.name}.damaged")
         shutil.copyfile(path, aside)
         log.warning(
-            "%s: %d damaged lines are dropped (the first is line %d), and %s keeps the original file",
+            "%s: %d damaged lines are dropped (the first is line %d); a copy of the original file is %s",
             path,
             len(damaged),
             damaged[0],
