@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +21,15 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.plan.op_traffic import op_traffic
 
 _ROUNDS = 3
 _SECONDS_PER_SHAPE = 0.2
 _GPU_SIDES = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288)
 _CPU_SIDES = (32, 64, 128, 256, 512, 1024)
+_RESIDUAL_LAYERS = 16
 
 
 def measured_seconds(call: Callable[[], Any], device: torch.device, round_sec: float = _SECONDS_PER_SHAPE) -> float:
@@ -110,25 +115,52 @@ def _attention_rate(device: torch.device, dtype: torch.dtype, round_sec: float) 
 
 
 def _memory_rate(device: torch.device, round_sec: float) -> float:
-    """Return the memory bandwidth, in bytes per second, of the addition of two tensors into a new tensor.
+    """Return the rate of element-wise operations in training, in bytes that they read and write per second.
 
-    As in a training step, many results exist before they are all freed. On a GPU, PyTorch keeps the freed memory. On a
-    CPU, the C library returns it to the operating system, so the pages of every new tensor must be mapped again.
+    Two tensors are added twice: once into a new tensor, as in a forward pass, and once into this existing tensor, as in
+    a backward pass, whose results take the memory of activations that are no longer needed. On a GPU, PyTorch keeps the
+    memory of freed tensors, so both are equally fast. On a CPU, the C library returns the memory of such large tensors
+    to the operating system, and mapping the pages of a new tensor takes several times as long as the addition.
     """
-    count, results = (2**28, 1) if device.type == "cuda" else (2**21, 32)
+    count = 2**28 if device.type == "cuda" else 2**24
     a, b = (torch.ones(count, device=device) for _ in range(2))
 
-    def add_often() -> None:
-        kept = [a + b for _ in range(results)]
-        kept.clear()
+    def add_twice() -> None:
+        result = a + b
+        torch.add(a, b, out=result)
 
-    return 3.0 * results * a.nbytes / measured_seconds(add_often, device, round_sec)
+    return 2 * 3.0 * a.nbytes / measured_seconds(add_twice, device, round_sec)
 
 
 def _kernel_seconds(device: torch.device, round_sec: float) -> float:
-    """Return the time of an operation on a tensor with one element, in seconds."""
-    one = torch.ones(1, device=device)
-    return measured_seconds(lambda: one.add(1), device, round_sec)
+    """Return the time of an operation on a few elements in training, including the work of autograd, in seconds."""
+    x, scale, bias = (torch.ones(8, device=device, requires_grad=True) for _ in range(3))
+
+    def train() -> None:
+        y = x
+        for _ in range(_RESIDUAL_LAYERS):
+            y = y + functional.gelu(functional.layer_norm(y, (8,), scale, bias))
+        y.backward(x.detach())
+        x.grad = scale.grad = bias.grad = None
+
+    with _Kernels() as found:
+        train()
+    return measured_seconds(train, device, round_sec) / found.count
+
+
+class _Kernels(TorchDispatchMode):
+    """A counter of the kernels that operations launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += op_traffic(func, args, kwargs or {}, out, math.inf)[1]
+        return out
 
 
 def main() -> int:
