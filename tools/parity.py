@@ -9,7 +9,7 @@
     earshot parity --audio-shard 2    with parallel.audio_shard, with several copies of the audio modules
     earshot parity --recompute-calls    with encoder calls that are recomputed in the backward pass
     earshot parity --lora       train low-rank adapters over partly frozen weights
-    earshot parity --stages --steps 11    train different parameters in each of several stages
+    earshot parity --stages --steps 13    train different parameters in each of several stages
     earshot parity --adapter queries    with a different kind of adapter, followed by normalization
     earshot parity --family mixtral    an LLM with experts, which are distributed over ranks in several ways
     earshot parity --family all --steps 0    all LLM families without experts

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ from model.llm.reference import resolve_hf_config
 from model.llm.stages import Recompute
 from model.llm.weights import RandomSource, embedding_rms
 from model.lora import add_adapters
+from model.losses.base import AudioLoss
 from model.speech_llm import Losses, SpeechLLM
 from trainer.engine.ds_config import Gathering
 from trainer.engine.encoders import AudioEngine
@@ -343,12 +344,22 @@ def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, f
         set_rates(optimizer.param_groups, index, lr_scale(stage.optim, number - stage.start, stage.steps))
         optimizer.zero_grad()
         losses = oracle(whole, step.router_noise(number, whole), _jitter(step, number, whole))
-        loss = losses.total
+        loss = losses.total if stage.runs_llm else _audio_total(losses, step)
         loss.backward()
+        for _, parameter, _ in named:  # As in the engines, parameters that no sample uses have a gradient of zero.
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         norm = float(torch.nn.utils.clip_grad_norm_(oracle.parameters(), optim.clip_norm))
         optimizer.step()
-        balance_experts(oracle.llm, losses.choices)
+        if stage.runs_llm:
+            balance_experts(oracle.llm, losses.choices)
         worst_loss = max(worst_loss, abs(report.loss - float(loss)) / abs(float(loss)), _bias_difference(step, oracle))
         worst_norm = max(worst_norm, abs(report.grad_norm - norm) / norm)
     of_ranks = all_gather_values((worst_loss, worst_norm), step.groups.world)  # Stages hold different biases.
     return max(loss for loss, _ in of_ranks), max(norm for _, norm in of_ranks)
+
+
+def _audio_total(losses: Losses, step: Step) -> Tensor:
+    """Return the weighted sum of the losses of the audio side, which is minimized in stages that do not run the LLM."""
+    names = {loss.name for loss in step.losses if isinstance(loss, AudioLoss)}
+    return replace(losses, terms=tuple(t for t in losses.terms if t.name in names)).total

@@ -134,6 +134,7 @@ STAGED = Learned(
         replace(OPTIM, parts=(PartConfig("audio.primary.*", frozen=True),)),
         (
             StageConfig(name="connector", steps=3, train=("connector",), lr=4e-3, schedule="linear"),
+            StageConfig(name="speech", steps=2, train=("connector", "encoders"), llm=False),
             StageConfig(name="all", steps=3, parts=(PartConfig("llm.*", lr=1e-3, weight_decay=0.2),)),
             StageConfig(name="encoders", steps=2, train=("connector", "encoders"), schedule="constant"),
             StageConfig(name="adapters", steps=3, train=("lora", "audio.projector.*")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,6 +115,17 @@ def test_a_stage_without_a_match_or_without_audio_is_an_error() -> None:
         check_stages(staged(StageConfig(name="x", steps=1, train=("connector", "llm.*.q_prj"))), names)
     with pytest.raises(UserError, match="stages 'x': every audio parameter is frozen"):
         check_stages(staged(StageConfig(name="x", steps=1, train=("llm",))), names)
+
+
+def test_a_stage_without_the_llm_must_not_train_it_and_needs_a_loss() -> None:
+    names = ["audio.projector.weight", "llm.x.lora_A"]
+    check_stages(staged(replace(CONNECTOR, llm=False)), names)
+    with pytest.raises(UserError, match=r"stages 'lora'.llm = false: the stage would also train llm.x.lora_A"):
+        check_stages(staged(replace(LORA, llm=False)), names)
+    stage = "stages=[{name: a, steps: 4, train: [connector], llm: false, warmup_steps: 0}]"
+    check_recipe(load_recipe("debug", [stage, "model.ctc_weight=1"]))
+    with pytest.raises(UserError, match=r"stages.0.llm = false: without the LLM, the stage has no loss; set model.ctc"):
+        check_recipe(load_recipe("debug", [stage, "model.ctc_weight=0", "model.experts=[]"]))
 
 
 def test_weights_of_datasets_by_stage() -> None:

@@ -19,7 +19,8 @@ from model.errors import UserError
 from model.llm.families import mixture_of
 from model.llm.rotary import num_positions
 from model.lora import LLM, Adapters, llm_layers
-from model.losses.table import LOSSES, check_losses
+from model.losses.base import AudioLoss
+from model.losses.table import LOSSES, active_losses, check_losses
 from trainer.config.llm_checks import check_llm, check_router_losses, check_routers, known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
@@ -57,6 +58,7 @@ def check_recipe(recipe: Recipe) -> None:
                 f"it; add {package} to plugins, e.g. plugins=[{package}]"
             )
     check_losses(recipe.model)
+    _check_stage_losses(recipe)
     check_weights("model.llm.weights", recipe.model.llm.weights)
     hf_config = known_llm_config(recipe.model.llm)
     if hf_config is not None:
@@ -88,6 +90,16 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.train.deterministic:
         check_variables(os.environ)
+
+
+def _check_stage_losses(recipe: Recipe) -> None:
+    has_audio_loss = any(isinstance(loss, AudioLoss) for loss in active_losses(recipe.model))
+    for number, stage in enumerate(recipe.stages):
+        if not stage.llm and not has_audio_loss:
+            raise UserError(
+                f"stages.{number}.llm = false: without the LLM, the stage has no loss; set model.ctc_weight, or set it "
+                "to true"
+            )
 
 
 def deepspeed_json(recipe: Recipe) -> Path:

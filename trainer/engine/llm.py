@@ -150,11 +150,8 @@ class LLMEngine:
             audio_grad: The gradient [M·t/TP, H] of the total of `losses` with respect to `packs.audio`.
         """
         step = TrainedPacks(self.chunks[0], self.groups, packs, losses, router)
+        self.zero_grad()
         with megatron_calls():
-            if self.optimizer is not None:
-                for model in self.models:
-                    model.zero_grad_buffer()
-                self.optimizer.zero_grad()
             self._run(self.models, step.sequences, len(packs.lengths), packs.pack_tokens, step.embed, step.loss)
         counts_here = self.groups.is_last_stage and self.groups.place.tp == 0
         sample_losses = torch.stack(
@@ -162,6 +159,15 @@ class LLMEngine:
         )
         grads = [torch.zeros_like(a) if a.grad is None else a.grad for a in step.audio]
         return sample_losses, torch.cat(grads) if grads else torch.zeros_like(packs.audio)
+
+    def zero_grad(self) -> None:
+        """Set the gradients of all parameters to zero."""
+        if self.optimizer is None:
+            return
+        with megatron_calls():
+            for model in self.models:
+                model.zero_grad_buffer()
+            self.optimizer.zero_grad()
 
     @torch.no_grad()
     def forward_only(

@@ -56,6 +56,9 @@ class StageConfig:
     """The learning rate at the end of the stage, as a fraction of the peak."""
     parts: tuple[PartConfig, ...] = ()
     """Different settings for some of the parameters in this stage, applied after the settings in `optim.parts`."""
+    llm: bool = True
+    """If false, the stage does not run the LLM. It then trains only with the losses of the audio side, such as CTC, and
+    its steps take less time. It must not train parameters of the LLM."""
     weights: dict[str, float] = field(default_factory=dict)
     """The weights of datasets in this stage, by the name of the dataset. Other datasets keep their own `weight`."""
 
@@ -85,6 +88,8 @@ class Stage:
     """The settings of the stage."""
     patterns: tuple[str, ...] = ()
     """The patterns of the parameters that the stage may train; empty for all."""
+    runs_llm: bool = True
+    """Whether the stage runs the LLM; see `StageConfig.llm`."""
 
     def setting(self, name: str, num_dims: int) -> ParamSetting:
         """Return the settings of a parameter in this stage; see `setting_of`."""
@@ -124,7 +129,7 @@ def staged_optim(optim: OptimConfig, stages: Sequence[StageConfig]) -> OptimConf
                 f"stages '{stage.name}'.warmup_steps = {settings.warmup_steps}: must be within 0..{stage.steps}, "
                 f"the steps of the stage; set stages.{number}.warmup_steps"
             )
-        found.append(Stage(stage.name, start, stage.steps, settings, stage.patterns))
+        found.append(Stage(stage.name, start, stage.steps, settings, stage.patterns, stage.llm))
         start += stage.steps
     return StagedOptim(**{f.name: getattr(optim, f.name) for f in fields(optim)}, stages=tuple(found))
 
@@ -144,7 +149,8 @@ def check_stages(optim: OptimConfig, names: Iterable[str]) -> None:
     """Check that every pattern of every stage matches a parameter.
 
     Raises:
-        UserError: If a pattern matches none of `names`.
+        UserError: If a pattern matches none of `names`, a stage trains no audio parameter, or a stage trains parameters
+            of the LLM without running it.
     """
     names = list(names)
     known = {pattern for patterns in PARTS.values() for pattern in patterns}
@@ -158,3 +164,9 @@ def check_stages(optim: OptimConfig, names: Iterable[str]) -> None:
                 )
         if not any(name.startswith("audio.") and not stage.setting(name, 2).frozen for name in names):
             raise UserError(f"stages '{stage.name}': every audio parameter is frozen; train at least audio.projector.*")
+        trained = next((n for n in names if n.startswith("llm.") and not stage.setting(n, 2).frozen), None)
+        if not stage.runs_llm and trained is not None:
+            raise UserError(
+                f"stages '{stage.name}'.llm = false: the stage would also train {trained}, which gets no gradient; set "
+                "its `train` to parts of the audio side, such as [connector, encoders]"
+            )

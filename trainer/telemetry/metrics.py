@@ -36,6 +36,8 @@ class StepReport:
     """The learning rate of the parameters without their own learning rate in `optim.parts`."""
     stage: int | None = None
     """The index of the stage of training, counted from 0; None in a run without stages."""
+    ran_llm: bool = True
+    """Whether the stage of training runs the LLM."""
     num_samples: int = 0
     num_tokens: int = 0
     """The number of LLM positions, including audio tokens."""

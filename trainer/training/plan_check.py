@@ -71,11 +71,15 @@ class PlanCheck:
         """Add a step. If a logging interval ends with it, return its report with the metrics of the comparison.
 
         The first `WARM_UP_STEPS` steps are ignored. After `WINDOW_STEPS` further steps, or at the end of the run, the
-        event `plan_checked` reports how the run differs from the plan.
+        event `plan_checked` reports how the run differs from the plan. Steps that do not run the LLM are not compared,
+        because the plan is that of a step with all parts.
         """
         unread, self._unread, self._marks = self._unread, self._marks, []
-        self._num_seen += 1
         self._peak_bytes = int(report.ranks.get("memory/max_peak_bytes", 0)) or self._peak_bytes
+        if not report.ran_llm:
+            self._num_seen = 0  # The warm-up begins with the first step that runs the LLM.
+            return report
+        self._num_seen += 1
         if self._num_seen > WARM_UP_STEPS + 1:  # The marks belong to the previous step.
             self._parts.append(self._seconds(unread))
         if self._num_seen > WARM_UP_STEPS:

@@ -230,6 +230,8 @@ class Step:
             shared: The result of `share` for the batch; None to call it.
         """
         timer = self.timer
+        if not self.stages.at(step)[1].runs_llm:
+            return self._audio_gradients(step, batch, shared)
         embedded = self.embed(batch, self.router_noise(step, batch), shared, training=True)
         whole, audio, packs = embedded.whole, embedded.audio, embedded.packs
         with timer("llm"):
@@ -240,10 +242,7 @@ class Step:
             sample_losses, grad = self.llm.forward_backward(packs, packed, router)
         with timer("backward"):
             terms = audio_terms(self.losses, audio, batch, self.model, self._sum_over_ranks)
-            total = (packs.audio * grad).sum()
-            for term in terms:
-                total = total + term.weight / max(1, whole.counts[term.name]) * term.sum
-            self.audio.backward(total)
+            self.audio.backward((packs.audio * grad).sum() + _total(terms, whole))
         with timer("report"):
             token_terms = (
                 LossTerm(p.loss.name, p.loss.weight(self.model), losses.sum(), p.loss.count(batch, self.model))
@@ -259,6 +258,28 @@ class Step:
                 self.meter.add_clips(batch, audio.routing)
             if self.routing is not None:
                 self.routing.end()
+            return report
+
+    def _audio_gradients(self, step: int, batch: Batch, shared: Shared | None) -> StepReport:
+        """Compute the gradients of the losses of the audio side, in a stage that does not run the LLM.
+
+        Collective: every rank of the world must call it.
+        """
+        timer = self.timer
+        with timer("plan"):
+            whole = (shared or self.share(batch)).whole
+        with timer("encode"):
+            audio = self.audio.forward(batch.clips, batch.prompts, self.router_noise(step, batch), whole.clips)
+        with timer("backward"):
+            self.llm.finish_gathering()
+            self.llm.zero_grad()
+            terms = audio_terms(self.losses, audio, batch, self.model, self._sum_over_ranks)
+            # As in other steps, every parameter gets a gradient, which is zero for those that only the LLM uses.
+            self.audio.backward(0.0 * audio.embeddings.values.sum() + _total(terms, whole))
+        with timer("report"):
+            report = self.report(step, whole, terms, None)
+            if np.isfinite(report.loss):
+                self.meter.add_clips(batch, audio.routing)
             return report
 
     def embed(
@@ -353,7 +374,9 @@ class Step:
             self.audio.tower.router.advance()
         return Update(norm, scale, None, signals)
 
-    def report(self, step: int, whole: GlobalBatch, terms: tuple[LossTerm, ...], sample_losses: Tensor) -> StepReport:
+    def report(
+        self, step: int, whole: GlobalBatch, terms: tuple[LossTerm, ...], sample_losses: Tensor | None
+    ) -> StepReport:
         """Return the report of a step.
 
         Collective: every rank of the world must call it.
@@ -363,19 +386,25 @@ class Step:
             whole: The global batch.
             terms: This rank's contributions to all terms of the loss.
             sample_losses: This rank's contribution to the sum of the token losses of each sample, from which the losses
-                by task are computed.
+                by task are computed; None if the LLM was not run.
         """
         sums = torch.stack([term.sum.detach().float() for term in terms])
-        everything = torch.cat([sums, sample_losses.float()])
+        everything = sums if sample_losses is None else torch.cat([sums, sample_losses.float()])
         dist.all_reduce(everything, group=self.groups.world)
-        totals, by_sample = everything.cpu().split([len(terms), len(whole)])  # A single copy from the device.
+        totals, by_sample = everything.cpu().tensor_split([len(terms)])  # A single copy from the device.
         means = {t.name: total / max(1, whole.counts[t.name]) for t, total in zip(terms, totals.tolist(), strict=True)}
         return StepReport(
             step=step + 1,
             loss=sum(t.weight * means[t.name] for t in terms),
             losses=means,
-            task_losses=whole.losses_by_task(by_sample),
+            task_losses={} if sample_losses is None else whole.losses_by_task(by_sample),
+            ran_llm=sample_losses is not None,
             num_samples=len(whole),
             num_tokens=int(whole.num_tokens.sum()),
             audio_sec=float(whole.audio_samples.sum()) / SAMPLE_RATE,
         )
+
+
+def _total(terms: Sequence[LossTerm], whole: GlobalBatch) -> Tensor | float:
+    """Return this rank's contribution to the sum of the terms' weighted means over the global batch."""
+    return sum((t.weight / max(1, whole.counts[t.name]) * t.sum for t in terms), 0.0)
