@@ -83,7 +83,7 @@ def ours_clips(prepared: PreparedData) -> Arm:
     def run() -> int:
         reader.shards.table.cache_clear()  # Tables of a large dataset do not fit in this cache.
         reader.selected.cache_clear()
-        spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.rate, (), None, 0, 1 << 40)
+        spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.rate, (), None, None, 0, 1 << 40)
         lanes = {lane: LaneState() for lane in range(LANES)}
         group = LaneGroup(spec, lanes, 0, [reader], prepared.tokenizer)
         delivered = 0

@@ -27,7 +27,7 @@ from model.encoders.base import AudioEncoder
 from model.encoders.registry import build_encoder
 from model.lengths import Windowing
 from model.losses.base import AudioLoss
-from model.losses.ctc import CTC, CTCFeedback
+from model.losses.ctc import CTC, CTCFeedback, num_symbols
 from model.losses.table import active_losses
 from model.mixture import Expert, mix
 from model.router import Router, Routing
@@ -64,6 +64,7 @@ class AudioTower(nn.Module):
         vocab_size: int,
         held: Collection[str] | None = None,
         embedding_rms: float = 1.0,
+        symbol_embeddings: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -105,7 +106,10 @@ class AudioTower(nn.Module):
         """The names of the losses that have a head."""
         self.ctc_feedback: CTCFeedback | None = None
         if config.ctc_feedback:
-            self.ctc_feedback = _seeded("ctc_feedback", lambda: CTCFeedback(config.ctc_outputs, llm_dim))
+            symbols = num_symbols(config, vocab_size)
+            self.ctc_feedback = _seeded(
+                "ctc_feedback", lambda: CTCFeedback(config.ctc_outputs, symbols, llm_dim, symbol_embeddings)
+            )
         self.recompute_joined = False
         """Whether the modules after the encoders (mixture, adapter, projector, heads) are recomputed in the backward
         pass."""

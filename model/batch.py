@@ -119,6 +119,8 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     answer_text: str = ""
     """The text of the answer or, in a conversation, of the last answer. It is empty in evaluation."""
+    pieces: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """The numbers of the answer's pieces (`model.pieces`), [C] int64; empty if no loss reads them."""
     is_transcription: bool = False
     """Whether the sample has a single answer, which is the transcript of the audio."""
 

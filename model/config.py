@@ -255,9 +255,13 @@ class ModelConfig:
     ctc_weight: float = 0.0
     """The weight of an auxiliary CTC loss on the adapter's output, for the answers in transcription tasks such as asr.
     With 0, there is no CTC head."""
-    ctc_vocabulary: Literal["tokens", "bytes"] = "tokens"
+    ctc_vocabulary: Literal["tokens", "bytes", "pieces"] = "tokens"
     """The symbols of the CTC loss. `tokens` are the LLM's tokens, so the head is as wide as the vocabulary. `bytes` are
-    the UTF-8 bytes of the answer in lower case, so the head is small for any LLM."""
+    the UTF-8 bytes of the answer in lower case, so the head is small for any LLM. `pieces` are the tokens into which
+    the LLM's tokenizer divides the answer in lower case if it applies only its first merges, so that there are only
+    `ctc_pieces` different tokens. It must be a byte-level BPE tokenizer."""
+    ctc_pieces: int = 600
+    """The number of symbols without the blank, if `ctc_vocabulary` is `pieces`. Up to 256 of them are single bytes."""
     ctc_outputs: int = 1
     """The number of CTC outputs per audio token. A clip has a CTC loss only if it has enough outputs for its answer.
     Transcripts have up to 20 bytes per second of speech. At 6.25 audio tokens per second, `bytes` therefore needs 4
@@ -265,17 +269,18 @@ class ModelConfig:
     ctc_feedback: bool = False
     """If true, the probabilities of the CTC outputs are mapped linearly to the width of the LLM and added to the audio
     embeddings, so that the LLM also reads what the CTC head has recognized, as in self-conditioned CTC (arXiv
-    2104.02724) and LegoSLM (arXiv 2505.11352). It needs a positive `ctc_weight` and `ctc_vocabulary: bytes`."""
+    2104.02724) and LegoSLM (arXiv 2505.11352). It needs a positive `ctc_weight` and a `ctc_vocabulary` of `bytes` or
+    `pieces`. With `pieces`, the mapping starts with the LLM's token embeddings of the pieces."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     """Options for additional losses, by name, for example `{distillation: {weight: 0.5}}`. Losses without a weight are
     disabled."""
 
     def __post_init__(self) -> None:
-        check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1)
-        if self.ctc_feedback and not (self.ctc_weight > 0 and self.ctc_vocabulary == "bytes"):
+        check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1, ctc_pieces=1)
+        if self.ctc_feedback and (self.ctc_weight == 0 or self.ctc_vocabulary == "tokens"):
             raise UserError(
-                "model.ctc_feedback = true: needs ctc_vocabulary: bytes and a positive ctc_weight; set both, or set "
-                "model.ctc_feedback=false"
+                "model.ctc_feedback = true: needs ctc_vocabulary: bytes or pieces and a positive ctc_weight; set both, "
+                "or set model.ctc_feedback=false"
             )
         names = [e.name for e in self.encoders]
         if len(set(names)) != len(names) or "" in names:

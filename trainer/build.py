@@ -164,7 +164,7 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     with watch, Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
         say(f"building the encoders and the LLM on {env.world_size} ranks")
         kinds = SampleKinds.of(task_names(), prepared.num_by_language())
-        step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.heartbeat, kinds, donors)
+        step = build_step(recipe, groups, prepared.tokenizer, watchdog.heartbeat, kinds, donors)
         evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.heartbeat)
         url = join_url(recipe.run_url, SUBFOLDER)
         checkpoints = CheckpointManager(url, recipe.checkpoint, groups, watchdog.heartbeat)
@@ -238,6 +238,7 @@ def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) ->
         recipe.staged_data,
         model.adapter.rate,
         text_fields=fields,
+        ctc_pieces=model.ctc_pieces if model.ctc_weight > 0 and model.ctc_vocabulary == "pieces" else None,
         max_tokens=max_tokens,
         tokenizer_path=path,
         on_built=announce,

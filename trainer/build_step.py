@@ -12,11 +12,12 @@ from model.audio_tower import AudioTower
 from model.errors import UserError
 from model.llm.names import Index
 from model.llm.reference import resolve_hf_config, weight_source
-from model.llm.weights import WeightSource, embedding_rms
+from model.llm.weights import WeightSource, embedding_rms, symbol_embeddings
 from model.lora import Adapters, adaptable_layers, add_adapters, llm_layers
 from trainer.config.checks import deepspeed_json
 from trainer.config.llm_checks import check_llm, check_router_losses
 from trainer.config.schema import Recipe
+from trainer.data.tokenizer import Tokenizer
 from trainer.donors import Donors, find_donors
 from trainer.engine.ds_config import build_ds_config
 from trainer.engine.encoders import AudioEngine
@@ -49,7 +50,7 @@ class WatchedSource:
 def build_step(
     recipe: Recipe,
     groups: Groups,
-    vocab_size: int,
+    tokenizer: Tokenizer,
     heartbeat: Callable[[str], None] = lambda what: None,
     kinds: SampleKinds | None = None,
     donors: Donors | None = None,
@@ -61,7 +62,7 @@ def build_step(
     Args:
         recipe: The recipe of the run.
         groups: The process groups of this rank.
-        vocab_size: The size of the tokenizer's vocabulary.
+        tokenizer: The run's tokenizer.
         heartbeat: A function that is called with a description of each part before it is built.
         kinds: The kinds of samples whose tokens are counted separately; None to count tokens only by task.
         donors: The initial weights of the FFN experts; None to call `find_donors`.
@@ -70,7 +71,7 @@ def build_step(
         UserError: If weights are missing or do not fit, the tokenizer has more tokens than the LLM, or a pattern of
             `optim.parts` or `lora` matches nothing.
     """
-    hf_config = resolve_hf_config(recipe.model.llm)
+    hf_config, vocab_size = resolve_hf_config(recipe.model.llm), tokenizer.vocab_size
     check_llm(hf_config, recipe.parallel)
     check_router_losses(recipe.model, hf_config)
     if vocab_size > hf_config.vocab_size:
@@ -94,7 +95,10 @@ def build_step(
     heartbeat("the encoders")
     torch.manual_seed(recipe.seed)
     held = place(recipe.model, groups.topology.ep).held_by(groups.rank)
-    tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size, held, embedding_rms(source, hf_config))
+    rms, symbols = embedding_rms(source, hf_config), None
+    if recipe.model.ctc_feedback and recipe.model.ctc_vocabulary == "pieces":
+        symbols = symbol_embeddings(source, tokenizer.pieces(recipe.model.ctc_pieces).token_ids)
+    tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size, held, rms, symbols)
     layers = [name for name, _ in adaptable_layers(tower, "audio.")]
     add_adapters(tower, "audio.", adapters)
     audio = _audio_engine(recipe, tower, groups)

@@ -66,10 +66,16 @@ def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) 
 FEEDBACK_KEYS = ("ctc_feedback", "ctc_weight", "ctc_vocabulary", "ctc_outputs")
 """The fields of `ModelConfig` that a description contains only if the LLM reads the probabilities of the CTC head."""
 
+PIECES = "ctc_pieces"
+"""A further such field, which a description contains only if the symbols of the CTC head are pieces."""
+
 
 def feedback_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return the values of `FEEDBACK_KEYS`; empty if the LLM does not read the probabilities of the CTC head."""
-    return {key: getattr(config, key) for key in FEEDBACK_KEYS} if config.ctc_feedback else {}
+    """Return the values of these fields; empty if the LLM does not read the probabilities of the CTC head."""
+    if not config.ctc_feedback:
+        return {}
+    merges = {PIECES: config.ctc_pieces} if config.ctc_vocabulary == "pieces" else {}
+    return {key: getattr(config, key) for key in FEEDBACK_KEYS} | merges
 
 
 def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
@@ -81,7 +87,7 @@ def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
         expert_dim=tree["expert_dim"],
         router=RouterConfig(**{**router, "gates": tuple(router["gates"])}),
         adapter=AdapterConfig(**{**adapter, "strides": tuple(adapter["strides"])}),
-        **{key: tree[key] for key in FEEDBACK_KEYS if key in tree},
+        **{key: tree[key] for key in (*FEEDBACK_KEYS, PIECES) if key in tree},
     )
 
 

@@ -111,6 +111,25 @@ def embedding_rms(source: WeightSource, hf_config: PretrainedConfig) -> float:
     return float(torch.cat(blocks).square().mean().sqrt()) * family_of(hf_config).scales(hf_config).tokens
 
 
+def symbol_embeddings(source: WeightSource, token_ids: Sequence[int]) -> Tensor:
+    """Return the token embeddings [ids, H] of some ids in fp32, divided by their root mean square.
+
+    Args:
+        source: The weights of the LLM.
+        token_ids: The ids, in ascending order. They are read in blocks of up to 256 rows.
+    """
+    name = "model.embed_tokens.weight"
+    rows, start = [], 0
+    for end in range(1, len(token_ids) + 1):
+        if end == len(token_ids) or token_ids[end] - token_ids[start] >= RANDOM_BLOCK_ROWS:
+            first = token_ids[start]
+            block = source.read(name, (slice(first, token_ids[end - 1] + 1), slice(None))).float()
+            rows.append(block[[token - first for token in token_ids[start:end]]])
+            start = end
+    found = torch.cat(rows)
+    return found / found.square().mean().sqrt()
+
+
 class StateDictSource:
     """Tensors in memory, with the names of Hugging Face's `state_dict()`."""
 

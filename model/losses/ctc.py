@@ -1,8 +1,8 @@
 """The CTC loss (Graves 2006) of the adapter's output with the transcripts as targets.
 
-The loss is divided by the number of target symbols in the global batch. Symbols are the LLM's tokens, or the bytes of
-the text (`model.ctc_vocabulary`). A second of speech has more bytes than audio tokens, so the head can have several
-outputs per audio token.
+The loss is divided by the number of target symbols in the global batch. Symbols are the LLM's tokens, the bytes of the
+text or pieces of it (`model.ctc_vocabulary`). A second of speech has more bytes than audio tokens, so the head can have
+several outputs per audio token.
 """
 
 from __future__ import annotations
@@ -19,6 +19,22 @@ from model.losses.base import AudioLoss, Reduce
 NUM_BYTES = 256
 
 
+EMBEDDING_SCALE = 1.4
+"""The initial root mean square of the vectors that a CTC output of probability 1 adds to an audio embedding, if they
+are those of the LLM's token embeddings. It is twice that of the projector's output, so that the LLM recognizes them."""
+
+
+def num_symbols(config: ModelConfig, vocab_size: int) -> int:
+    """Return the number of symbols of the CTC head, without the blank.
+
+    Args:
+        config: The model's config.
+        vocab_size: The size of the tokenizer's vocabulary.
+    """
+    sizes = {"tokens": vocab_size, "bytes": NUM_BYTES, "pieces": config.ctc_pieces}
+    return sizes[config.ctc_vocabulary]
+
+
 class CTC(AudioLoss):
     """The CTC loss of transcription samples with one clip, if the clip has enough outputs for the answer's symbols."""
 
@@ -31,8 +47,7 @@ class CTC(AudioLoss):
 
     def head(self, config: ModelConfig, dim: int, vocab_size: int) -> nn.Module:
         """Return a layer that computes the scores of the symbols and the blank for every output."""
-        num_symbols = vocab_size if config.ctc_vocabulary == "tokens" else NUM_BYTES
-        return nn.Linear(dim, config.ctc_outputs * (num_symbols + 1))
+        return nn.Linear(dim, config.ctc_outputs * (num_symbols(config, vocab_size) + 1))
 
     def targets(self, batch: Batch, config: ModelConfig) -> Ragged:
         """Return the symbols [ΣC] of every clip's answer. A clip that is skipped has no symbols."""
@@ -63,22 +78,27 @@ class CTCFeedback(nn.Module):
 
     Args:
         num_outputs: The number of outputs per audio token.
+        num_symbols: The number of symbols without the blank.
         llm_dim: The width of the LLM.
+        embeddings: Initial vectors [symbols, H] of the symbols, whose root mean square is 1; None for random vectors.
     """
 
-    def __init__(self, num_outputs: int, llm_dim: int) -> None:
+    def __init__(self, num_outputs: int, num_symbols: int, llm_dim: int, embeddings: Tensor | None = None) -> None:
         super().__init__()
         self.num_outputs = num_outputs
-        self.linear = nn.Linear(num_outputs * (NUM_BYTES + 1), llm_dim, bias=False)
+        self.linear = nn.Linear(num_outputs * (num_symbols + 1), llm_dim, bias=False)
         # Together, an audio token's outputs add about as much as the projector, whose output has a root mean square of
         # about 0.7 (docs/connectors.md). The blank, the most frequent symbol, adds nothing at first.
         nn.init.normal_(self.linear.weight, std=0.7 / num_outputs**0.5)
         with torch.no_grad():
-            self.linear.weight.view(llm_dim, num_outputs, NUM_BYTES + 1)[:, :, -1] = 0.0
+            by_output = self.linear.weight.view(llm_dim, num_outputs, num_symbols + 1)
+            by_output[:, :, -1] = 0.0
+            if embeddings is not None:
+                by_output[:, :, :-1] = EMBEDDING_SCALE / num_outputs**0.5 * embeddings.T[:, None]
 
     def forward(self, logits: Tensor) -> Tensor:
         """Return vectors [S, H] for the scores [S, outputs · symbols] of S audio tokens."""
-        scores = logits.view(len(logits), self.num_outputs, NUM_BYTES + 1)
+        scores = logits.view(len(logits), self.num_outputs, logits.shape[1] // self.num_outputs)
         vectors: Tensor = self.linear(scores.float().softmax(-1).to(logits.dtype).flatten(1))
         return vectors
 
@@ -87,6 +107,8 @@ def _symbols(sample: Sample, config: ModelConfig) -> Tensor:
     """Return the symbols [C] of a sample's answer."""
     if config.ctc_vocabulary == "tokens":
         return sample.answer
+    if config.ctc_vocabulary == "pieces":
+        return sample.pieces
     text = " ".join(sample.answer_text.lower().split())
     return torch.tensor(list(text.encode()), dtype=torch.int64)
 

@@ -130,6 +130,6 @@ def test_ctc_reads_the_outputs_of_an_audio_token_in_order() -> None:
 def test_the_loader_passes_the_text_of_the_answer_on() -> None:
     ids = np.array([5, 6], dtype=np.int64)
     meta = {"task": "asr", "answer": "Two words"}
-    encoded = EncodedSample("k", meta, (), ids, ids > 9, ids, ids, (), {}, True, "Two words")
+    encoded = EncodedSample("k", meta, (), ids, ids > 9, ids, ids, (), {}, True, "Two words", ids[:0])
     assert to_sample(encoded).answer_text == "Two words"
     assert to_sample(replace(encoded, answer="")).answer_text == "", "an evaluation must not see the answer"

@@ -13,7 +13,7 @@ from model.config import AdapterConfig, RouterConfig, RoutingLossConfig
 from model.connectors.base import build_adapter
 from model.connectors.kinds import ADAPTERS
 from model.errors import UserError
-from model.losses.ctc import CTCFeedback, ctc_feasible, ctc_sum
+from model.losses.ctc import EMBEDDING_SCALE, CTCFeedback, ctc_feasible, ctc_sum
 from model.losses.routing import routing_sum
 from model.mixture import mix
 from model.router import Router, Routing, mean_over_time
@@ -312,7 +312,7 @@ def test_ctc_of_deterministic_operations_is_the_same(seed: int) -> None:
 
 
 def test_ctc_feedback_reads_the_symbols_of_every_output_and_no_blank_at_first() -> None:
-    feedback = CTCFeedback(num_outputs=2, llm_dim=8)
+    feedback = CTCFeedback(num_outputs=2, num_symbols=256, llm_dim=8)
     sure = 50.0 * torch.nn.functional.one_hot(torch.tensor([[7, 256], [256, 7], [256, 256]]), 257).flatten(1)
     first, second, blank = feedback(sure)
     assert first.std() > 0.1 and second.std() > 0.1 and not torch.allclose(first, second)
@@ -322,6 +322,14 @@ def test_ctc_feedback_reads_the_symbols_of_every_output_and_no_blank_at_first() 
     logits = sure.clone().requires_grad_()
     feedback(0.01 * logits).sum().backward()
     assert logits.grad is not None and logits.grad.abs().sum() > 0, "the LLM's loss must also train the CTC head"
+
+
+def test_ctc_feedback_can_start_with_given_embeddings() -> None:
+    embeddings = torch.randn(5, 8)
+    feedback = CTCFeedback(num_outputs=2, num_symbols=5, llm_dim=8, embeddings=embeddings)
+    sure = 50.0 * torch.nn.functional.one_hot(torch.tensor([[3, 5], [5, 1], [5, 5]]), 6).flatten(1)
+    wanted = EMBEDDING_SCALE / 2**0.5 * torch.cat([embeddings[[3, 1]], torch.zeros(1, 8)])
+    torch.testing.assert_close(feedback(sure), wanted, rtol=0, atol=1e-6)
 
 
 def test_ctc_feasibility_counts_repeats() -> None:

@@ -90,7 +90,7 @@ def test_datasets_of_a_process_share_a_cache_and_those_of_a_rank_the_memory(
     fields = {"node_cache_gib": 1.0, "node_cache_dir": str(tmp_path / "c"), "num_workers": 4}
     config = data_config(tmp_path, **fields)
     datasets = tuple((DatasetConfig(name=n, shards=n), f"s3://b/{n}", index, Selection()) for n in "ab")
-    spec = StreamSpec(config, datasets, "", TokenRate((2,)), (), None, 0, 1)
+    spec = StreamSpec(config, datasets, "", TokenRate((2,)), (), None, None, 0, 1)
     caches = [reader.shards.cache for reader in open_readers(spec)]  # a decoding process opens them like this
     caches += [open_shards("s3://b/c", index, config).cache]
     assert caches[0] is not None and all(c is caches[0] for c in caches)

@@ -77,6 +77,7 @@ def to_sample(encoded: EncodedSample) -> Sample:
         texts={name: torch.from_numpy(ids) for name, ids in encoded.texts.items()},
         meta=encoded.meta,
         answer_text=encoded.answer,
+        pieces=torch.from_numpy(encoded.pieces),
         is_transcription=encoded.is_transcription,
     )
 

@@ -89,6 +89,8 @@ class PreparedData:
     """The adapter's rule for the number of audio tokens."""
     text_fields: tuple[str, ...]
     """The additional fields of the manifests that are tokenized because losses need them."""
+    ctc_pieces: int | None
+    """The value of `model.ctc_pieces`, if transcripts are divided into pieces for a CTC head; None otherwise."""
     max_tokens: int | None
     """The largest number of tokens of a sample; None for no limit."""
 
@@ -118,6 +120,7 @@ def prepare(
     rate: TokenRate,
     *,
     text_fields: tuple[str, ...] = (),
+    ctc_pieces: int | None = None,
     max_tokens: int | None = None,
     tokenizer_path: str | None = None,
     on_built: Callable[[BuildReport], None] = lambda report: None,
@@ -131,6 +134,7 @@ def prepare(
         config: The recipe's `data` section.
         rate: The adapter's rule for the number of audio tokens.
         text_fields: The additional fields of the manifests that are tokenized (`model.losses.table.text_fields`).
+        ctc_pieces: See `PreparedData.ctc_pieces`.
         max_tokens: The largest number of tokens of a sample; None selects `config.max_tokens`.
         tokenizer_path: The tokenizer of existing weights, which overrides `config.tokenizer`; None if there are no
             weights yet.
@@ -151,7 +155,7 @@ def prepare(
     limit = config.max_tokens if max_tokens is None else max_tokens
     tokenizer = load_tokenizer(path, config.tokenizer)
     check_loss_turns(config, tokenizer)
-    return PreparedData(config, datasets, tokenizer, path, rate, text_fields, limit)
+    return PreparedData(config, datasets, tokenizer, path, rate, text_fields, ctc_pieces, limit)
 
 
 def check_loss_turns(config: DataConfig, tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from model.conversation import Turn, clip_texts
 from model.errors import UserError
 from model.lengths import TokenRate
+from model.pieces import Pieces
 from model.prompt import cut, fill
 from trainer.data.errors import SampleError
 from trainer.data.metadata import turns_of
@@ -63,6 +64,8 @@ class EncodedSample:
     """Whether the sample has a single answer, which is the transcript of the audio."""
     answer: str
     """The answer; in a conversation, the last one. It is empty for evaluation."""
+    pieces: NDArray[np.int64]
+    """`[C]`: the numbers of the answer's pieces (`model.pieces`); empty if no loss reads them."""
 
 
 def make_sample(
@@ -73,6 +76,7 @@ def make_sample(
     rate: TokenRate,
     *,
     text_fields: tuple[str, ...] = (),
+    pieces: Pieces | None = None,
     max_tokens: int | None = None,
     loss_turns: Literal["all", "last"] = "all",
     evaluate: bool = False,
@@ -86,6 +90,7 @@ def make_sample(
         tokenizer: The tokenizer of the prompt and the answers.
         rate: The adapter's rule for the number of placeholders per clip.
         text_fields: The additional fields of the metadata to tokenize. A field that is absent or null is ignored.
+        pieces: The pieces into which transcripts are divided for a CTC head; None if there is no such head.
         max_tokens: The largest number of tokens of prompt and answer, audio tokens included; None for no limit.
         loss_turns: The answers of a conversation that have labels. The field `loss` of a message overrides it.
         evaluate: If true, only the prompt is encoded, from which the model generates the answer.
@@ -122,6 +127,8 @@ def make_sample(
         learned = _learned_answers(turns, loss_turns, len(segments), tokenizer)
         for start, tokens in _spans([*segments, answer], counts, tokenizer.placeholder_id, learned):
             labels[start - 1 : start + len(tokens)] = [*tokens, end_id]
+    is_transcription = TASKS[metadata["task"]].is_transcription and len(turns) == 2
+    divided = pieces.encode(turns[-1].text) if pieces is not None and is_transcription and not evaluate else []
     return EncodedSample(
         key=key,
         meta=metadata,
@@ -132,8 +139,9 @@ def make_sample(
         instruction_ids=np.array(encoded[turns[-2].text], dtype=np.int64),
         clip_instruction_ids=tuple(np.array(encoded[text], dtype=np.int64) for text in clip_texts(turns)),
         texts={name: np.array(encoded[text], dtype=np.int64) for name, text in given.items()},
-        is_transcription=TASKS[metadata["task"]].is_transcription and len(turns) == 2,
+        is_transcription=is_transcription,
         answer="" if evaluate else turns[-1].text,
+        pieces=np.array(divided, dtype=np.int64),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from model.lengths import SAMPLE_RATE, TokenRate, num_samples
+from model.pieces import Pieces
 from trainer.data.augment import augment
 from trainer.data.clip_cache import ClipCache, Decoded
 from trainer.data.config import DataConfig
@@ -30,6 +31,7 @@ class SampleSource:
         tokenizer: The tokenizer of prompts and answers.
         rate: The adapter's rule for the number of audio tokens.
         text_fields: The additional fields of the metadata that are tokenized because losses need them.
+        pieces: The pieces into which transcripts are divided for a CTC head; None if there is no such head.
         max_tokens: The largest number of tokens of a sample; None for no limit.
         seed: The seed for joining and augmentation.
     """
@@ -41,11 +43,12 @@ class SampleSource:
         rate: TokenRate,
         *,
         text_fields: tuple[str, ...] = (),
+        pieces: Pieces | None = None,
         max_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         self.config, self.tokenizer, self.rate, self.seed = config, tokenizer, rate, seed
-        self.text_fields, self.max_tokens = text_fields, max_tokens
+        self.text_fields, self.pieces, self.max_tokens = text_fields, pieces, max_tokens
         self.ahead = ReadAhead(config.read_ahead_mib << 20)
         self._cache = ClipCache(config.cache_decoded_mib << 20)
 
@@ -137,6 +140,7 @@ class SampleSource:
             self.tokenizer,
             self.rate,
             text_fields=self.text_fields,
+            pieces=self.pieces,
             max_tokens=self.max_tokens,
             loss_turns=self.config.loss_turns,
             evaluate=evaluate,

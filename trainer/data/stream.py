@@ -51,6 +51,8 @@ class StreamSpec:
     tokenizer_path: str
     rate: TokenRate
     text_fields: tuple[str, ...]
+    ctc_pieces: int | None
+    """See `PreparedData.ctc_pieces`."""
     max_tokens: int | None
     seed: int
     num_batches: int
@@ -84,6 +86,7 @@ class LaneGroup:
             tokenizer,
             spec.rate,
             text_fields=spec.text_fields,
+            pieces=None if spec.ctc_pieces is None else tokenizer.pieces(spec.ctc_pieces),
             max_tokens=spec.max_tokens,
             seed=spec.seed,
         )
@@ -217,6 +220,7 @@ class SampleStream:
             prepared.tokenizer_path,
             prepared.rate,
             prepared.text_fields,
+            prepared.ctc_pieces,
             prepared.max_tokens,
             seed,
             num_batches,

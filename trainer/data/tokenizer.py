@@ -19,6 +19,7 @@ from model import prompt
 from model.chat import ChatError, render_chat
 from model.conversation import Chat, ConversationError, Message, PromptFormat, Turn, question
 from model.errors import UserError
+from model.pieces import Pieces
 from trainer.data.config import TokenizerConfig
 from trainer.data.errors import SampleError
 from trainer.data.tokenizer_digest import tokenizer_digest, transformers_digest
@@ -74,6 +75,20 @@ class Tokenizer(ABC):
     @abstractmethod
     def digest(self) -> str:
         """A hash of the vocabulary, the templates and the placeholder; see `tokenizer_digest`."""
+
+    def pieces(self, num_pieces: int) -> Pieces:
+        """Return the pieces for a CTC head; see `model.ctc_pieces`.
+
+        Raises:
+            UserError: If the tokenizer has no such pieces.
+        """
+        raise self._no_pieces("it is not a byte-level BPE tokenizer")
+
+    def _no_pieces(self, reason: str) -> UserError:
+        return UserError(
+            f"model.ctc_vocabulary = pieces: {self.config.path or 'the tokenizer'} cannot be used: {reason}; change "
+            "model.ctc_pieces, or set model.ctc_vocabulary: bytes"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a sample's text.
@@ -289,6 +304,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def piece(self, token: int) -> str:
         return self.inner.convert_ids_to_tokens(token)
+
+    def pieces(self, num_pieces: int) -> Pieces:
+        """Implement `Tokenizer.pieces`."""
+        backend = getattr(self.inner, "backend_tokenizer", None)
+        if backend is None:
+            return super().pieces(num_pieces)
+        try:
+            return Pieces(backend.to_str(), num_pieces)
+        except ValueError as error:
+            raise self._no_pieces(str(error)) from None
 
     @property
     def digest(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from model.config import EncoderConfig, ModelConfig
 from model.encoders.hf_config import resolve
 from model.errors import UserError
-from model.hub.configuration import FEEDBACK_KEYS, feedback_fields, rename_former_keys
+from model.hub.configuration import FEEDBACK_KEYS, PIECES, feedback_fields, rename_former_keys
 from model.llm.families import check_family
 from model.llm.mixture import FIELD, read_experts
 from model.llm.names import hf_shapes
@@ -77,8 +77,10 @@ def read_description(tree: object, where: str) -> Description:
 def _read(tree: object) -> Description:
     whole = _mapping(tree, _KEYS, "the description")
     given = whole["audio"]
-    reads_ctc = isinstance(given, Mapping) and "ctc_feedback" in given
-    audio = _mapping(given, (*_AUDIO_KEYS, *FEEDBACK_KEYS) if reads_ctc else _AUDIO_KEYS, "audio")
+    keys: tuple[str, ...] = _AUDIO_KEYS
+    if isinstance(given, Mapping) and "ctc_feedback" in given:
+        keys += FEEDBACK_KEYS + ((PIECES,) if PIECES in given else ())
+    audio = _mapping(given, keys, "audio")
     found = from_tree(ModelConfig, rename_former_keys(audio), "audio")
     for encoder in found.encoders:
         _check_encoder(encoder)
