@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,6 +125,9 @@ ADAPTER_KINDS = {
     "swiglu_post_norm": AdapterConfig("swiglu_post_norm", 16, strides=(4,), bias=False),
 }
 """The adapters of `tiny_model` by kind. For most clips, the last group of frames is not full."""
+CTC_SYMBOLS: Mapping[str, Literal["tokens", "pieces"]] = {"convolutions": "tokens", "queries": "pieces"}
+"""The symbols of the CTC head of `tiny_model` by kind of adapter; bytes with other kinds."""
+NUM_PIECES = 11
 ADDING = ("pooling_perceptron", "swiglu", "swiglu_post_norm")
 """The kinds of adapters with which `tiny_model` adds the experts' features to those of the primary encoder."""
 
@@ -191,9 +194,10 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_lay
         adapter=ADAPTER_KINDS[adapter],
         llm=LLMConfig(config=llm),
         ctc_weight=0.3,
-        ctc_vocabulary="tokens" if adapter == "convolutions" else "bytes",
+        ctc_vocabulary=CTC_SYMBOLS.get(adapter, "bytes"),
+        ctc_pieces=NUM_PIECES,
         ctc_outputs=1 if adapter == "convolutions" else 2,
-        ctc_feedback=adapter == "stacking",
+        ctc_feedback=adapter in ("stacking", "queries"),
         losses=losses,
     )
 
@@ -224,6 +228,7 @@ def make_sample(index: int, num_clips: int, rate: TokenRate, seed: int) -> Sampl
         labels=torch.tensor(labels),
         prompt_ids=torch.tensor(prompt),
         answer_text="".join(chr(65 + token % 26) for token in answer),
+        pieces=torch.tensor([token % NUM_PIECES for token in answer]),
         is_transcription=num_clips == 1,
     )
 
