@@ -128,12 +128,14 @@ def speak(recipe: Recipe) -> list[str]:
 
 
 def precision(recipe: Recipe, overrides: Sequence[str], cpu_flags: str | None = None) -> list[str]:
-    """Return the override that trains in fp32 on a CPU without AMX, where bf16 would be slower; empty if not needed.
+    """Return the override that trains in fp32 on a CPU that multiplies bf16 more slowly; empty if not needed.
+
+    CPUs with AMX or AVX512_BF16 multiply bf16 faster than fp32.
 
     Args:
         recipe: The recipe, with the overrides.
         overrides: The user's overrides. If one of them sets the precision, it is kept.
-        cpu_flags: The contents of Linux's /proc/cpuinfo; None to read it. An unknown CPU counts as one without AMX.
+        cpu_flags: The contents of Linux's /proc/cpuinfo; None to read it. An unknown CPU counts as one without them.
     """
     if recipe.train.precision != "bf16" or torch.cuda.is_available():
         return []
@@ -142,9 +144,9 @@ def precision(recipe: Recipe, overrides: Sequence[str], cpu_flags: str | None = 
     source = Path("/proc/cpuinfo")
     if cpu_flags is None:
         cpu_flags = source.read_text(encoding="utf-8") if source.exists() else ""
-    if "amx_bf16" in cpu_flags.split():
+    if {"amx_bf16", "avx512_bf16"} & set(cpu_flags.split()):
         return []
-    print("precision: fp32, since this CPU has no AMX, without which bf16 is several times slower", flush=True)
+    print("precision: fp32, since this CPU has neither AMX nor AVX512_BF16, without which bf16 is slower", flush=True)
     return ["train.precision=fp32"]
 
 

@@ -82,12 +82,13 @@ def test_it_fetches_trains_and_reports(
     ("recipe", "overrides", "cpu_flags", "keys"),
     [
         ("finetune_kit", [], "flags : fpu avx512f amx_bf16 amx_tile", []),
+        ("finetune_kit", [], "flags : fpu avx512f avx512_bf16", []),
         ("finetune_kit", [], "flags : fpu avx512f", ["train.precision=fp32"]),
         ("finetune_kit", ["train.precision=bf16"], "flags : fpu avx512f", []),
         ("finetune_cpu", [], "flags : fpu avx512f", []),
     ],
 )
-def test_cpus_without_amx_train_in_fp32(
+def test_cpus_that_multiply_bf16_slowly_train_in_fp32(
     monkeypatch: pytest.MonkeyPatch, recipe: str, overrides: list[str], cpu_flags: str, keys: list[str]
 ) -> None:
     monkeypatch.setattr(finetune.torch.cuda, "is_available", lambda: False)
