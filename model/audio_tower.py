@@ -55,6 +55,8 @@ class AudioTower(nn.Module):
             this process.
         embedding_rms: The root mean square of the LLM's token embeddings, to which `model.adapter.normalize` initially
             scales the audio embeddings.
+        symbol_embeddings: The LLM's token embeddings [symbols, H] of the symbols of the CTC head, with which
+            `model.ctc_feedback` starts, divided by their root mean square; None for random weights.
     """
 
     def __init__(

@@ -270,13 +270,14 @@ class ModelConfig:
     """If true, the probabilities of the CTC outputs are mapped linearly to the width of the LLM and added to the audio
     embeddings, so that the LLM also reads what the CTC head has recognized, as in self-conditioned CTC (arXiv
     2104.02724) and LegoSLM (arXiv 2505.11352). It needs a positive `ctc_weight` and a `ctc_vocabulary` of `bytes` or
-    `pieces`. With `pieces`, the mapping starts with the LLM's token embeddings of the pieces."""
+    `pieces`. With `pieces`, the mapping starts with the LLM's token embeddings of the pieces. Set
+    `adapter.normalize` as well, so that they have the size that the LLM expects."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     """Options for additional losses, by name, for example `{distillation: {weight: 0.5}}`. Losses without a weight are
     disabled."""
 
     def __post_init__(self) -> None:
-        check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1, ctc_pieces=1)
+        check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1, ctc_pieces=257)
         if self.ctc_feedback and (self.ctc_weight == 0 or self.ctc_vocabulary == "tokens"):
             raise UserError(
                 "model.ctc_feedback = true: needs ctc_vocabulary: bytes or pieces and a positive ctc_weight; set both, "
@@ -295,6 +296,11 @@ class ModelConfig:
             raise UserError("model.experts is empty: mode all_routed needs at least one encoder")
         if self.experts and not 1 <= self.router.top_k <= len(self.experts):
             raise UserError(f"model.router.top_k = {self.router.top_k}: must be within 1..{len(self.experts)}")
+
+    @property
+    def num_pieces(self) -> int | None:
+        """The value of `ctc_pieces` if there is a CTC head whose symbols are pieces; None otherwise."""
+        return self.ctc_pieces if self.ctc_weight > 0 and self.ctc_vocabulary == "pieces" else None
 
     @property
     def encoders(self) -> tuple[EncoderConfig, ...]:

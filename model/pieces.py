@@ -35,12 +35,14 @@ class Pieces:
         single = set(ByteLevel.alphabet()) & set(vocabulary)  # Some tokenizers lack bytes that no text contains.
         merges = _first_merges(model["merges"], single, num_pieces)
         tokens = single | {first + second for first, second in merges}
-        if len(tokens) != num_pieces:
-            raise ValueError(f"it has {len(single)} tokens of single bytes, and {len(tokens)} with all merges")
+        if len(tokens) < num_pieces:
+            raise ValueError(f"it has only {len(tokens)} tokens of bytes and merges")
         self.token_ids: tuple[int, ...] = tuple(sorted(vocabulary[token] for token in tokens))
         """The id of each piece in the tokenizer's vocabulary."""
         self._index = {token: i for i, token in enumerate(self.token_ids)}
-        tree["model"] = {**model, "merges": [list(pair) for pair in merges], "ignore_merges": False}
+        kept = {token: vocabulary[token] for token in tokens}
+        tree["model"] = {**model, "vocab": kept, "merges": merges, "unk_token": None, "ignore_merges": False}
+        tree["added_tokens"], tree["post_processor"] = [], None  # Text that looks like a special token is plain text.
         self._tokenizer = Tokenizer.from_str(json.dumps(tree))
 
     def __len__(self) -> int:

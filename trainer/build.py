@@ -164,7 +164,15 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     with watch, Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
         say(f"building the encoders and the LLM on {env.world_size} ranks")
         kinds = SampleKinds.of(task_names(), prepared.num_by_language())
-        step = build_step(recipe, groups, prepared.tokenizer, watchdog.heartbeat, kinds, donors)
+        step = build_step(
+            recipe,
+            groups,
+            prepared.tokenizer.vocab_size,
+            watchdog.heartbeat,
+            kinds,
+            donors,
+            _piece_ids(recipe, prepared),
+        )
         evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.heartbeat)
         url = join_url(recipe.run_url, SUBFOLDER)
         checkpoints = CheckpointManager(url, recipe.checkpoint, groups, watchdog.heartbeat)
@@ -238,11 +246,18 @@ def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) ->
         recipe.staged_data,
         model.adapter.rate,
         text_fields=fields,
-        ctc_pieces=model.ctc_pieces if model.ctc_weight > 0 and model.ctc_vocabulary == "pieces" else None,
+        ctc_pieces=model.num_pieces,
         max_tokens=max_tokens,
         tokenizer_path=path,
         on_built=announce,
     )
+
+
+def _piece_ids(recipe: Recipe, prepared: PreparedData) -> tuple[int, ...] | None:
+    """Return the ids of the pieces whose token embeddings the LLM reads; None if it does not read pieces."""
+    if not recipe.model.ctc_feedback or prepared.ctc_pieces is None:
+        return None
+    return prepared.tokenizer.pieces(prepared.ctc_pieces).token_ids
 
 
 def describe_run(recipe: Recipe, step: Step, prepared: PreparedData) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from model.lora import Adapters, adaptable_layers, add_adapters, llm_layers
 from trainer.config.checks import deepspeed_json
 from trainer.config.llm_checks import check_llm, check_router_losses
 from trainer.config.schema import Recipe
-from trainer.data.tokenizer import Tokenizer
 from trainer.donors import Donors, find_donors
 from trainer.engine.ds_config import build_ds_config
 from trainer.engine.encoders import AudioEngine
@@ -50,10 +49,11 @@ class WatchedSource:
 def build_step(
     recipe: Recipe,
     groups: Groups,
-    tokenizer: Tokenizer,
+    vocab_size: int,
     heartbeat: Callable[[str], None] = lambda what: None,
     kinds: SampleKinds | None = None,
     donors: Donors | None = None,
+    piece_ids: Sequence[int] | None = None,
 ) -> Step:
     """Build both engines with their initial weights, and return the training step that uses them.
 
@@ -62,16 +62,18 @@ def build_step(
     Args:
         recipe: The recipe of the run.
         groups: The process groups of this rank.
-        tokenizer: The run's tokenizer.
+        vocab_size: The size of the tokenizer's vocabulary.
         heartbeat: A function that is called with a description of each part before it is built.
         kinds: The kinds of samples whose tokens are counted separately; None to count tokens only by task.
         donors: The initial weights of the FFN experts; None to call `find_donors`.
+        piece_ids: The ids of the pieces whose token embeddings `model.ctc_feedback` starts with (`Pieces.token_ids`);
+            None to start with random weights.
 
     Raises:
         UserError: If weights are missing or do not fit, the tokenizer has more tokens than the LLM, or a pattern of
             `optim.parts` or `lora` matches nothing.
     """
-    hf_config, vocab_size = resolve_hf_config(recipe.model.llm), tokenizer.vocab_size
+    hf_config = resolve_hf_config(recipe.model.llm)
     check_llm(hf_config, recipe.parallel)
     check_router_losses(recipe.model, hf_config)
     if vocab_size > hf_config.vocab_size:
@@ -95,9 +97,8 @@ def build_step(
     heartbeat("the encoders")
     torch.manual_seed(recipe.seed)
     held = place(recipe.model, groups.topology.ep).held_by(groups.rank)
-    rms, symbols = embedding_rms(source, hf_config), None
-    if recipe.model.ctc_feedback and recipe.model.ctc_vocabulary == "pieces":
-        symbols = symbol_embeddings(source, tokenizer.pieces(recipe.model.ctc_pieces).token_ids)
+    rms = embedding_rms(source, hf_config)
+    symbols = None if piece_ids is None else symbol_embeddings(source, piece_ids)
     tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size, held, rms, symbols)
     layers = [name for name, _ in adaptable_layers(tower, "audio.")]
     add_adapters(tower, "audio.", adapters)

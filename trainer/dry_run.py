@@ -58,7 +58,8 @@ def check_tokenizer(recipe: Recipe) -> None:
 
     Raises:
         UserError: If the tokenizer cannot be read, lacks the placeholder or the end token, or has more tokens than the
-            LLM, or if its chat template does not allow the labels that `data.loss_turns` needs.
+            LLM, if its chat template does not allow the labels that `data.loss_turns` needs, or if it has no pieces for
+            the CTC head.
     """
     path = recipe.data.tokenizer.path
     if path is None or not Path(path).exists():
@@ -72,6 +73,8 @@ def check_tokenizer(recipe: Recipe) -> None:
             "use the LLM's own tokenizer"
         )
     check_loss_turns(recipe.data, tokenizer)
+    if recipe.model.num_pieces is not None:
+        tokenizer.pieces(recipe.model.num_pieces)
 
 
 def check_data(recipe: Recipe) -> None:
@@ -181,7 +184,7 @@ def _stages(recipe: Recipe, model: SizedModel) -> list[str]:
         last = stage.start + stage.steps
         count = sum(size.learned for size in stage_sizes(model, stage).values())
         weights = ", ".join(f"{name} {weight:g}" for name, weight in given.weights.items())
-        steps = f"{stage.start + 1} to {last}"
+        steps = f"{stage.start + 1} to {last}" + ("" if stage.runs_llm else ", without the LLM")
         rows.append(
             [
                 stage.name,

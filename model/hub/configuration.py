@@ -67,15 +67,15 @@ FEEDBACK_KEYS = ("ctc_feedback", "ctc_weight", "ctc_vocabulary", "ctc_outputs")
 """The fields of `ModelConfig` that a description contains only if the LLM reads the probabilities of the CTC head."""
 
 PIECES = "ctc_pieces"
-"""A further such field, which a description contains only if the symbols of the CTC head are pieces."""
+"""The field of `ModelConfig` that a description contains only if the LLM reads the probabilities of pieces."""
 
 
 def feedback_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return the values of these fields; empty if the LLM does not read the probabilities of the CTC head."""
+    """Return the fields that describe the CTC head; empty if the LLM does not read its probabilities."""
     if not config.ctc_feedback:
         return {}
-    merges = {PIECES: config.ctc_pieces} if config.ctc_vocabulary == "pieces" else {}
-    return {key: getattr(config, key) for key in FEEDBACK_KEYS} | merges
+    keys = (*FEEDBACK_KEYS, PIECES) if config.ctc_vocabulary == "pieces" else FEEDBACK_KEYS
+    return {key: getattr(config, key) for key in keys}
 
 
 def audio_config(tree: Mapping[str, Any]) -> ModelConfig:

@@ -20,8 +20,9 @@ NUM_BYTES = 256
 
 
 EMBEDDING_SCALE = 1.4
-"""The initial root mean square of the vectors that a CTC output of probability 1 adds to an audio embedding, if they
-are those of the LLM's token embeddings. It is twice that of the projector's output, so that the LLM recognizes them."""
+"""The initial root mean square of what the CTC outputs of an audio token add to its embedding, if they start with token
+embeddings of the LLM. It is twice that of the projector's output, so that the LLM recognizes them after the norm that
+follows (`model.adapter.normalize`)."""
 
 
 def num_symbols(config: ModelConfig, vocab_size: int) -> int:

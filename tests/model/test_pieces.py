@@ -48,6 +48,14 @@ def test_pieces_are_tokens_of_the_tokenizer_and_spell_the_text() -> None:
     ] == whole
 
 
+def test_text_that_looks_like_a_special_token_is_plain_text() -> None:
+    tree = trained()
+    tree["added_tokens"].append({**tree["added_tokens"][0], "id": 400, "content": "<tool>", "special": False})
+    pieces = Pieces(json.dumps(tree), 268)
+    for text in ("the <END> of <tool> the", "<end>"):
+        assert pieces.decode(pieces.encode(text)) == text.lower()
+
+
 def test_several_merges_of_the_same_token_count_once() -> None:
     tree = trained(special=False)
     first, second = tree["model"]["merges"][0]
@@ -59,10 +67,8 @@ def test_several_merges_of_the_same_token_count_once() -> None:
 
 
 def test_other_tokenizers_are_refused() -> None:
-    with pytest.raises(ValueError, match="256 tokens of single bytes, and 286 with all"):
+    with pytest.raises(ValueError, match="only 286 tokens"):
         Pieces(json.dumps(trained()), 287)
-    with pytest.raises(ValueError, match="256 tokens of single bytes"):
-        Pieces(json.dumps(trained()), 255)
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(ValueError, match="not a byte-level BPE"):
         Pieces(words.to_str(), 300)

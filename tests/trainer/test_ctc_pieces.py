@@ -38,15 +38,17 @@ def test_a_transcript_has_pieces_and_other_answers_have_none(tmp_path: Path) -> 
         make_sample("k", fields("sqa"), (CLIP,), tokenizer, RATE, pieces=pieces),
     ):
         assert not len(sample.pieces)
-    config = replace(tiny_model(), ctc_vocabulary="pieces", ctc_pieces=256)
+    config = replace(tiny_model(), ctc_vocabulary="pieces", ctc_pieces=257)
     assert CTC().targets(Batch((to_sample(spoken),)), config).values.tolist() == spoken.pieces.tolist()
 
 
 def test_a_tokenizer_without_such_pieces_is_an_error(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(write_chat_tokenizer(tmp_path, "chatml")), chat_config())
     with pytest.raises(
-        UserError, match=r"ctc_vocabulary = pieces: .*has 256 tokens of single bytes.*; change model.ct"
+        UserError, match=r"model.ctc_pieces = 300: .* because it has only 256 tokens of bytes and merges; lo"
     ):
         tokenizer.pieces(300)
-    with pytest.raises(UserError, match=r"ctc_vocabulary = pieces: the tokenizer cannot be used: it is not a byte-lev"):
+    with pytest.raises(
+        UserError, match=r"model.ctc_pieces = 300: .* because it is not a byte-level BPE tokenizer; lower"
+    ):
         SentencePieceTokenizer.pieces(tokenizer, 300)  # type: ignore[arg-type]

@@ -118,14 +118,25 @@ def test_a_stage_without_a_match_or_without_audio_is_an_error() -> None:
 
 
 def test_a_stage_without_the_llm_must_not_train_it_and_needs_a_loss() -> None:
-    names = ["audio.projector.weight", "llm.x.lora_A"]
+    names = ["audio.projector.weight", "audio.adapter.x", "llm.x.lora_A"]
     check_stages(staged(replace(CONNECTOR, llm=False)), names)
+    with pytest.raises(UserError, match=r"every audio parameter is frozen; train at least audio.adapter.\*"):
+        check_stages(staged(StageConfig(name="x", steps=1, train=("audio.projector.*",), llm=False)), names)
     with pytest.raises(UserError, match=r"stages 'lora'.llm = false: the stage would also train llm.x.lora_A"):
         check_stages(staged(replace(LORA, llm=False)), names)
     stage = "stages=[{name: a, steps: 4, train: [connector], llm: false, warmup_steps: 0}]"
     check_recipe(load_recipe("debug", [stage, "model.ctc_weight=1"]))
+    stop = ["eval.every_steps=2", "eval.stop_after=2", "checkpoint.best_metric=eval/dev/asr/wer"]
+    with pytest.raises(
+        UserError, match=r"eval.stop_after = 2: scores cannot improve in a stage without the LLM; remove"
+    ):
+        check_recipe(load_recipe("debug", [stage, "model.ctc_weight=1", *stop]))
+    frozen = staged(replace(CONNECTOR, llm=False))
+    assert (
+        setting_of(frozen, "audio.projector.weight", 2).frozen and not setting_of(frozen, "audio.adapter.x", 2).frozen
+    )
     with pytest.raises(UserError, match=r"stages.0.llm = false: without the LLM, the stage has no loss; set model.ctc"):
-        check_recipe(load_recipe("debug", [stage, "model.ctc_weight=0", "model.experts=[]"]))
+        check_recipe(load_recipe("debug", [stage, "model.ctc_weight=0"]))
 
 
 def test_weights_of_datasets_by_stage() -> None:

@@ -37,6 +37,8 @@ _ROUTING = ("audio.router.", "audio.stream_projection.")
 """The prefixes of the tensors that a model has if and only if it has encoder experts."""
 _HEAD = re.compile(r"audio\.(\w+)_head\.")
 """The pattern of tensor names in the head of a loss."""
+_HEAD_KEYS = "data.tokenizer, model.adapter, model.ctc_vocabulary, model.ctc_pieces or model.ctc_outputs"
+"""The recipe keys that determine the size of a head."""
 _FFN_EXPERT = re.compile(r"llm\..+\.experts\.([^.]+)\.")
 """The pattern of FFN expert tensor names. A new expert starts with the weights that `model.llm.experts` names."""
 _BY_TOKEN = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
@@ -50,7 +52,7 @@ _KEYS = (
     ("audio.projector.", "model.adapter or model.llm"),
     ("audio.feature_norm.", "model.adapter.normalize"),
     ("audio.output_norm.", "model.adapter.normalize"),
-    ("audio.ctc_feedback.", "model.ctc_feedback or model.ctc_outputs"),
+    ("audio.ctc_feedback.", "model.ctc_feedback, model.ctc_vocabulary, model.ctc_pieces or model.ctc_outputs"),
     ("llm.", "model.llm"),
 )
 """Pairs of a prefix of tensor names and the recipe key that determines the tensors' size."""
@@ -208,7 +210,7 @@ def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) 
     if found == wanted:
         return
     key = next((key for start, key in _KEYS if shard.name.startswith(start)), "model")
-    key = "data.tokenizer, model.adapter, model.ctc_vocabulary or model.ctc_outputs" if _HEAD.match(shard.name) else key
+    key = _HEAD_KEYS if _HEAD.match(shard.name) else key
     if shard.name.startswith("audio.adapter.") and not origin.experts:
         key = "model.router.join: add, if encoders were added, or model.adapter"
     key = "lora" if is_factor(shard.name) else key

@@ -20,6 +20,7 @@ from model.llm.families import mixture_of
 from model.llm.rotary import num_positions
 from model.lora import LLM, Adapters, llm_layers
 from model.losses.base import AudioLoss
+from model.losses.routing import RoutingLoss
 from model.losses.table import LOSSES, active_losses, check_losses
 from trainer.config.llm_checks import check_llm, check_router_losses, check_routers, known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
@@ -93,12 +94,13 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _check_stage_losses(recipe: Recipe) -> None:
-    has_audio_loss = any(isinstance(loss, AudioLoss) for loss in active_losses(recipe.model))
+    losses = [loss for loss in active_losses(recipe.model) if isinstance(loss, AudioLoss)]
+    has_audio_loss = any(not isinstance(loss, RoutingLoss) and loss.weight(recipe.model) > 0 for loss in losses)
     for number, stage in enumerate(recipe.stages):
         if not stage.llm and not has_audio_loss:
             raise UserError(
-                f"stages.{number}.llm = false: without the LLM, the stage has no loss; set model.ctc_weight, or set it "
-                "to true"
+                f"stages.{number}.llm = false: without the LLM, the stage has no loss; set model.ctc_weight, or remove "
+                f"stages.{number}.llm"
             )
 
 
@@ -289,6 +291,12 @@ def _check_data(recipe: Recipe) -> None:
 
 def _check_stop(recipe: Recipe) -> None:
     after, metric, split = recipe.eval.stop_after, recipe.checkpoint.best_metric, recipe.eval.split
+    without_llm = next((number for number, stage in enumerate(recipe.stages) if not stage.llm), None)
+    if after and without_llm is not None:
+        raise UserError(
+            f"eval.stop_after = {after}: scores cannot improve in a stage without the LLM; remove it, or "
+            f"stages.{without_llm}.llm"
+        )
     if metric is not None and not any(metric.startswith(f"eval/{known}/") for known in recipe.data.eval_splits):
         raise UserError(
             f"checkpoint.best_metric = {metric}: must begin with eval/ and one of data.eval_splits: "

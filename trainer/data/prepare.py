@@ -155,6 +155,8 @@ def prepare(
     limit = config.max_tokens if max_tokens is None else max_tokens
     tokenizer = load_tokenizer(path, config.tokenizer)
     check_loss_turns(config, tokenizer)
+    if ctc_pieces is not None:
+        tokenizer.pieces(ctc_pieces)  # This raises an error before the model is built.
     return PreparedData(config, datasets, tokenizer, path, rate, text_fields, ctc_pieces, limit)
 
 

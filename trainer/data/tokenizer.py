@@ -82,12 +82,12 @@ class Tokenizer(ABC):
         Raises:
             UserError: If the tokenizer has no such pieces.
         """
-        raise self._no_pieces("it is not a byte-level BPE tokenizer")
+        raise self._no_pieces(num_pieces, "it is not a byte-level BPE tokenizer")
 
-    def _no_pieces(self, reason: str) -> UserError:
+    def _no_pieces(self, num_pieces: int, reason: str) -> UserError:
         return UserError(
-            f"model.ctc_vocabulary = pieces: {self.config.path or 'the tokenizer'} cannot be used: {reason}; change "
-            "model.ctc_pieces, or set model.ctc_vocabulary: bytes"
+            f"model.ctc_pieces = {num_pieces}: {self.config.path or 'the tokenizer'} cannot be used, because {reason}; "
+            "lower it, or set model.ctc_vocabulary: bytes"
         )
 
     def encode(self, text: str) -> list[int]:
@@ -313,7 +313,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             return Pieces(backend.to_str(), num_pieces)
         except ValueError as error:
-            raise self._no_pieces(str(error)) from None
+            raise self._no_pieces(num_pieces, str(error)) from None
 
     @property
     def digest(self) -> str:

@@ -34,6 +34,10 @@ PARTS = {
 """Names that `stages.N.train` accepts in place of patterns, and the patterns of parameter names that they stand for."""
 
 
+_FOR_LLM = ("audio.projector.", "audio.output_norm.", "audio.ctc_feedback.")
+"""Prefixes of the audio side's parameters on which only the input of the LLM depends."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """A stage of training. Keys that are null have the value of the same key in the section `optim`."""
@@ -58,7 +62,7 @@ class StageConfig:
     """Different settings for some of the parameters in this stage, applied after the settings in `optim.parts`."""
     llm: bool = True
     """If false, the stage does not run the LLM. It then trains only with the losses of the audio side, such as CTC, and
-    its steps take less time. It must not train parameters of the LLM."""
+    its steps take less time. It does not train the projector, and must not train parameters of the LLM."""
     weights: dict[str, float] = field(default_factory=dict)
     """The weights of datasets in this stage, by the name of the dataset. Other datasets keep their own `weight`."""
 
@@ -95,6 +99,8 @@ class Stage:
         """Return the settings of a parameter in this stage; see `setting_of`."""
         setting = setting_of(self.optim, name, num_dims)
         learns = not self.patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+        if not self.runs_llm and name.startswith(_FOR_LLM):
+            learns = False  # Its gradient would be zero, and weight decay would shrink it.
         return setting if learns else replace(setting, frozen=True)
 
 
@@ -163,7 +169,8 @@ def check_stages(optim: OptimConfig, names: Iterable[str]) -> None:
                     f"or a pattern of parameter names, such as {names[0]}"
                 )
         if not any(name.startswith("audio.") and not stage.setting(name, 2).frozen for name in names):
-            raise UserError(f"stages '{stage.name}': every audio parameter is frozen; train at least audio.projector.*")
+            least = "audio.projector.*" if stage.runs_llm else "audio.adapter.*"
+            raise UserError(f"stages '{stage.name}': every audio parameter is frozen; train at least {least}")
         trained = next((n for n in names if n.startswith("llm.") and not stage.setting(n, 2).frozen), None)
         if not stage.runs_llm and trained is not None:
             raise UserError(

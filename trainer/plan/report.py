@@ -186,6 +186,9 @@ def _experts(plan: Plan) -> list[str]:
     ]
 
 
+_LLM_TEXT = {True: "", False: " without the LLM"}
+
+
 def _stages(plan: Plan) -> list[str]:
     """Return a paragraph about the stages of training, if there are any."""
     stages = stages_of(plan.recipe.staged_optim, plan.recipe.train.steps) if plan.recipe.stages else ()
@@ -194,7 +197,7 @@ def _stages(plan: Plan) -> list[str]:
     model = sized_model(plan.recipe)
     counts = [sum(s.learned for s in stage_sizes(model, stage).values()) for stage in stages]
     each = [
-        f"{stage.name} ({stage.steps:,} steps, {count_text(count)} trainable)"
+        f"{stage.name} ({stage.steps:,} steps{_LLM_TEXT[stage.runs_llm]}, {count_text(count)} trainable)"
         for stage, count in zip(stages, counts, strict=True)
     ]
     return [

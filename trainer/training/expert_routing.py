@@ -105,6 +105,6 @@ class ExpertRouting:
             step: The number of steps completed.
         """
         num_steps, sums = self._meter.take(self.groups)
-        if self.groups.rank != 0:
+        if self.groups.rank != 0 or num_steps == 0:  # There are no tokens in stages without the LLM.
             return None
         return TokenLoad.of(step, num_steps, self._meter.names, self.mixture.layers, self.kinds, sums)

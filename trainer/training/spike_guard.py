@@ -58,6 +58,7 @@ class SpikeGuard:
     def forget_until(self, step: int) -> None:
         """Forget the losses up to and including `step`, because a stage with a different loss begins after it."""
         self._recent = [(s, loss) for s, loss in self._recent if s > step]
+        self.history = deque((past for past in self.history if past.step > step), self.history.maxlen)
 
     @property
     def state(self) -> dict[str, Any]:

@@ -271,10 +271,9 @@ class Step:
         with timer("encode"):
             audio = self.audio.forward(batch.clips, batch.prompts, self.router_noise(step, batch), whole.clips)
         with timer("backward"):
-            self.llm.finish_gathering()
             self.llm.zero_grad()
             terms = audio_terms(self.losses, audio, batch, self.model, self._sum_over_ranks)
-            # As in other steps, every parameter gets a gradient, which is zero for those that only the LLM uses.
+            # As in other steps, every parameter gets a gradient. It is zero for those on which only the LLM depends.
             self.audio.backward(0.0 * audio.embeddings.values.sum() + _total(terms, whole))
         with timer("report"):
             report = self.report(step, whole, terms, None)
