@@ -116,8 +116,10 @@ def report(folder: Path, rows: Sequence[Mapping[str, Any]], next_steps: str, spl
     spoken = [p for p in predictions if find_task(p["task"]).is_transcription]
     # Evenly spaced transcripts include every kind of text.
     shown = [spoken[i * len(spoken) // NUM_TRANSCRIPTS] for i in range(min(NUM_TRANSCRIPTS, len(spoken)))]
+    # A run with eval.before=false is evaluated only after training.
+    before = f"{summary['wer_before']:.2f} before  ->  " if "wer_before" in summary else ""
     parts = [
-        f"word error rate  {summary['wer_before']:.2f} before  ->  {summary['wer_after']:.2f} after",
+        f"word error rate  {before}{summary['wer_after']:.2f} after",
         format_table([{"spoken": p["reference"], "recognised": p["hypothesis"]} for p in shown]),
         format_table([_answer_row(row) for row in score_table(others, baseline)]),
         f"loss {summary['loss_first']:.2f} -> {summary['loss_last']:.2f}, {summary['num_ranks']} ranks, "
