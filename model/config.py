@@ -277,7 +277,7 @@ class ModelConfig:
     disabled."""
 
     def __post_init__(self) -> None:
-        check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1, ctc_pieces=257)
+        check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1, ctc_pieces=1)
         if self.ctc_feedback and (self.ctc_weight == 0 or self.ctc_vocabulary == "tokens"):
             raise UserError(
                 "model.ctc_feedback = true: needs ctc_vocabulary: bytes or pieces and a positive ctc_weight; set both, "

@@ -127,7 +127,7 @@ ADAPTER_KINDS = {
 """The adapters of `tiny_model` by kind. For most clips, the last group of frames is not full."""
 CTC_SYMBOLS: Mapping[str, Literal["tokens", "pieces"]] = {"convolutions": "tokens", "queries": "pieces"}
 """The symbols of the CTC head of `tiny_model` by kind of adapter; bytes with other kinds."""
-NUM_PIECES = 257
+NUM_PIECES = 11
 ADDING = ("pooling_perceptron", "swiglu", "swiglu_post_norm")
 """The kinds of adapters with which `tiny_model` adds the experts' features to those of the primary encoder."""
 
