@@ -302,7 +302,7 @@ def flip(path: Path) -> None:
     [
         (lambda c: (c / "audio-00001.safetensors").unlink(), ("audio-00001.safetensors is missing",)),
         (lambda c: os.truncate(c / "audio-00000.safetensors", 99), ("audio-00000.safetensors has 99 bytes",)),
-        (lambda c: flip(c / "audio-00002.safetensors"), ("audio-00002.safetensors has another checksum",)),
+        (lambda c: flip(c / "audio-00002.safetensors"), ("audio-00002.safetensors has a different checksum",)),
         (lambda c: (c / "manifest.json").write_text("{}"), ("manifest.json", "cannot be read")),
     ],
 )
