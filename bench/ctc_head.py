@@ -109,8 +109,8 @@ def _answers(run_dir: Path, split: str) -> Mapping[str, str]:
 
 
 def _rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    plain = [list(map(normalise, texts)) for texts in (references, hypotheses)]
-    hits, substitutions, deletions, insertions = edits(*plain).sum(0)
+    counts = edits([normalise(text) for text in references], [normalise(text) for text in hypotheses])
+    hits, substitutions, deletions, insertions = counts.sum(0)
     return float((substitutions + deletions + insertions) / (hits + substitutions + deletions))
 
 
