@@ -15,10 +15,9 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from model.batch import Ragged
 from model.errors import UserError
 from model.losses.ctc import CTC
 from model.pieces import Pieces
+from tools.demo import last_predictions, read_jsonl
 from trainer.data.decode import decode_audio
 from trainer.data.tokenizer import load_tokenizer
 from trainer.expert_usage.forward import load_tower, open_checkpoint
@@ -63,10 +63,12 @@ def main() -> int:
 
 @torch.no_grad()
 def measure(run: Path, manifest: Path, split: str) -> dict[str, tuple[float, float | None]]:
-    """Return the word error rates of the CTC head and of the LLM by subset; None for the LLM without predictions.
+    """Return the word error rates of the CTC head and of the LLM by subset.
+
+    The rate of the LLM is None if it has not answered all samples of the subset.
 
     Raises:
-        UserError: If the run has no usable checkpoint, or its CTC head does not recognize pieces.
+        UserError: If the run has no usable checkpoint or no predictions, or its CTC head does not recognize pieces.
     """
     where = find_run(run)
     reader, recipe = open_checkpoint(where)
@@ -75,9 +77,9 @@ def measure(run: Path, manifest: Path, split: str) -> dict[str, tuple[float, flo
     tower = load_tower(recipe.model, reader, recipe.lora)
     tokenizer = load_tokenizer(str(recipe.data.tokenizer.path), recipe.data.tokenizer)
     pieces = tokenizer.pieces(recipe.model.num_pieces)
-    answers = _answers(where.run_dir, split)
+    answers = {row["key"]: row["hypothesis"] for row in read_jsonl(last_predictions(where.run_dir, split))}
     by_subset: defaultdict[str, list[tuple[str, str, str | None]]] = defaultdict(list)
-    for row in map(json.loads, manifest.read_text(encoding="utf-8").splitlines()):
+    for row in read_jsonl(manifest):
         if row["split"] == split and row["task"] == "asr":
             text = recognize(tower, pieces, (manifest.parent / row["audio"]).read_bytes())
             by_subset[row["subset"]].append((row["answer"], text, answers.get(row["id"])))
@@ -95,17 +97,6 @@ def recognize(tower: AudioTower, pieces: Pieces, recording: bytes) -> str:
     output = tower(Ragged(clip, (len(clip),)), Ragged(torch.zeros(1, dtype=torch.int64, device=clip.device), (1,)))
     symbols = output.heads[CTC.name].values.view(-1, len(pieces) + 1).argmax(-1).tolist()
     return pieces.decode([symbol for symbol, _ in groupby(symbols) if symbol < len(pieces)])
-
-
-def _answers(run_dir: Path, split: str) -> Mapping[str, str]:
-    """Return the answers of the last evaluation of a split by the key of the sample; empty if there is none."""
-    files = sorted(
-        run_dir.glob(f"predictions-{split}-step*.jsonl"), key=lambda path: int(path.stem.rpartition("step")[2])
-    )
-    rows: list[dict[str, Any]] = []
-    if files:
-        rows = [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
-    return {row["key"]: row["hypothesis"] for row in rows}
 
 
 def _rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:

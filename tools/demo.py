@@ -106,7 +106,7 @@ def report(folder: Path, rows: Sequence[Mapping[str, Any]], next_steps: str, spl
     if not summary_file.exists():
         raise UserError(f"{summary_file}: the run did not write this file; see the run's messages above")
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    predictions = read_jsonl(_last_predictions(folder, split))
+    predictions = read_jsonl(last_predictions(folder, split))
     metas = {row["id"]: row for row in rows}
     scores = _scores(predictions, metas)
     baseline = majority_baseline(
@@ -172,7 +172,12 @@ def _meta(prediction: Mapping[str, Any], metas: Mapping[str, Any]) -> Mapping[st
     return metas[prediction["key"]]
 
 
-def _last_predictions(folder: Path, split: str) -> Path:
+def last_predictions(folder: Path, split: str) -> Path:
+    """Return the file with the predictions of a run's last evaluation of a split.
+
+    Raises:
+        UserError: If the run has not evaluated the split.
+    """
     steps = {
         int(match[1]): path
         for path in folder.glob(f"predictions-{split}-step*.jsonl")

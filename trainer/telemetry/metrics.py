@@ -40,7 +40,7 @@ class StepReport:
     """Whether the stage of training runs the LLM."""
     num_samples: int = 0
     num_tokens: int = 0
-    """The number of LLM positions, including audio tokens."""
+    """The number of LLM positions, including audio tokens; 0 if the LLM was not run."""
     audio_sec: float = 0.0
     """The duration of all audio, in seconds."""
     phase_sec: Mapping[str, float] = field(default_factory=dict)
@@ -135,7 +135,7 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
     seconds = sum(r.seconds for r in reports)
     metrics["time/step_sec"] = seconds / num
     if seconds > 0:
-        metrics["throughput/tokens_per_sec"] = sum(r.num_tokens for r in reports if r.ran_llm) / seconds
+        metrics["throughput/tokens_per_sec"] = sum(r.num_tokens for r in reports) / seconds
         metrics["throughput/audio_sec_per_sec"] = sum(r.audio_sec for r in reports) / seconds
         metrics["throughput/samples_per_sec"] = sum(r.num_samples for r in reports) / seconds
     used = [r.mfu for r in reports if r.mfu is not None]

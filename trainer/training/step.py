@@ -399,7 +399,7 @@ class Step:
             task_losses={} if sample_losses is None else whole.losses_by_task(by_sample),
             ran_llm=sample_losses is not None,
             num_samples=len(whole),
-            num_tokens=int(whole.num_tokens.sum()),
+            num_tokens=0 if sample_losses is None else int(whole.num_tokens.sum()),
             audio_sec=float(whole.audio_samples.sum()) / SAMPLE_RATE,
         )
 

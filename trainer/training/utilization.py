@@ -31,8 +31,7 @@ class Utilization:
 
     def mfu(self, report: StepReport) -> float | None:
         """Return the utilization in a step, from 0 to 1; None if the step took no measurable time."""
-        tokens = report.num_tokens if report.ran_llm else 0
-        done = self.flops_per_token * tokens + self.flops_per_audio_sec * report.audio_sec
+        done = self.flops_per_token * report.num_tokens + self.flops_per_audio_sec * report.audio_sec
         return done / (report.seconds * self.peak_flops_per_sec) if report.seconds > 0 else None
 
 
