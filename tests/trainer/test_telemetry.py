@@ -167,6 +167,23 @@ def test_plain_lines_without_a_terminal() -> None:
     assert "\r" not in stream.getvalue()
 
 
+def test_remaining_time_is_that_of_the_current_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage without the LLM has much shorter steps than others. First steps, which take longer, do not count."""
+    now_sec = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now_sec)
+    stream = io.StringIO()
+    progress = Progress(1000, name="demo", stream=stream, stage_ends=[("speech", 400), ("tasks", 1000)])
+    for step in range(1, 406):
+        is_first, is_short = step in (1, 401), step <= 400
+        now_sec += 60 if is_first else 2 if is_short else 10
+        progress.update(make_report(step))
+    lines = stream.getvalue().splitlines()
+    assert "demo step 1/1000  6:39:00 left in speech  " in lines[0]
+    assert "demo step 2/1000  13:16 left in speech  " in lines[1]
+    assert "demo step 400/1000  0:00 left in speech  " in lines[399]
+    assert "demo step 405/1000  1:39:10 left in tasks  " in lines[404]
+
+
 def test_bar_on_a_terminal() -> None:
     stream = Terminal()
     progress = Progress(4, start_step=1, name="demo", stream=stream)

@@ -25,6 +25,8 @@ class RunState:
     num_ranks: int
     start_step: int = 0
     """The number of completed steps. It is 0, or the step of the checkpoint that the run resumes from."""
+    stage_ends: tuple[tuple[str, int], ...] = ()
+    """The name and the last step of every stage (section `stages`); empty if the run has no stages."""
 
 
 class Hook:

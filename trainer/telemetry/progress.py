@@ -25,7 +25,11 @@ class Progress:
 
     The bar and the lines show the remaining time, the loss, the learning rate, the gradient norm, tokens per second,
     the MFU or audio seconds per second (x real time), and the peak memory of rank 0. On a narrow terminal, the last of
-    these values are omitted. Rates are moving averages over the last steps.
+    these values are omitted. Rates are moving averages over the last steps. The first step of this process and of each
+    stage takes longer than others, so it does not count once there is a second one.
+
+    The steps of different stages may take very different times. The remaining time is therefore that of the current
+    stage, with its name.
 
     Args:
         num_steps: The number of steps of the whole run.
@@ -33,18 +37,29 @@ class Progress:
         every_steps: The number of steps per plain line.
         name: The name of the run, with which each line begins.
         stream: The output; None for stderr.
+        stage_ends: The name and the last step of every stage; empty for a run without stages.
     """
 
     _SMOOTHING = 0.1
 
     def __init__(
-        self, num_steps: int, start_step: int = 0, every_steps: int = 1, *, name: str = "", stream: TextIO | None = None
+        self,
+        num_steps: int,
+        start_step: int = 0,
+        every_steps: int = 1,
+        *,
+        name: str = "",
+        stream: TextIO | None = None,
+        stage_ends: Sequence[tuple[str, int]] = (),
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._num_steps, self._start_step, self._every_steps = num_steps, start_step, every_steps
         self._name = name
         self._mark_sec = time.perf_counter()
-        self._rates: tuple[float, float, float] | None = None  # The rates of steps, tokens and audio seconds.
+        self._stage_ends = stage_ends or [("", num_steps)]
+        self._stage: tuple[str, int] | None = None  # The stage of the last step.
+        self._num_measured = 0  # The number of steps of this stage that have been measured.
+        self._rates: tuple[float, float, float] = (0.0, 0.0, 0.0)  # The averages of time, tokens and audio seconds.
         self._bar: tqdm | None = None
         if self._stream.isatty():
             self._bar = tqdm(
@@ -100,21 +115,24 @@ class Progress:
         now_sec = time.perf_counter()
         seconds = max(now_sec - self._mark_sec, 1e-9)
         self._mark_sec = now_sec
+        stage = next((entry for entry in self._stage_ends if report.step <= entry[1]), self._stage_ends[-1])
+        if stage != self._stage:
+            self._stage, self._num_measured = stage, 0
+        self._num_measured += 1
         # Amounts and times are averaged instead of rates, so that longer steps have a larger weight.
         latest = (seconds, float(report.num_tokens), report.audio_sec)
-        if self._rates is None:
-            self._rates = latest
-        else:
-            a = self._SMOOTHING
-            self._rates = tuple(a * x + (1 - a) * y for x, y in zip(latest, self._rates, strict=True))  # type: ignore[assignment]
+        weight = max(self._SMOOTHING, 1 / max(1, self._num_measured - 1))
+        mean = [weight * new + (1 - weight) * old for new, old in zip(latest, self._rates, strict=True)]
+        self._rates = (mean[0], mean[1], mean[2])
 
     def _words(self, report: StepReport) -> list[str]:
         """Return the values to show for a step as text, the most important first."""
-        assert self._rates is not None
+        assert self._stage is not None
         step_sec, num_tokens, audio_sec = self._rates
+        stage, last_step = self._stage
         use = f"{audio_sec / step_sec:.0f}x real time" if report.mfu is None else f"MFU {report.mfu:.1%}"
         return [
-            f"{duration((self._num_steps - report.step) * step_sec)} left",
+            f"{duration((last_step - report.step) * step_sec)} left{f' in {stage}' if stage else ''}",
             f"loss {number(report.loss)}",
             f"lr {report.lr:.2g}",
             f"grad {number(report.grad_norm)}",

@@ -34,7 +34,9 @@ class ProgressHook(Hook):
         self._progress: Progress | None = None
 
     def on_start(self, state: RunState) -> None:
-        self._progress = Progress(state.num_steps, state.start_step, self._every_steps, name=state.name)
+        self._progress = Progress(
+            state.num_steps, state.start_step, self._every_steps, name=state.name, stage_ends=state.stage_ends
+        )
         if state.start_step:
             self._progress.write(f"resuming at step {state.start_step}")
 

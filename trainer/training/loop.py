@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -123,7 +124,8 @@ class Loop:
         """
         recipe, num_steps = self.recipe, self.recipe.train.steps
         self.hooks.extend(hooks)
-        self.hooks.on_start(RunState(recipe.name, self.run_dir, num_steps, self.groups.topology.world, start))
+        ends = tuple(zip((s.name for s in recipe.stages), accumulate(s.steps for s in recipe.stages), strict=True))
+        self.hooks.on_start(RunState(recipe.name, self.run_dir, num_steps, self.groups.topology.world, start, ends))
         with StopRequest().listening() as stop, self._ending(stop):
             if start == 0 and recipe.eval.before:
                 self._evaluate_final_split(0, "wer_before")
