@@ -148,6 +148,20 @@ def test_virtual_stages_divide_the_bubble(virtual: int) -> None:
     assert bubble(8, 8, virtual) == pytest.approx(share / (1 + share), rel=0.02)
 
 
+def test_duration_of_stages_without_the_llm() -> None:
+    """A step without the LLM takes as long as all parts of a step but the LLM."""
+    stages = "stages=[{name: a, steps: 30, llm: false, train: [connector, encoders]}, {name: b, steps: 10}]"
+    keys = ["model.ctc_weight=1.0", "train.steps=40", stages]
+    recipe = load_recipe("debug", keys)
+    plan = Planner(recipe, KNOWN["h100"]).plan(recipe, typical_workload(recipe, build_topology(recipe.parallel, 2)))
+    parts = plan.time
+    assert 0 < parts.llm < parts.total
+    assert plan.run_sec(parts.total) == pytest.approx(40 * parts.total - 30 * parts.llm)
+    assert plan.run_sec(2 * parts.total) == pytest.approx(2 * plan.run_sec(parts.total))
+    assert plan.days == pytest.approx(plan.run_sec(parts.total) / 86_400)
+    assert "stages without it" in " ".join(report(plan).split())
+
+
 def bubble(pp: int, microbatches: int, virtual: int) -> float:
     """Return the planned share of idle time, for a model whose output layer is small."""
     recipe = load_recipe(

@@ -67,8 +67,16 @@ class Plan:
         return self.fixed_share > 0.5
 
     def cost(self, step_sec: float, price_per_gpu_hour: float) -> float:
-        """Return the price of all steps if each step takes `step_sec` seconds."""
-        return step_sec * self.recipe.train.steps / 3600 * self.topology.world * price_per_gpu_hour
+        """Return the price of all steps if a step that runs the LLM takes `step_sec` seconds."""
+        return self.run_sec(step_sec) / 3600 * self.topology.world * price_per_gpu_hour
+
+    def run_sec(self, step_sec: float) -> float:
+        """Return the duration of all steps if a step that runs the LLM takes `step_sec` seconds.
+
+        Steps of stages with `llm: false` take less time by the LLM's share of a step.
+        """
+        without_llm = sum(stage.steps for stage in self.recipe.stages if not stage.llm)
+        return step_sec * (self.recipe.train.steps - without_llm * self.time.llm / self.time.total)
 
     @property
     def worst(self) -> RankMemory:
@@ -102,13 +110,13 @@ class Plan:
 
     @property
     def steps_per_day(self) -> float:
-        """The expected number of steps per day."""
+        """The expected number of steps per day, if every step runs the LLM."""
         return SECONDS_PER_DAY / self.time.total
 
     @property
     def days(self) -> float:
         """The expected duration of all steps in days, without evaluations and checkpoints."""
-        return self.recipe.train.steps / self.steps_per_day
+        return self.run_sec(self.time.total) / SECONDS_PER_DAY
 
     @property
     def misfit(self) -> str:

@@ -73,8 +73,7 @@ def _summary(plan: Plan, advice: Advice | None, price: float | None) -> list[str
             (
                 "time",
                 f"{range_text(low, high)} per step; {plan.recipe.train.steps:,} steps take "
-                f"{range_text(low * plan.recipe.train.steps, high * plan.recipe.train.steps)}, without evaluations "
-                "and checkpoints",
+                f"{range_text(plan.run_sec(low), plan.run_sec(high))}, without evaluations and checkpoints",
             )
         )
         rows.append(
@@ -200,9 +199,11 @@ def _stages(plan: Plan) -> list[str]:
         f"{stage.name} ({stage.steps:,} steps{_LLM_TEXT[stage.runs_llm]}, {count_text(count)} trainable)"
         for stage, count in zip(stages, counts, strict=True)
     ]
+    every_stage_runs_llm = all(stage.runs_llm for stage in stages)
+    shorter = "" if every_stage_runs_llm else " The duration of all steps does not count the LLM in stages without it."
     return [
         f"Stages: {', '.join(each)}. Memory and time are for a step that trains every parameter that any stage trains; "
-        "the optimizer states of all stages are held from the beginning."
+        f"the optimizer states of all stages are held from the beginning.{shorter}"
     ]
 
 

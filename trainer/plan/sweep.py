@@ -157,9 +157,8 @@ def _cells(plan: Plan, price: float | None) -> list[str]:
     if plan.too_small:
         return [*cells, "too small"]
     low, high = plan.seconds_range
-    steps = plan.recipe.train.steps
     cells += [range_text(low, high), f"{plan.time.bubble:.0%}", f"{plan.time.mfu:.1%}"]
-    cells += [range_text(low * steps, high * steps)]
+    cells += [range_text(plan.run_sec(low), plan.run_sec(high))]
     return cells + ([costs(plan, price)] if price else [])
 
 
@@ -171,7 +170,7 @@ def as_tree(found: Sweep) -> dict[str, Any]:
         plan = row.plan
         if plan is not None:
             low, high = plan.seconds_range
-            steps, world = plan.recipe.train.steps, plan.topology.world
+            world = plan.topology.world
             tree |= {
                 "ranks": world,
                 "fits": plan.fits,
@@ -179,17 +178,17 @@ def as_tree(found: Sweep) -> dict[str, Any]:
                 "too_small": plan.too_small,
                 "peak_gib": plan.worst.total / GIB,
                 "usable_gib": plan.accelerator.usable_bytes / GIB,
-                "steps": steps,
+                "steps": plan.recipe.train.steps,
             }
             if not plan.too_small:
                 tree |= {
                     "step_sec": [low, high],
                     "step_text": range_text(low, high),
-                    "hours": [low * steps / 3600, high * steps / 3600],
-                    "hours_text": range_text(low * steps, high * steps),
+                    "hours": [plan.run_sec(low) / 3600, plan.run_sec(high) / 3600],
+                    "hours_text": range_text(plan.run_sec(low), plan.run_sec(high)),
                     "mfu": plan.time.mfu,
                     "bubble": plan.time.bubble,
-                    "gpu_hours": [seconds * steps / 3600 * world for seconds in (low, high)],
+                    "gpu_hours": [plan.run_sec(seconds) / 3600 * world for seconds in (low, high)],
                 }
         rows.append(tree)
     return {
@@ -214,7 +213,7 @@ def fastest(found: Sweep) -> str:
         return ""
 
     def seconds(one: tuple[tuple[str, ...], Plan]) -> float:
-        return one[1].time.total * one[1].recipe.train.steps
+        return one[1].run_sec(one[1].time.total)
 
     def named(one: tuple[tuple[str, ...], Plan]) -> str:
         return " ".join(f"{key}={value}" for key, value in zip(found.keys, one[0], strict=True))
