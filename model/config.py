@@ -118,17 +118,18 @@ class AdapterConfig:
     """The adapter, which turns the joined features into one vector per audio token. The projector reads its output."""
 
     kind: Annotated[str, OneOf(ADAPTERS)] = "convolutions"
-    """The kind of network (see `docs/connectors.md`). `convolutions` are strided 1-D convolutions. `stacking`
-    concatenates frames and applies a perceptron. `queries` are learned queries that attend to each window of frames.
-    The other kinds are adapters of published models: `pooling` averages frames, `pooling_perceptron` applies a
-    perceptron to the average, and `swiglu` and `swiglu_post_norm` apply a gated perceptron to stacked frames."""
+    """The kind of network (see `docs/connectors.md`). `convolutions` are strided 1-D convolutions, and
+    `stacked_convolutions` concatenates their outputs. `stacking` concatenates frames and applies a perceptron.
+    `queries` are learned queries that attend to each window of frames. The other kinds are adapters of published
+    models: `pooling` averages frames, `pooling_perceptron` applies a perceptron to the average, and `swiglu` and
+    `swiglu_post_norm` apply a gated perceptron to stacked frames."""
     hidden_size: int = 1024
     """The width of the layers and of the output."""
     kernel_size: int = 3
-    """The kernel size of the convolutions in the kind `convolutions`, in frames. It must be at least the largest
-    stride."""
+    """The kernel size of the convolutions, in frames. It must be at least the largest stride of a convolution."""
     strides: tuple[int, ...] = (2, 2, 2)
-    """The down-sampling factors, one per convolution. The other kinds use only their product, which is the number of
+    """The down-sampling factors, one per convolution. In the kind `stacked_convolutions`, the last one is the number of
+    outputs of the convolutions that are concatenated. The other kinds use only their product, which is the number of
     frames that are stacked, averaged or attended to together. It is 8 by default, so an audio token of the LLM covers
     160 ms."""
     num_queries: int = 1
@@ -138,17 +139,17 @@ class AdapterConfig:
     num_heads: int = 8
     """The number of attention heads in the kind `queries`, which must divide `hidden_size`."""
     bias: bool = True
-    """Whether the linear layers of the adapter and the projector have biases. `convolutions` and `queries` must have
-    them."""
+    """Whether the linear layers of the adapter and the projector have biases. `queries` and kinds with convolutions
+    must have them."""
     last_group: Literal["pad", "drop"] = "pad"
     """The treatment of the last frames of a clip if they are too few for an audio token. `pad` pads them to one more
-    audio token. `drop` drops them, except in a clip that would otherwise have no audio token. `convolutions` and
-    `queries` accept only `pad`."""
+    audio token. `drop` drops them, except in a clip that would otherwise have no audio token. `queries` and
+    kinds with convolutions accept only `pad`."""
     block_frames: int = 0
     """The number of 20 ms frames after which the grouping of frames restarts; 0 to group the frames of the whole clip.
     Qwen3-ASR restarts after 50 frames, so its encoder turns a second of audio into 12 frames of 80 ms and one of 40 ms.
-    With blocks, a frame at the end of a clip counts only if it contains at least 10 ms of audio. `convolutions` and
-    `last_group: drop` accept only 0."""
+    With blocks, a frame at the end of a clip counts only if it contains at least 10 ms of audio. Kinds with
+    convolutions and `last_group: drop` accept only 0."""
     normalize: bool = False
     """Whether to normalize the features of every frame, and to scale the audio embeddings to the magnitude of the LLM's
     token embeddings. Use it with a pre-trained LLM."""
@@ -156,15 +157,25 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         check_least("model.adapter", self, hidden_size=1, num_queries=1, num_layers=1, num_heads=1)
         check_least("model.adapter", self, block_frames=0)
-        if self.block_frames and (self.kind == "convolutions" or self.last_group == "drop"):
+        if self.block_frames and (self.has_convolutions or self.last_group == "drop"):
             raise UserError(
-                f"model.adapter.block_frames = {self.block_frames}: cannot be combined with kind convolutions or "
-                "last_group: drop; remove the key"
+                f"model.adapter.block_frames = {self.block_frames}: cannot be combined with kind convolutions, kind "
+                "stacked_convolutions or last_group: drop; remove the key"
+            )
+        if self.kind == "stacked_convolutions" and len(self.strides) < 2:
+            raise UserError(
+                f"model.adapter.strides = {list(self.strides)}: the kind stacked_convolutions needs the stride of at "
+                "least one convolution, and then the number of its outputs per audio token, such as [3, 2]"
             )
         if self.kind != "queries" and self.num_queries != 1:
             raise UserError(
                 f"model.adapter.num_queries = {self.num_queries}: only `kind: queries` uses queries; remove the key"
             )
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether the adapter begins with strided convolutions."""
+        return self.kind in ("convolutions", "stacked_convolutions")
 
     @property
     def rate(self) -> TokenRate:
@@ -265,7 +276,8 @@ class ModelConfig:
     ctc_outputs: int = 1
     """The number of CTC outputs per audio token. A clip has a CTC loss only if it has enough outputs for its answer.
     Transcripts have up to 20 bytes per second of speech. At 6.25 audio tokens per second, `bytes` therefore needs 4
-    outputs per token."""
+    outputs per token. With `adapter.kind: stacked_convolutions`, every part of an audio token has the same number of
+    outputs, and all parts share the weights of the head."""
     ctc_feedback: bool = False
     """If true, the probabilities of the CTC outputs are mapped linearly to the width of the LLM and added to the audio
     embeddings, so that the LLM also reads what the CTC head has recognized, as in self-conditioned CTC (arXiv

@@ -117,6 +117,7 @@ ADAPTERS = Learned(
 
 ADAPTER_KINDS = {
     "convolutions": AdapterConfig(hidden_size=16),
+    "stacked_convolutions": AdapterConfig("stacked_convolutions", 16, strides=(3, 2), normalize=True),
     "stacking": AdapterConfig("stacking", hidden_size=16, strides=(5,), normalize=True),
     "queries": AdapterConfig("queries", 16, strides=(7,), num_queries=2, num_heads=2, normalize=True),
     "pooling": AdapterConfig("pooling", 32, strides=(2,), last_group="drop"),
@@ -125,7 +126,11 @@ ADAPTER_KINDS = {
     "swiglu_post_norm": AdapterConfig("swiglu_post_norm", 16, strides=(4,), bias=False),
 }
 """The adapters of `tiny_model` by kind. For most clips, the last group of frames is not full."""
-CTC_SYMBOLS: Mapping[str, Literal["tokens", "pieces"]] = {"convolutions": "tokens", "queries": "pieces"}
+CTC_SYMBOLS: Mapping[str, Literal["tokens", "pieces"]] = {
+    "convolutions": "tokens",
+    "queries": "pieces",
+    "stacked_convolutions": "pieces",
+}
 """The symbols of the CTC head of `tiny_model` by kind of adapter; bytes with other kinds."""
 NUM_PIECES = 11
 ADDING = ("pooling_perceptron", "swiglu", "swiglu_post_norm")
@@ -197,7 +202,7 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_lay
         ctc_vocabulary=CTC_SYMBOLS.get(adapter, "bytes"),
         ctc_pieces=NUM_PIECES,
         ctc_outputs=1 if adapter == "convolutions" else 2,
-        ctc_feedback=adapter in ("stacking", "queries"),
+        ctc_feedback=adapter in ("stacking", "queries", "stacked_convolutions"),
         losses=losses,
     )
 

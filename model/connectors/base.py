@@ -40,6 +40,12 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.rate = config.rate
 
+    @classmethod
+    def num_parts(cls, config: AdapterConfig) -> int:
+        """Return the number of equal parts of an output vector that belong to consecutive times. CTC reads them
+        separately."""
+        return 1
+
     @abstractmethod
     def forward(self, features: Ragged) -> Ragged:
         """Return the output [ΣS, dim] for features [ΣF, D], with S = `rate.tokens_of_frames(F)`."""
@@ -68,11 +74,15 @@ def check_default_shape(config: AdapterConfig) -> None:
         )
 
 
+def adapter_class(config: AdapterConfig) -> type[Adapter]:
+    """Return the class of the kind that `config` names."""
+    return cast(type[Adapter], load_entry(ADAPTERS[config.kind]))
+
+
 def build_adapter(config: AdapterConfig, input_dim: int) -> Adapter:
     """Return a new adapter of the kind that `config` names.
 
     Raises:
         UserError: If a value of `config` is invalid for its kind.
     """
-    kind = cast(type[Adapter], load_entry(ADAPTERS[config.kind]))
-    return kind(config, input_dim)
+    return adapter_class(config)(config, input_dim)

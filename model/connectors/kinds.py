@@ -7,6 +7,7 @@ from __future__ import annotations
 
 ADAPTERS: dict[str, object] = {
     "convolutions": "model.connectors.convolutions:Convolutions",
+    "stacked_convolutions": "model.connectors.stacked_convolutions:StackedConvolutions",
     "stacking": "model.connectors.stacking:Stacking",
     "queries": "model.connectors.queries:Queries",
     "pooling": "model.connectors.pooling:Pooling",

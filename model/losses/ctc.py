@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from model.audio_output import AudioOutput
 from model.batch import Batch, Ragged, Sample
 from model.config import ModelConfig
+from model.connectors.base import adapter_class
+from model.errors import UserError
 from model.losses.base import AudioLoss, Reduce
 
 NUM_BYTES = 256
@@ -36,6 +38,24 @@ def num_symbols(config: ModelConfig, vocab_size: int) -> int:
     return sizes[config.ctc_vocabulary]
 
 
+class PartwiseLinear(nn.Linear):
+    """A linear layer that is applied to each of several equal parts of a vector. The results are concatenated.
+
+    Args:
+        num_parts: The number of parts.
+        in_features: The width of a part of the input.
+        out_features: The width of a part of the output.
+    """
+
+    def __init__(self, num_parts: int, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.num_parts = num_parts
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [N, parts · outputs] for an input [N, parts · inputs]."""
+        return super().forward(input.view(len(input), self.num_parts, self.in_features)).flatten(1)
+
+
 class CTC(AudioLoss):
     """The CTC loss of transcription samples with one clip, if the clip has enough outputs for the answer's symbols."""
 
@@ -48,7 +68,14 @@ class CTC(AudioLoss):
 
     def head(self, config: ModelConfig, dim: int, vocab_size: int) -> nn.Module:
         """Return a layer that computes the scores of the symbols and the blank for every output."""
-        return nn.Linear(dim, config.ctc_outputs * (num_symbols(config, vocab_size) + 1))
+        num_parts = adapter_class(config.adapter).num_parts(config.adapter)
+        if config.ctc_outputs % num_parts:
+            raise UserError(
+                f"model.ctc_outputs = {config.ctc_outputs}: must be a multiple of {num_parts}, the number of parts of "
+                f"an audio token (the last of model.adapter.strides); set it to {num_parts}"
+            )
+        outputs = config.ctc_outputs // num_parts
+        return PartwiseLinear(num_parts, dim // num_parts, outputs * (num_symbols(config, vocab_size) + 1))
 
     def targets(self, batch: Batch, config: ModelConfig) -> Ragged:
         """Return the symbols [ΣC] of every clip's answer. A clip that is skipped has no symbols."""

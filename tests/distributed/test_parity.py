@@ -66,6 +66,7 @@ ADAPTER_CASES = [
     ("stacking", Topology(2, 2, 1), 3, ("mixed", "text_only")),
     ("queries", Topology(2, 1, 2, 2), 3, ("mixed", "one_expert")),
     ("queries", Topology(4, 2, 1, 2), 0, ("mixed", "rank_without_audio")),
+    ("stacked_convolutions", Topology(2, 2, 1), 0, ("mixed",)),
     ("pooling", Topology(2, 1, 1, 2), 0, ("mixed",)),
     ("swiglu", Topology(2, 2, 1), 0, ("mixed", "one_expert")),
     ("swiglu_post_norm", Topology(2, 2, 1), 3, ("mixed", "one_expert")),

@@ -10,9 +10,13 @@ import torch
 
 from model.audio_output import AudioOutput
 from model.batch import IGNORE, Batch, Ragged, Sample
+from model.config import AdapterConfig
+from model.connectors.base import build_adapter
+from model.connectors.stacked_convolutions import StackedConvolutions
+from model.errors import UserError
 from model.lengths import TokenRate
 from model.losses.base import alone
-from model.losses.ctc import CTC
+from model.losses.ctc import CTC, PartwiseLinear
 from model.losses.distillation import Distillation
 from model.losses.table import LOSSES, active_losses, text_fields
 from model.losses.vocabulary import Vocabulary
@@ -111,6 +115,28 @@ def test_ctc_spells_bytes_with_several_outputs_per_audio_token() -> None:
     assert not len(CTC().targets(Batch((replace(given, task="sqa", is_transcription=False),)), config).values)
     head = CTC().head(config, dim=8, vocab_size=49152)
     assert head.weight.shape == (2 * 257, 8)
+
+
+def test_ctc_has_one_head_for_all_parts_of_an_audio_token() -> None:
+    """Check that audio tokens of two parts have the CTC outputs that the parts would have as tokens of their own."""
+    torch.manual_seed(0)
+    stacked = AdapterConfig("stacked_convolutions", 8, strides=(3, 2))
+    config = replace(tiny_model(), adapter=stacked, ctc_vocabulary="bytes", ctc_outputs=4)
+    adapter, head = build_adapter(stacked, 3), CTC().head(config, dim=16, vocab_size=9)
+    assert isinstance(adapter, StackedConvolutions) and isinstance(head, PartwiseLinear)
+    assert adapter.dim == 16 and head.weight.shape == (2 * 257, 8)
+    features = Ragged(torch.randn(7 + 12, 3), (7, 12))  # 7 frames make 3 outputs of the convolution, and 2 audio tokens
+    tokens = adapter(features)
+    assert tokens.lengths == (2, 2)
+    outputs = adapter.convolutions(features)
+    assert outputs.lengths == (3, 4)
+    for own, of_tokens in zip(outputs.split(), tokens.split(), strict=True):
+        parts = torch.nn.functional.linear(own, head.weight, head.bias)
+        found = head(of_tokens).view(-1, 2 * 257)
+        torch.testing.assert_close(found[: len(own)], parts)
+        torch.testing.assert_close(found[len(own) :], head.bias.expand(len(found) - len(own), -1))
+    with pytest.raises(UserError, match=r"model.ctc_outputs = 3: must be a multiple of 2, .*; set it to 2"):
+        CTC().head(replace(config, ctc_outputs=3), dim=16, vocab_size=9)
 
 
 def test_ctc_reads_the_outputs_of_an_audio_token_in_order() -> None:

@@ -118,6 +118,8 @@ def test_mix_with_an_expert_that_no_clip_chose() -> None:
 
 ADAPTER_CASES = [
     *(AdapterConfig(hidden_size=4, strides=s) for s in ((2, 2, 2), (2,), (4, 2), (3, 1))),
+    AdapterConfig("stacked_convolutions", 4, strides=(3, 2)),
+    AdapterConfig("stacked_convolutions", 4, strides=(2, 2, 3)),
     AdapterConfig("stacking", 4, strides=(5,)),
     AdapterConfig("stacking", 4, strides=(2, 4)),
     AdapterConfig("queries", 4, strides=(7,), num_heads=2),
@@ -190,7 +192,7 @@ def test_groups_begin_anew_in_every_block() -> None:
     assert [rate.tokens_of_samples(n) for n in (3_200, 3_359, 3_360, 6_400)] == [3, 3, 4, 6]
     for wrong in ({"kind": "convolutions"}, {"kind": "pooling", "last_group": "drop"}):
         with pytest.raises(
-            UserError, match=r"block_frames = 10: cannot be combined with kind convolutions or last_group: drop"
+            UserError, match=r"block_frames = 10: cannot be combined with kind convolutions, kind stacked"
         ):
             AdapterConfig(block_frames=10, **wrong)  # type: ignore[arg-type]
 

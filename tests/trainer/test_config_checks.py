@@ -200,6 +200,16 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ("debug", ["model.primary.trailing_silence_sec=30"], "model.primary.trailing_silence_sec = 30.0: must be 0"),
         ("debug", ["model.experts.0.config={}"], "model.experts[0]: set weights (a directory or hub id), or config"),
         ("debug", ["model.adapter.strides=[]"], "model.adapter.strides = []: specify one positive stride per conv"),
+        (
+            "debug",
+            ["model.adapter.kind=stacked_convolutions", "model.adapter.strides=[5, 2]"],
+            "model.adapter.kernel_size = 3: must be at least the largest stride, 5",
+        ),
+        (
+            "debug",
+            ["model.adapter.kind=stacked_convolutions", "model.adapter.strides=[4]"],
+            "model.adapter.strides = [4]: the kind stacked_convolutions needs the stride of at least one convolution",
+        ),
         ("debug", ["model.adapter.kernel_size=1"], "model.adapter.kernel_size = 1: must be at least the largest stri"),
         ("debug", ["model.primary=null", "model.router.mode=all_routed"], "model.router.input = primary: all_rou"),
         ("debug", ["train.deepspeed=nope.json"], "train.deepspeed = "),

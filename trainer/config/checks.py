@@ -208,10 +208,11 @@ def _check_encoders(recipe: Recipe) -> None:
     adapter = model.adapter
     if not adapter.strides or any(s < 1 for s in adapter.strides):
         raise UserError(f"model.adapter.strides = {list(adapter.strides)}: specify one positive stride per convolution")
-    if adapter.kind == "convolutions" and adapter.kernel_size < max(adapter.strides):
+    of_convolutions = adapter.strides[:-1] if adapter.kind == "stacked_convolutions" else adapter.strides
+    if adapter.has_convolutions and adapter.kernel_size < max(of_convolutions, default=0):
         raise UserError(
             f"model.adapter.kernel_size = {adapter.kernel_size}: must be at least the largest stride, "
-            f"{max(adapter.strides)}, so that no frames are skipped"
+            f"{max(of_convolutions)}, so that no frames are skipped"
         )
 
 

@@ -19,6 +19,7 @@ import torch
 from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.config import LoraConfig, ModelConfig
+from model.connectors.base import adapter_class
 from model.conversation import clip_texts
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, WHOLE, num_samples
@@ -132,7 +133,8 @@ def _vocab_size(manifest: Manifest, model: ModelConfig) -> int:
     """Return the vocabulary size of the tokenizer, or 1 if no tensor of the tower depends on it."""
     shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
     if "audio.ctc_head.weight" in shapes and model.ctc_vocabulary == "tokens":
-        return shapes["audio.ctc_head.weight"][0] // model.ctc_outputs - 1
+        num_parts = adapter_class(model.adapter).num_parts(model.adapter)
+        return shapes["audio.ctc_head.weight"][0] * num_parts // model.ctc_outputs - 1
     return shapes.get("audio.router.prompt_embedding.weight", (1,))[0]
 
 

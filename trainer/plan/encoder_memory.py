@@ -22,6 +22,7 @@ from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.conv import use_matrix_products
 from model.lengths import FRAME_SAMPLES, Windowing, num_frames
+from model.losses.ctc import PartwiseLinear
 from trainer.engine.optim import OptimConfig, param_groups
 from trainer.plan.fake_ranks import META
 from trainer.plan.states import FP32_BYTES
@@ -331,7 +332,11 @@ def _outputs(tower: AudioTower, frames: Sequence[int], size: int) -> int:
     logits = 0
     for name in tower.loss_heads:
         # Every head is counted like the CTC head, which is the widest: its logits and their padded log-softmax in fp32.
-        columns = [m.out_features for m in tower.head_of(name).modules() if isinstance(m, nn.Linear)]
+        columns = [
+            m.out_features * (m.num_parts if isinstance(m, PartwiseLinear) else 1)
+            for m in tower.head_of(name).modules()
+            if isinstance(m, nn.Linear)
+        ]
         padded = len(frames) * rate.tokens_of_frames(max(frames))
         logits += max(columns, default=0) * (audio_tokens * size + padded * 8)
     return audio_tokens * (tower.adapter.dim + tower.projector.out_features) * size + logits
