@@ -87,7 +87,10 @@ def measure(run: Path, manifest: Path, split: str) -> dict[str, tuple[float, flo
     for subset, triples in by_subset.items():
         wanted, heard, answered = zip(*triples, strict=True)
         known = [text for text in answered if text is not None]
-        found[subset] = _rate(wanted, heard), _rate(wanted, known) if len(known) == len(wanted) else None
+        found[subset] = (
+            word_error_rate(wanted, heard),
+            word_error_rate(wanted, known) if len(known) == len(wanted) else None,
+        )
     return found
 
 
@@ -99,7 +102,8 @@ def recognize(tower: AudioTower, pieces: Pieces, recording: bytes) -> str:
     return pieces.decode([symbol for symbol, _ in groupby(symbols) if symbol < len(pieces)])
 
 
-def _rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Return the errors per word of all hypotheses together, after normalization."""
     counts = edits([normalise(text) for text in references], [normalise(text) for text in hypotheses])
     hits, substitutions, deletions, insertions = counts.sum(0)
     return float((substitutions + deletions + insertions) / (hits + substitutions + deletions))
