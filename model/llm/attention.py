@@ -25,6 +25,7 @@ from model.llm.norms import parameter_device
 from model.llm.packing import PackedSequences
 from model.llm.rotary import Rotary
 from model.llm.scores import attend, widen_queries
+from model.llm.varlen import attend_without_padding, varlen_attention
 from model.transfer import to_device
 
 
@@ -44,8 +45,9 @@ class PackedAttention(nn.Module):
     """Causal attention within each segment of a pack, to all previous tokens or to the tokens in a window.
 
     The module itself applies the rotary embedding, at the positions of the pack's rows in their sequences. On GPUs in
-    half precision, TransformerEngine computes attention if it is installed. Otherwise, segments of similar length form
-    a right-padded batch for PyTorch's attention. Under a causal mask, no token attends to padding after it.
+    half precision, attention is computed without padding by TransformerEngine if it is installed, and else by
+    `model.llm.varlen`, unless only deterministic kernels are allowed. Otherwise, segments of similar length form a
+    right-padded batch for PyTorch's attention. Under a causal mask, no token attends to padding after it.
 
     Args:
         config: Megatron's config.
@@ -97,9 +99,17 @@ class PackedAttention(nn.Module):
             else None
         )
 
+        on_gpu = not config.use_cpu_initialization
+        self.varlen = (
+            varlen_attention(config.params_dtype, config.kv_channels)
+            if on_gpu and self.fused is None and self.can_fuse
+            else None
+        )
+        """The kernel of `model.llm.varlen`; None if another one is used."""
+
     @property
     def can_fuse(self) -> bool:
-        """True if TransformerEngine can compute this attention."""
+        """True if TransformerEngine or `model.llm.varlen` can compute this attention."""
         return self.sinks is None and self.cap is None
 
     def forward(
@@ -147,8 +157,12 @@ class PackedAttention(nn.Module):
         if self.sinks is not None:
             assert self.softmax_scale is not None
             query = widen_queries(query, self.sinks, self.softmax_scale)
-        if packed.cache is None and self.fused is not None and not packed.gathers_keys:
-            return _attend_fused(self.fused, query, key, value, packed)
+        if packed.cache is None and not packed.gathers_keys:
+            if self.fused is not None:
+                return _attend_fused(self.fused, query, key, value, packed)
+            if self.varlen is not None and not torch.are_deterministic_algorithms_enabled():
+                settings = self.window, self.softmax_scale
+                return attend_without_padding(self.varlen, query, key, value, packed, *settings)
         if packed.cache is not None:
             keys, values = packed.cache.store(self.layer_number, key, value, packed)
             if any(packed.starts):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.config import LLMConfig
 from model.llm import attention as attention_module
-from model.llm import scores
+from model.llm import scores, varlen
 from model.llm.attention import PackedAttention
 from model.llm.features import AttentionLayer, Scales
 from model.llm.megatron import transformer_config
@@ -81,6 +83,73 @@ def test_the_fused_path_gets_the_window_and_the_scale(monkeypatch: pytest.Monkey
     assert asked["window_size"] == (3, 0) and asked["softmax_scale"] == 0.3
     PackedAttention(config, 1, rotary=None, layer=AttentionLayer(), scales=Scales())
     assert asked["window_size"] is None and asked["softmax_scale"] is None
+
+
+def varlen_by_contract(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """Do what the documentation of `torch.nn.attention.varlen.varlen_attn` says, for causal attention."""
+    assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k) and window_size[1] == 0
+    assert max_q == max_k == int(cu_seq_q.diff().max()) and enable_gqa == (query.shape[1] != key.shape[1])
+    outputs = []
+    for start, stop in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
+        q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
+        rows = torch.arange(stop - start)
+        before = rows[:, None] - rows
+        mask = (before >= 0) & ((before <= window_size[0]) | (window_size[0] == -1))
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_attention_without_padding_computes_the_same(window: int | None, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "num_hidden_layers": 1}
+    config = transformer_config(resolve_hf_config(LLMConfig(config={"model_type": "llama", **sizes})))
+    layer, scales = AttentionLayer(window=window), Scales(softmax=0.3)
+    attention = PackedAttention(config, 1, rotary=None, layer=layer, scales=scales)
+    assert attention.varlen is None, "the kernel needs a GPU"
+    packed = PackedSequences(lengths=(5, 1, 9))
+    inputs = [torch.randn(15, heads, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
+    expected = attention(*inputs, packed_seq_params=packed)
+    gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    calls: list[Any] = []
+    attention.varlen = lambda *args, **options: calls.append(options) or varlen_by_contract(*args, **options)
+    found = attention(*inputs, packed_seq_params=packed)
+    assert calls[0]["window_size"] == (-1 if window is None else window - 1, 0)
+    torch.testing.assert_close(found, expected)
+    for own, other in zip(torch.autograd.grad(found.square().sum(), inputs), gradients, strict=True):
+        torch.testing.assert_close(own, other)
+    torch.use_deterministic_algorithms(True)
+    try:
+        attention(*inputs, packed_seq_params=packed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(calls) == 1, "the gradients of the kernel may differ between runs"
+
+
+def test_attention_without_padding_needs_a_gpu_and_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = [(8, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability[0])
+    assert varlen.varlen_attention(torch.bfloat16, 64) is varlen_attn
+    assert set(inspect.signature(varlen_by_contract).parameters) <= set(inspect.signature(varlen_attn).parameters)
+    for dtype, width in ((torch.float32, 64), (torch.bfloat16, 264), (torch.bfloat16, 20)):
+        assert varlen.varlen_attention(dtype, width) is None
+    capability[0] = (7, 5)
+    assert varlen.varlen_attention(torch.bfloat16, 64) is None
 
 
 @pytest.mark.parametrize("is_cached", [False, True])
