@@ -139,7 +139,6 @@ def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Work
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
-        from model.llm.attention import transformer_engine
         from trainer.parallel.topology import build_topology
         from trainer.plan.planner import Planner
         from trainer.plan.workload import data_workload, typical_workload
@@ -150,8 +149,7 @@ def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Work
         workload = typical_workload(recipe, topology, options.audio_sec, options.text_tokens)
     else:
         workload = data_workload(recipe, topology, data, options.text_tokens)
-    fused = options.transformer_engine or transformer_engine() is not None
-    return Planner(recipe, _accelerator(options), transformer_engine=fused), workload
+    return Planner(recipe, _accelerator(options)), workload
 
 
 def _data(options: argparse.Namespace, recipe: Recipe) -> DataSummary | None:
@@ -266,12 +264,6 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         metavar="N",
         help="with --fit, also set data.global_batch_samples to the largest value with at most N tokens, such as 2.1M",
-    )
-    parser.add_argument(
-        "--transformer-engine",
-        action="store_true",
-        help="assume that TransformerEngine, whose attention needs no padding, is installed on the ranks (default: if "
-        "it is installed on this machine)",
     )
     parser.add_argument(
         "--explain", action="store_true", help="print the parts of a step's time, and how to shorten them"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def _known() -> Varlen | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    found: Varlen = varlen_attn
+    found = cast(Varlen, varlen_attn)  # It returns a pair if it is called with `return_aux`.
     return found if inspect.signature(found).parameters.keys() >= _PARAMETERS else None
 
 

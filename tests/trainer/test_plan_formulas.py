@@ -26,7 +26,7 @@ from trainer.plan.what_if import what_if_bytes
 from trainer.plan.workload import Workload, source_ranks_of, typical_workload
 
 ROWS, HIDDEN = 1024, 512
-FUSED = Kernels(mechanisms=Mechanisms(fused_kernels=True), transformer_engine=True)
+FUSED = Kernels(mechanisms=Mechanisms(fused_kernels=True))
 
 
 def gpt(layers: int) -> LlamaConfig:
@@ -78,7 +78,7 @@ def test_graphs_hold_the_activations_of_the_mlp_outside_of_the_rest() -> None:
     found = {}
     for name in ("kept", "graphed", "recomputed"):
         fused = Mechanisms(fused_kernels=True, mlp=name)  # type: ignore[arg-type]
-        found[name] = Kernels(mechanisms=fused, transformer_engine=True)
+        found[name] = Kernels(mechanisms=fused)
     kept, graphed, recomputed = (of_layer(2, "none", found[name]) for name in ("kept", "graphed", "recomputed"))
     assert graphed == recomputed == pytest.approx(kept - 2 * (1 + 3 * ffn), abs=0.01)
     stage = StageMemory(Traced(70, 80, 90), 60, 0, 5, 10, graphed=100)
@@ -96,12 +96,12 @@ def test_fp8_halves_the_inputs_of_matmuls_but_attention_keeps_its_output(again: 
 
 
 @pytest.mark.slow
-def test_the_trainer_keeps_more_without_fused_kernels() -> None:
-    fused, padded = of_layer(2, "none", FUSED), of_layer(2, "none", Kernels())
-    attends = of_layer(2, "none", Kernels(transformer_engine=True))
+def test_the_trainer_keeps_more_with_deterministic_kernels() -> None:
+    fused, plain = of_layer(2, "none", FUSED), of_layer(2, "none", Kernels())
+    padded = of_layer(2, "none", Kernels(deterministic=True))
     on_cpu = of_layer(2, "none", Kernels("cpu"))
-    # Without TransformerEngine, attention copies its inputs into padded batches.
-    assert fused == attends < padded < on_cpu
+    # Deterministic attention copies its inputs into padded batches.
+    assert fused == plain < padded < on_cpu
     # On a CPU, both norms keep fp32 copies of their inputs.
     assert on_cpu - padded == pytest.approx(12, abs=0.1)
 

@@ -60,7 +60,7 @@ def test_memory_is_traced_with_the_modules_of_the_family(family: str) -> None:
 
     def kept(name: str, recompute: Recompute) -> int:
         hf_config = resolve_hf_config(tiny_model(name).llm)
-        kernels = Kernels(device="cuda", transformer_engine=True)
+        kernels = Kernels(device="cuda")
         memory = stage_memory(
             hf_config,
             Topology(4, 2, 2),
@@ -85,7 +85,7 @@ def test_the_plan_of_experts_with_biases_has_all_parameters_and_the_memory_of_si
     names = [name for name in hf_shapes(hf_config) if ".experts." in name]
     assert expert_parameters(hf_config) == sum(torch.Size(hf_shapes(hf_config)[n]).numel() for n in names)
     options: dict[str, Any] = {"optim": OptimConfig(), "dtype": torch.bfloat16, "recompute": "none"}
-    kernels, topology = Kernels(device="cuda", transformer_engine=True), Topology(2, 1, 2)
+    kernels, topology = Kernels(device="cuda"), Topology(2, 1, 2)
     sinks = stage_memory(hf_config, topology, 1, (40, 24), 2, kernels=kernels, **options)
     mixtral = resolve_hf_config(tiny_model("mixtral").llm)
     assert sinks.layers > stage_memory(mixtral, topology, 1, (40, 24), 2, kernels=kernels, **options).layers

@@ -86,8 +86,8 @@ class Kernels:
 
     device: str = "cuda"
     """The type of device, `cuda` or `cpu`."""
-    transformer_engine: bool = False
-    """True if TransformerEngine is installed on the ranks. In bf16 on GPUs, its attention needs no padding of packs."""
+    deterministic: bool = False
+    """The value of `train.deterministic`. If it is false, attention in bf16 on GPUs needs no padding of packs."""
     mechanisms: Mechanisms = AS_BUILT
 
 
@@ -194,9 +194,9 @@ def _trace(
         )
         return output if labels is None else output.float().sum()
 
-    fused = kernels.transformer_engine and kernels.device == "cuda" and dtype != torch.float32
+    unpadded = not kernels.deterministic and kernels.device == "cuda" and dtype != torch.float32
     for module in gpt.modules():
-        if fused and isinstance(module, PackedAttention) and module.can_fuse:
+        if unpadded and isinstance(module, PackedAttention) and module.can_fuse:
             module.fused = PackedFlash()
     states = [*gpt.parameters(), *(p.main_grad for p in gpt.parameters() if hasattr(p, "main_grad"))]
     gpt.train()

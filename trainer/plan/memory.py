@@ -235,6 +235,7 @@ def _traced_stages(
             microbatches,
             dtype,
             train.recompute_llm,
+            kernels.deterministic,
         )
         if key not in known:
             known[key] = stage_memory(

@@ -52,7 +52,7 @@ class Plan:
     fixed_share: float
     """The fraction of a step that is spent on kernel launches and link latencies."""
     attention: str
-    """The attention implementation whose memory is counted."""
+    """How the LLM computes attention, as far as it matters for memory."""
     mechanisms: Mechanisms = AS_BUILT
     encoder_balance: float = 1.0
     """The encoders' FLOPs on the busiest rank, divided by the mean over ranks."""

@@ -38,8 +38,6 @@ class Planner:
         accelerator: The accelerator to plan for.
         device: The type of device that the ranks run on, `cuda` or `cpu`.
         mechanisms: The mechanisms that the plan assumes. The defaults describe the trainer.
-        transformer_engine: True if TransformerEngine is installed on the ranks. In bf16 runs on GPUs, it then computes
-            attention.
 
     Raises:
         UserError: If the recipe is invalid.
@@ -51,10 +49,8 @@ class Planner:
         accelerator: Accelerator,
         device: str = "cuda",
         mechanisms: Mechanisms = AS_BUILT,
-        transformer_engine: bool = False,
     ) -> None:
         check_recipe(recipe)
-        self.transformer_engine = transformer_engine or mechanisms.fused_kernels
         self.accelerator, self.device, self.mechanisms = accelerator, device, mechanisms
         self.model = sized_model(recipe)
         self.sizes = parameter_sizes(self.model, recipe.staged_optim)
@@ -122,16 +118,19 @@ class Planner:
             optim=recipe.staged_optim,
             dtype=dtype,
             recompute=recipe.train.recompute_llm,
-            kernels=Kernels(self.device, self.transformer_engine, self.mechanisms),
+            kernels=self._kernels(recipe),
             adapters=self.model.adapters,
         )
         return found.layers / self.model.llm.num_hidden_layers / (rows * self.model.llm.hidden_size * dtype.itemsize)
+
+    def _kernels(self, recipe: Recipe) -> Kernels:
+        return Kernels(self.device, recipe.train.deterministic, self.mechanisms)
 
     def memory(
         self, recipe: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork], packs: PackPlan
     ) -> MemoryModel:
         """Return the memory model of a topology; see `memory_model`."""
-        tracer, kernels = self.tracer(recipe), Kernels(self.device, self.transformer_engine, self.mechanisms)
+        tracer, kernels = self.tracer(recipe), self._kernels(recipe)
         return memory_model(
             recipe, self.model, topology, self.ds_json, tracer, workload, work, packs, kernels, self._stages
         )
@@ -159,7 +158,7 @@ class Planner:
                 self.accelerator.without_fixed_costs(),
             )
         )
-        fused = self.transformer_engine and self.device == "cuda" and recipe.train.precision == "bf16"
+        unpadded = self.device == "cuda" and recipe.train.precision == "bf16" and not recipe.train.deterministic
         return Plan(
             recipe,
             self.accelerator,
@@ -174,7 +173,7 @@ class Planner:
             time,
             (fast, slow),
             1 - free / time.total,
-            "TransformerEngine" if fused else "PyTorch, on segments padded to batches",
+            "without padding" if unpadded else "on segments padded to batches",
             self.mechanisms,
             encoder_balance(work),
             encoder_padding(work),
