@@ -75,7 +75,6 @@ def main() -> int:
     parser.add_argument("--spoken", type=Path, required=True, help="the folder that `earshot spoken-text` wrote")
     parser.add_argument("--arm", choices=ARMS, help="the arm to run (default: all)")
     parser.add_argument("--steps", type=int, default=120, help="number of training steps (default: %(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="compute in bf16, which is faster on CPUs with AVX512_BF16")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe finetune_kit to change")
     options = parser.parse_args()
     if not (KIT / "asr.jsonl").is_file():
@@ -91,7 +90,7 @@ def main() -> int:
     found = {}
     for arm in [options.arm] if options.arm else ARMS:
         start_sec = time.process_time()
-        tower = train(arm, model, pieces, kit, spoken[:-60], options.steps, options.bf16)
+        tower = train(arm, model, pieces, kit, spoken[:-60], options.steps)
         rates = {"kit": rate(tower, pieces, held_out), "synthetic": rate(tower, pieces, spoken[-60:])}
         found[arm] = rates
         shown = "  ".join(f"{name} {value:.3f}" for name, value in rates.items())
@@ -141,7 +140,7 @@ def corpus(spoken: Path) -> tuple[list[Clip], list[Clip], list[Clip]]:
 
 
 def train(
-    arm: str, model: ModelConfig, pieces: Pieces, kit: Sequence[Clip], spoken: Sequence[Clip], steps: int, bf16: bool
+    arm: str, model: ModelConfig, pieces: Pieces, kit: Sequence[Clip], spoken: Sequence[Clip], steps: int
 ) -> AudioTower:
     """Train the audio side of one arm and return it."""
     torch.manual_seed(1)
@@ -167,8 +166,7 @@ def train(
         factor = min(1.0, (step + 1) / WARMUP_STEPS) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits, targets = outputs_of(tower, pieces, batches.pop())
+        logits, targets = outputs_of(tower, pieces, batches.pop())
         loss = ctc_sum(logits, targets) / len(targets.values)
         optimizer.zero_grad()
         loss.backward()
