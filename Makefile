@@ -31,10 +31,8 @@ LOCKED_TORCH = $(PY) -m pip install $(LOCKED) -r requirements/torch-cpu.txt 2>/d
 CHOSEN_TORCH = $(PY) -m pip install --quiet $(or $(TORCH_SPEC),torch==2.13.0) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 INSTALL_TORCH = $(if $(TORCH_SPEC)$(TORCH_INDEX),$(CHOSEN_TORCH),$(LOCKED_TORCH))
 TORCH_INDEX ?=
-# The number of test files that run at the same time. By default, there are two for tests that compute all the time, and
-# three for all tests, many of which wait for processes that they start. Tests that fail are run again alone
-# (tests/run_all.sh).
-JOBS ?=
+# The number of test files that run at the same time. Tests that fail are run again alone (tests/run_all.sh).
+JOBS ?= 2
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -89,15 +87,15 @@ check: setup
 	@$(MAKE) --no-print-directory -j2 lint fast-tests
 
 fast-tests: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n $(or $(JOBS),2) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile
 
 test: setup
 	@$(MAKE) --no-print-directory -j2 lint docs
-	tests/run_all.sh $(PY) $(or $(JOBS),3)
+	tests/run_all.sh $(PY) $(JOBS)
 
 family-tests: setup
 	tests=$$($(PY) -m tests.family_table --list) && \
-	  OMP_NUM_THREADS=1 $(PY) -m pytest -n $(or $(JOBS),2) --dist loadfile --durations=15 --durations-min=5 $$tests
+	  OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --durations=15 --durations-min=5 $$tests
 
 fuzz: setup
 	$(PY) -m tests.fuzz --inputs 2000
