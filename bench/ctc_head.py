@@ -20,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model.audio_tower import AudioTower
 from model.batch import Ragged
@@ -81,7 +82,8 @@ def measure(run: Path, manifest: Path, split: str) -> dict[str, tuple[float, flo
     by_subset: defaultdict[str, list[tuple[str, str, str | None]]] = defaultdict(list)
     for row in read_jsonl(manifest):
         if row["split"] == split and row["task"] == "asr":
-            text = recognize(tower, pieces, (manifest.parent / row["audio"]).read_bytes())
+            samples = torch.from_numpy(decode_audio((manifest.parent / row["audio"]).read_bytes()))
+            text = recognize(tower, pieces, samples)
             by_subset[row["subset"]].append((row["answer"], text, answers.get(row["id"])))
     found: dict[str, tuple[float, float | None]] = {}
     for subset, triples in by_subset.items():
@@ -94,9 +96,9 @@ def measure(run: Path, manifest: Path, split: str) -> dict[str, tuple[float, flo
     return found
 
 
-def recognize(tower: AudioTower, pieces: Pieces, recording: bytes) -> str:
-    """Return the text that the CTC head recognizes in a recording."""
-    clip = torch.from_numpy(decode_audio(recording)).to(next(tower.parameters()).device)
+def recognize(tower: AudioTower, pieces: Pieces, samples: Tensor) -> str:
+    """Return the text that the CTC head recognizes in a clip [T]."""
+    clip = samples.to(next(tower.parameters()).device)
     output = tower(Ragged(clip, (len(clip),)), Ragged(torch.zeros(1, dtype=torch.int64, device=clip.device), (1,)))
     symbols = output.heads[CTC.name].values.view(-1, len(pieces) + 1).argmax(-1).tolist()
     return pieces.decode([symbol for symbol, _ in groupby(symbols) if symbol < len(pieces)])

@@ -59,7 +59,6 @@ MOST_ADDED_ERRORS = 0.05
 class Clip:
     """A recording and its transcript."""
 
-    recording: bytes
     samples: Tensor
     text: str
 
@@ -130,8 +129,7 @@ def corpus(spoken: Path) -> tuple[list[Clip], list[Clip], list[Clip]]:
         raise UserError(f"{manifest}: no such file; run `earshot spoken-text {KIT} {spoken}`")
 
     def clip(folder: Path, audio: str, text: str) -> Clip:
-        recording = (folder / audio).read_bytes()
-        return Clip(recording, torch.from_numpy(decode_audio(recording)), text)
+        return Clip(torch.from_numpy(decode_audio((folder / audio).read_bytes())), text)
 
     rows = [row for row in read_jsonl(KIT / "asr.jsonl") if row["subset"] in SENTENCES]
     train, dev = ([clip(KIT, r["audio"], r["answer"]) for r in rows if r["split"] == s] for s in ("train", "dev"))
@@ -205,7 +203,7 @@ def outputs_of(tower: AudioTower, pieces: Pieces, clips: Sequence[Clip]) -> tupl
 def rate(tower: AudioTower, pieces: Pieces, clips: Sequence[Clip]) -> float:
     """Return the word error rate of the CTC head."""
     with torch.no_grad():
-        heard = [recognize(tower, pieces, clip.recording) for clip in clips]
+        heard = [recognize(tower, pieces, clip.samples) for clip in clips]
     return word_error_rate([clip.text for clip in clips], heard)
 
 

@@ -90,6 +90,10 @@ class Kernels:
     """The value of `train.deterministic`. If it is false, attention in bf16 on GPUs needs no padding of packs."""
     mechanisms: Mechanisms = AS_BUILT
 
+    def attends_unpadded(self, dtype: torch.dtype) -> bool:
+        """Return whether attention in `dtype` reads packs without padding, if its kernel supports the LLM."""
+        return not self.deterministic and self.device == "cuda" and dtype != torch.float32
+
 
 def stage_memory(
     hf_config: PretrainedConfig,
@@ -194,7 +198,7 @@ def _trace(
         )
         return output if labels is None else output.float().sum()
 
-    unpadded = not kernels.deterministic and kernels.device == "cuda" and dtype != torch.float32
+    unpadded = kernels.attends_unpadded(dtype)
     for module in gpt.modules():
         if unpadded and isinstance(module, PackedAttention) and module.can_fuse:
             module.fused = PackedFlash()

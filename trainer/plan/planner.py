@@ -158,7 +158,7 @@ class Planner:
                 self.accelerator.without_fixed_costs(),
             )
         )
-        unpadded = self.device == "cuda" and recipe.train.precision == "bf16" and not recipe.train.deterministic
+        unpadded = self._kernels(recipe).attends_unpadded(DTYPES[recipe.train.precision])
         return Plan(
             recipe,
             self.accelerator,
