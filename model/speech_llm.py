@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -127,6 +128,9 @@ class SpeechLLM(nn.Module):
             logits, labels = logits[kept][labels[kept] != IGNORE], labels[kept][labels[kept] != IGNORE]
             reference = self._reference_logits([r for _, r in pairs], logits)
         losses = labelled_losses(loss, logits.flatten(0, -2), labels.flatten(), reference, Vocabulary(), self.config)
+        weights = loss.sample_weights(np.array([s.num_targets for s in samples]), self.config)
+        if weights is not None:
+            losses = losses.view(len(samples), -1) * torch.from_numpy(weights).float()[:, None]
         return LossTerm(loss.name, loss.weight(self.config), losses.sum(), loss.count(batch, self.config))
 
     @torch.no_grad()

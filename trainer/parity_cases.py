@@ -180,6 +180,8 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_lay
         **features(llm_family, num_layers),
     }
     losses = {"distillation": {"weight": 0.7, "temperature": 1.5}}
+    if adapter != "convolutions":
+        losses["next_token"] = {"length_exponent": 0.5}
     if llm_family in EXPERTS:
         losses |= {"expert_balance": {"weight": 0.5}, "router_z": {"weight": 0.2}}
     return ModelConfig(

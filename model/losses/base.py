@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.audio_output import AudioOutput
@@ -133,6 +135,17 @@ class TokenLoss(Loss):
     def count(self, batch: Batch, config: ModelConfig) -> int:
         """Return the number of labelled positions in the samples that are not skipped."""
         return sum(s.num_targets for s in batch.samples if not self.has_reference or self.reference(s) is not None)
+
+    def sample_weights(self, num_targets: NDArray[np.int64], config: ModelConfig) -> NDArray[np.float64] | None:
+        """Return the factor of the token losses of each sample, [n]; None if all are 1.
+
+        The factors must satisfy Σ weights · num_targets = Σ num_targets. A loss with a reference must return None.
+
+        Args:
+            num_targets: The number [n] of labelled positions of each sample of the global batch.
+            config: The model's config.
+        """
+        return None
 
     @abstractmethod
     def token_losses(

@@ -81,6 +81,9 @@ class TrainedPacks:
         for packed, kept in zip(self.losses, self.token_losses, strict=True):
             token_losses = packed.token_losses(m, logits[0], wanted)
             kept.append(token_losses.detach() if rows is None else _at_rows(token_losses.detach(), rows, len(labels)))
+            if packed.sample_weights is not None:
+                weights = self.packs.row_weights(m, packed.sample_weights)
+                token_losses = token_losses * (weights if rows is None else weights.index_select(0, rows))
             total = total + packed.factor * token_losses.sum()
         # Megatron would divide gradients by this count if `data_parallel` had not replaced its finalization.
         return total, torch.ones((), dtype=torch.int32, device=logits.device), {}

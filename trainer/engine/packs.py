@@ -16,6 +16,7 @@ from torch import Tensor
 from model.llm.context import ContextPart
 from model.llm.packing import PackedSequences
 from model.transfer import to_device
+from trainer.parallel.balance import Floats
 from trainer.parallel.plan import Ints
 
 
@@ -68,6 +69,21 @@ class Packs:
     def rows(self, microbatch: int) -> slice:
         """Return the range that one pack occupies in the rows of all packs."""
         return slice(microbatch * self.pack_tokens, (microbatch + 1) * self.pack_tokens)
+
+    def row_weights(self, microbatch: int, sample_weights: Floats) -> Tensor:
+        """Return the weight of every row of one pack, [t] in fp32. The rows of padding have the weight 0.
+
+        Args:
+            microbatch: The index of the pack.
+            sample_weights: The weight of each sample of the global batch, [num_samples].
+        """
+        lengths, samples = self.lengths[microbatch], self.samples[microbatch]
+        by_segment = np.zeros(len(lengths), dtype=np.float32)  # The segments after the samples are padding.
+        by_segment[: len(samples)] = sample_weights[list(samples)]
+        rows = np.repeat(by_segment, lengths)
+        if self.part.size > 1:
+            rows = rows[self.part.rows(len(rows))]
+        return to_device(rows, self.labels.device)
 
     def sum_by_sample(self, token_losses: Sequence[Tensor], device: torch.device) -> Tensor:
         """Return the sum of the token losses of each sample, [num_samples] in fp32.

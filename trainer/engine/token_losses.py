@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.parallel_state import get_tensor_model_parallel_group
@@ -17,6 +18,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.losses.base import TokenLoss, labelled_losses
 from model.losses.vocabulary import Vocabulary
+from model.transfer import to_device
+from trainer.parallel.balance import Floats
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class PackedLoss:
     """For each pack, the indices [n] of the rows that are compared with a reference; empty if there is no reference."""
     reference: tuple[Tensor, ...] = ()
     """For each pack, the logits [n, V/TP] of the reference in this rank's columns; set only on the last stage."""
+    sample_weights: Floats | None = None
+    """The factor of the token losses of each sample of the global batch, [number of samples]; None if all are 1."""
 
     def token_losses(self, microbatch: int, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of every row, [t] in fp32. The loss of a row without a label or a reference is zero.
@@ -52,6 +57,12 @@ class PackedLoss:
         chosen, wanted = logits.index_select(0, rows), labels.index_select(0, rows)
         found = labelled_losses(self.loss, chosen, wanted, reference, vocabulary, self.model)
         return none.index_copy(0, rows, found)
+
+    def total(self, sample_losses: Tensor) -> Tensor:
+        """Return the sum over samples, a scalar, of `sample_losses` [number of samples] with their weights."""
+        if self.sample_weights is None:
+            return sample_losses.sum()
+        return (sample_losses * to_device(self.sample_weights.astype(np.float32), sample_losses.device)).sum()
 
 
 class TensorParallelVocabulary(Vocabulary):

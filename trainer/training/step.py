@@ -245,7 +245,7 @@ class Step:
             self.audio.backward((packs.audio * grad).sum() + _total(terms, whole))
         with timer("report"):
             token_terms = (
-                LossTerm(p.loss.name, p.loss.weight(self.model), losses.sum(), p.loss.count(batch, self.model))
+                LossTerm(p.loss.name, p.loss.weight(self.model), p.total(losses), p.loss.count(batch, self.model))
                 for p, losses in zip(packed, sample_losses, strict=True)
             )
             by_task = sum(
@@ -322,7 +322,8 @@ class Step:
         whole = embedded.whole
         factor = loss.weight(self.model) / max(1, whole.counts[loss.name])
         if not loss.has_reference or not whole.reference_tokens[loss.name].any():
-            return PackedLoss(loss, self.model, factor)
+            weights = loss.sample_weights(whole.num_targets, self.model)
+            return PackedLoss(loss, self.model, factor, sample_weights=weights)
         multiple = self.pack_multiple_tokens or self.groups.topology.row_multiple
         rows, logits = reference_logits(
             self.llm, loss.name, whole, embedded.packing, embedded.references[loss.name], multiple
