@@ -6,11 +6,15 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.distributed.harness import run_ranks
+from tools.parity_measure import Comparison, measure
 from trainer.engine.imports import lean_imports
+from trainer.parallel.topology import Topology
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +36,19 @@ def test_a_rank_loads_neither_trackers_nor_a_compiler() -> None:
         [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_step_with_both_engines_loads_no_compiler() -> None:
+    arguments = Comparison(Topology(1, 1, 1), kinds=("mixed",)).arguments()
+    assert run_ranks(1, loads_compiler, arguments, timeout_sec=100) == [False]
+
+
+def loads_compiler(**arguments: Any) -> bool:
+    """Compare a topology with the oracle, and return whether this loaded torch's compiler."""
+    measure(**arguments)
+    return "torch._inductor.compile_fx" in sys.modules
 
 
 def test_functions_decorated_meanwhile_are_compiled_at_their_first_call(monkeypatch: pytest.MonkeyPatch) -> None:

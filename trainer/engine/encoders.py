@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
+
+# `deepspeed.initialize` imports this module, which decorates functions with `torch.compile`. When it is imported here,
+# `lean_imports` keeps it from loading torch's compiler, which takes more than a second.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import numpy as np
 import torch
 from torch import Tensor, nn
