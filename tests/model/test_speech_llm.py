@@ -52,6 +52,18 @@ def test_next_token_loss_is_the_mean_over_all_targets(model: SpeechLLM) -> None:
     torch.testing.assert_close(model(batch)["next_token"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_tokens_are_weighted_by_the_length_of_the_answer(exponent: float) -> None:
+    config = replace(tiny_model(), losses={"next_token": {"length_exponent": exponent}})
+    model = SpeechLLM(config, VOCAB_SIZE, seed=1)
+    batch = Batch(tuple(samples(1, 0, 2)))
+    lengths = torch.tensor([s.num_targets for s in batch.samples])
+    assert len(set(lengths.tolist())) > 1
+    means = torch.stack([model(Batch((sample,)))["next_token"] for sample in batch.samples])
+    weights = lengths ** (1 - exponent)
+    torch.testing.assert_close(model(batch)["next_token"], (means * weights).sum() / weights.sum())
+
+
 def test_text_only_batch_has_no_audio_losses(model: SpeechLLM) -> None:
     losses = model(Batch(tuple(samples(0, 0))))
     assert losses.decisions is None and all(losses[name] == 0 for name in ("routing", "ctc", "distillation"))

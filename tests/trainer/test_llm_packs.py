@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +62,24 @@ def test_only_rows_with_a_label_need_logits() -> None:
     assert step_of(2, step.losses, labels).labelled_rows(0) is None, "tensor-parallel ranks hold different rows"
     compared = replace(step.losses[0], rows=(torch.tensor([1]),))
     assert step_of(1, [compared], labels).labelled_rows(0) is None, "a reference needs other rows as well"
+
+
+def test_weights_of_samples_scale_the_loss_but_not_the_values_that_are_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_losses, "TensorParallelVocabulary", Vocabulary)
+    labels, logits = torch.full((8000,), IGNORE), torch.randn(1, 4000, 5)
+    labels[[3, 3010]] = torch.tensor([2, 4])  # in samples 2 and 0
+    weights = np.array([3.0, 1.0, 0.25, 1.0])
+    losses = [PackedLoss(NextToken(), cast(Any, None), 0.5, sample_weights=weights)]
+    some, whole = step_of(1, losses, labels), step_of(2, losses, labels)
+    each = torch.nn.functional.cross_entropy(logits[0, [3, 3010]], labels[[3, 3010]], reduction="none")
+    expected = 0.5 * (0.25 * each[0] + 3.0 * each[1])
+    torch.testing.assert_close(some.loss(0, logits[:, [3, 3010]])[0], expected)
+    torch.testing.assert_close(whole.loss(0, logits)[0], expected)
+    torch.testing.assert_close(whole.token_losses[0][0][[3, 3010]], each)
+    sums = packs().sum_by_sample([whole.token_losses[0][0], torch.zeros(4000)], torch.device("cpu"))
+    torch.testing.assert_close(0.5 * losses[0].total(sums), expected)
 
 
 def test_the_loss_of_chosen_rows_is_that_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
