@@ -285,8 +285,8 @@ class ModelConfig:
     `pieces`. With `pieces`, the mapping starts with the LLM's token embeddings of the pieces. Set
     `adapter.normalize` as well, so that they have the size that the LLM expects."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Options of the losses, by name, for example `{distillation: {weight: 0.5}}`. Additional losses without a weight are
-    disabled. For `next_token`, see `docs/training.md`."""
+    """Options of the losses, by name, for example `{distillation: {weight: 0.5}}`. Additional losses without a weight
+    are disabled. For `next_token`, see `docs/training.md`."""
 
     def __post_init__(self) -> None:
         check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1, ctc_pieces=1)

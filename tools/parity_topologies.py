@@ -17,7 +17,7 @@ def modes(topology: Topology) -> list[dict[str, Any]]:
     """Return the fields of every `trainer.parity.Mode` that is compared on this topology with `--modes`."""
     layers = (EVEN, UNEVEN) if topology.pp > 1 else (EVEN,)
     overlaps = ("none", "gradients", "both") if topology.without_context.dp > 1 else ("none",)
-    combinations = itertools.product(layers, ("none", "selective", "full"), overlaps)
+    combinations = itertools.product(layers, ("none", "pointwise", "selective", "full"), overlaps)
     return [{"num_layers": n, "recompute": recompute, "overlap": overlap} for n, recompute, overlap in combinations]
 
 

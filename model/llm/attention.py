@@ -57,6 +57,7 @@ class PackedAttention(nn.Module):
         scales: The factors for scores and queries, and the bound of scores.
         has_sinks: True if every head has an attention sink (`model.llm.scores`). Attention is then computed by PyTorch,
             as it is if scores have a bound.
+        recompute: Whether the backward pass computes attention again from queries, keys and values.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class PackedAttention(nn.Module):
         layer: AttentionLayer,
         scales: Scales,
         has_sinks: bool = False,
+        recompute: bool = False,
         **_: Any,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.config = config
         self.layer_number = layer_number
         # This is not a buffer, since casting the model to bf16 would round the frequencies.
@@ -143,7 +146,7 @@ class PackedAttention(nn.Module):
         assert query.shape[0] == packed.num_tokens, (query.shape, packed.num_tokens)
         if self.rotary is not None and self.rotary.inv_freq.device != query.device:
             self.rotary = replace(self.rotary, inv_freq=to_device(self.rotary.inv_freq, query.device))
-        if self.training and self.config.recompute_granularity == "selective":
+        if self.training and self.recompute:
             attended: Tensor = checkpoint(partial(self._attend, packed=packed), False, query, key, value)
             return attended
         return self._attend(query, key, value, packed)

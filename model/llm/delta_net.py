@@ -76,9 +76,17 @@ class GatedDeltaNet(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, sizes: DeltaSizes, pg_collection: Any, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        sizes: DeltaSizes,
+        pg_collection: Any,
+        recompute: bool = False,
+        **_: Any,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.config, self.layer_number, self.sizes = config, layer_number, sizes
         tp = config.tensor_model_parallel_size
         self.key_heads, self.value_heads = sizes.key_heads // tp, sizes.value_heads // tp
@@ -113,7 +121,7 @@ class GatedDeltaNet(nn.Module):
         assert not packed.gathers_keys, "a state cannot continue on another context-parallel rank"
         projected, _bias = self.in_proj(hidden_states)
         mix = partial(self._mix, packed=packed)
-        if self.training and self.config.recompute_granularity == "selective":
+        if self.training and self.recompute:
             mixed = checkpoint(mix, False, projected)
         else:
             mixed = mix(projected)

@@ -22,6 +22,7 @@ vocabulary columns are -inf.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -47,7 +48,6 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from model.errors import UserError
 from model.llm.attention import GatedSelfAttention, PackedAttention
 from model.llm.delta_net import GatedDeltaNet
 from model.llm.families import LLMFamily, family_of, mixture_of
@@ -58,15 +58,24 @@ from model.llm.mlp import MLPS
 from model.llm.names import head_dim, padded_vocab_size, tp_dim
 from model.llm.norms import Addition, AllHeadsNorm, RMSNorm
 from model.llm.rotary import rotary_embeddings
-from model.llm.stages import Recompute, chunk_layers
+from model.llm.stages import Recompute, check_recompute, chunk_layers
 
 _RECOMPUTATION: dict[Recompute, dict[str, Any]] = {
     "none": {},
-    # `RMSNorm`, `PackedAttention` and `GatedMLP` recompute themselves. Megatron's recomputed norms need
+    # `RMSNorm`, `GatedMLP` and `PackedAttention` recompute themselves. Megatron's recomputed norms need
     # TransformerEngine.
-    "selective": {"recompute_granularity": "selective", "recompute_modules": []},
+    "pointwise": {"recompute_granularity": "selective", "recompute_modules": []},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": [], "recompute_attention": True},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+
+
+@dataclass
+class LayerConfig(TransformerConfig):
+    """Megatron's config, with the settings of layers that are defined here."""
+
+    recompute_attention: bool = False
+    """Whether the backward pass runs attention, or the gated delta rule, again from its inputs."""
 
 
 def transformer_config(
@@ -80,7 +89,7 @@ def transformer_config(
     recompute: Recompute = "none",
     ep_size: int = 1,
     expert_tp_size: int | None = None,
-) -> TransformerConfig:
+) -> LayerConfig:
     """Return Megatron's config of the model.
 
     Gradients are plain sums over micro-batches and data-parallel ranks (`calculate_per_token_loss`). The caller divides
@@ -98,13 +107,13 @@ def transformer_config(
         expert_tp_size: The number of ranks that share an FFN expert; None for `tp_size`.
 
     Raises:
-        UserError: If selective recomputation is requested for an LLM with experts.
+        UserError: If recomputation of parts of layers is requested for an LLM with experts.
     """
     family, mixture = family_of(hf_config), mixture_of(hf_config)
-    if mixture is not None and recompute == "selective":
-        raise UserError("train.recompute_llm = selective: must be none or full for an LLM with experts")
+    if mixture is not None:
+        check_recompute(recompute)
     experts = expert_options(mixture, tp_size=tp_size, ep_size=ep_size, expert_tp_size=expert_tp_size or tp_size)
-    return TransformerConfig(
+    return LayerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         ffn_hidden_size=hf_config.intermediate_size,
@@ -213,7 +222,7 @@ def build_megatron(
 
 
 def _build_chunk(
-    config: TransformerConfig, hf_config: PretrainedConfig, first: bool, last: bool, vp_stage: int | None
+    config: LayerConfig, hf_config: PretrainedConfig, first: bool, last: bool, vp_stage: int | None
 ) -> GPTModel:
     """Build one chunk. `first` and `last` specify whether it is the first or the last chunk of the whole model."""
     tp_size = config.tensor_model_parallel_size
@@ -247,9 +256,7 @@ def embed_tokens(gpt: GPTModel, token_ids: Tensor) -> Tensor:
     return embedded if gpt.token_scale == 1.0 else embedded * gpt.token_scale
 
 
-def _block_spec(
-    config: TransformerConfig, hf_config: PretrainedConfig, vp_stage: int | None
-) -> TransformerBlockSubmodules:
+def _block_spec(config: LayerConfig, hf_config: PretrainedConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     family, scales = family_of(hf_config), family_of(hf_config).scales(hf_config)
     attention, rotary = attention_layers(hf_config), rotary_embeddings(hf_config)
     norm = ModuleSpec(module=RMSNorm, params={"from_zero": family.norms_from_zero})
@@ -261,13 +268,17 @@ def _block_spec(
 
     def mixer(own: AttentionLayer) -> ModuleSpec:
         if own.is_linear:
-            return ModuleSpec(module=GatedDeltaNet, params={"sizes": delta_sizes(hf_config)})
+            return ModuleSpec(
+                module=GatedDeltaNet,
+                params={"sizes": delta_sizes(hf_config), "recompute": config.recompute_attention},
+            )
         core = partial(
             PackedAttention,
             rotary=None if own.rope is None else rotary[own.rope],
             layer=own,
             scales=scales,
             has_sinks=family.sinks,
+            recompute=config.recompute_attention,
         )
         return ModuleSpec(
             module=GatedSelfAttention if family.gated_attention else SelfAttention,

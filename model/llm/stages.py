@@ -8,9 +8,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-Recompute = Literal["none", "selective", "full"]
-"""The mode of recomputation in the backward pass. `none` recomputes nothing. `selective` recomputes norms, activation
-functions and attention, but no matmul of a linear layer. `full` recomputes whole layers and saves only their inputs."""
+from model.errors import UserError
+
+Recompute = Literal["none", "pointwise", "selective", "full"]
+"""The mode of recomputation in the backward pass. `none` recomputes nothing. `pointwise` recomputes norms and
+activation functions. `selective` recomputes attention as well, but no matmul of a linear layer. `full` recomputes whole
+layers and saves only their inputs."""
+PARTIAL: tuple[Recompute, ...] = ("pointwise", "selective")
+"""The modes that recompute parts of layers."""
+
+
+def check_recompute(mode: Recompute) -> None:
+    """Check the mode of recomputation of an LLM with experts.
+
+    Raises:
+        UserError: If the mode recomputes parts of layers.
+    """
+    if mode in PARTIAL:
+        raise UserError(f"train.recompute_llm = {mode}: must be none or full for an LLM with experts")
 
 
 def chunk_layers(num_layers: int, pp_size: int, vp_size: int = 1) -> tuple[int, ...]:

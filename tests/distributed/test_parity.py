@@ -33,7 +33,7 @@ SHARD_CASES: list[tuple[Topology, bool, str | None, bool, bool]] = [
 CONTEXT_CASES: list[tuple[Topology, str, bool, tuple[str, ...], list[dict[str, Any]]]] = [
     (Topology(2, 1, 1, cp=2), "gemma3_text", False, ("mixed", "text_only", "fewer_samples_than_ranks"), [{}]),
     (Topology(2, 1, 1, cp=2), "llama", True, ("mixed",), [{"recompute": "full"}]),
-    (Topology(4, 1, 1, cp=4), "qwen3", False, ("mixed",), [{"recompute": "selective"}]),
+    (Topology(4, 1, 1, cp=4), "qwen3", False, ("mixed",), [{"recompute": "selective"}, {"recompute": "pointwise"}]),
     (Topology(4, 2, 1, cp=2), "qwen2", True, ("mixed", "conversations"), [{"recompute": "selective"}]),
     (Topology(4, 1, 2, vp=2, cp=2), "qwen2", False, ("mixed", "rank_without_audio"), [{"recompute": "none"}]),
     (Topology(4, 1, 1, cp=2), "llama", False, ("mixed",), [{"overlap": "both"}]),
@@ -48,10 +48,15 @@ LORA_CASES = [
 # Each case has a topology, an LLM family, whether low-rank adapters are trained, and modes, which are the number of
 # layers, the recomputation and the overlap. The cases together contain every pair of settings.
 MODE_CASES: list[tuple[Topology, str, bool, list[tuple[int, str, str]]]] = [
-    (Topology(2, 1, 1), "llama", False, [(4, "selective", "both"), (4, "none", "gradients"), (4, "full", "both")]),
+    (Topology(2, 1, 1), "llama", False, [(4, "selective", "both"), (4, "pointwise", "gradients"), (4, "full", "both")]),
     (Topology(2, 1, 2, vp=2), "qwen2", False, [(4, "none", "none"), (7, "selective", "none"), (7, "full", "none")]),
-    (Topology(4, 1, 2, vp=2), "llama", False, [(7, "none", "both"), (4, "selective", "gradients")]),
-    (Topology(4, 2, 2, vp=2), "qwen3", False, [(7, "selective", "none"), (4, "full", "none")]),
+    (
+        Topology(4, 1, 2, vp=2),
+        "llama",
+        False,
+        [(7, "none", "both"), (4, "selective", "gradients"), (7, "pointwise", "none")],
+    ),
+    (Topology(4, 2, 2, vp=2), "qwen3", False, [(7, "selective", "none"), (4, "pointwise", "none")]),
     (Topology(4, 1, 2), "qwen2", False, [(7, "selective", "both")]),
     (Topology(4, 2, 1), "llama", True, [(4, "selective", "both")]),
     (Topology(4, 1, 2, 2, vp=2), "qwen2", True, [(7, "full", "gradients")]),

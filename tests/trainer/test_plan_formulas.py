@@ -114,6 +114,15 @@ def test_selective_recomputation_keeps_the_inputs_of_what_it_recomputes(tp: int)
         assert of_layer(tp, "selective", kernels) == pytest.approx(2 * values, rel=0.01)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_pointwise_recomputation_also_keeps_what_attention_keeps(tp: int) -> None:
+    """Check the values kept in addition to selective recomputation: rotated queries and keys."""
+    rotated = 2 * 2  # The tiny LLM has as many key heads as query heads.
+    found = of_layer(tp, "pointwise", FUSED) - of_layer(tp, "selective", FUSED)
+    assert found == pytest.approx(rotated, rel=0.1)
+    assert of_layer(tp, "pointwise", FUSED) < of_layer(tp, "none", FUSED)
+
+
 def test_context_parallel_ranks_keep_their_part_of_a_pack() -> None:
     assert of_layer(2, "full", Kernels(), cp=4) == pytest.approx(2, abs=1e-9)
     assert of_layer(2, "selective", Kernels(), cp=4) == pytest.approx(of_layer(2, "selective", Kernels()), rel=0.01)

@@ -18,6 +18,7 @@ from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.families import mixture_of
 from model.llm.rotary import num_positions
+from model.llm.stages import check_recompute
 from model.lora import LLM, Adapters, llm_layers
 from model.losses.base import AudioLoss
 from model.losses.routing import RoutingLoss
@@ -64,8 +65,8 @@ def check_recipe(recipe: Recipe) -> None:
     hf_config = known_llm_config(recipe.model.llm)
     if hf_config is not None:
         check_llm(hf_config, recipe.parallel)
-        if mixture_of(hf_config) is not None and recipe.train.recompute_llm == "selective":
-            raise UserError("train.recompute_llm = selective: must be none or full for an LLM with experts")
+        if mixture_of(hf_config) is not None:
+            check_recompute(recipe.train.recompute_llm)
         check_routers(recipe.model.llm)
         check_router_losses(recipe.model, hf_config)
         _check_lengths(recipe, hf_config)

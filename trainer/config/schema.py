@@ -56,8 +56,8 @@ class TrainConfig:
     recompute_llm: Recompute = "none"
     """The activations of the LLM that are recomputed in the backward pass, which saves memory but costs time.
 
-    `selective` recomputes norms, SwiGLU and attention, but no linear layers. `full` keeps only the inputs of layers and
-    recomputes everything else.
+    `pointwise` recomputes norms and SwiGLU, which takes little time. `selective` recomputes attention as well, but no
+    linear layers. `full` keeps only the inputs of layers and recomputes everything else.
     """
     recompute_encoders: bool = False
     """Whether to recompute the activations of the encoders' layers in the backward pass."""

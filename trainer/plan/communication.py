@@ -224,7 +224,7 @@ def context_gathers(recompute: Recompute) -> int:
 
     It gathers them in the forward pass, in its recomputation, and in the backward pass (`model.llm.context`).
     """
-    return 2 if recompute == "none" else 3
+    return 2 if recompute in ("none", "pointwise") else 3
 
 
 def _keys(config: PretrainedConfig, topology: Topology, pack_tokens: int, size: int, gathers: int) -> float:

@@ -58,7 +58,9 @@ def step_flops(
         recomputed += forward * again if trains else 0.0
     recomputed += masked if bounds_scores(model.llm) else 0.0
     attention = masked + linear_attention_flops(model, workload)
-    recomputed += {"none": 0.0, "selective": attention, "full": llm_forward}[recipe.train.recompute_llm]
+    recomputed += {"none": 0.0, "pointwise": 0.0, "selective": attention, "full": llm_forward}[
+        recipe.train.recompute_llm
+    ]
     return Flops(llm, encoders, recomputed, masked * 3)
 
 

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from model.errors import UserError
 from model.llm.families import mixture_of
-from model.llm.stages import Recompute
+from model.llm.stages import PARTIAL, Recompute
 from trainer.config.checks import check_packs, check_recipe
 from trainer.config.schema import Recipe
 from trainer.engine.ds_config import Gathering
@@ -26,7 +26,7 @@ TOKENS = (2048, 4096, 8192, 16384, 32768)
 """The values of `train.llm_tokens_per_microbatch` that are tried."""
 ENCODER_SEC = (120.0, 240.0, 480.0)
 """The values of `train.encoder_batch_sec` that are tried."""
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+RECOMPUTES: tuple[Recompute, ...] = ("none", "pointwise", "selective", "full")
 _GATHERINGS: tuple[Gathering, ...] = ("per_update", "per_module")
 _CHUNK_LAYERS, _ENDS = (2, 4), 2
 AUDIO_KEYS = {
@@ -52,7 +52,7 @@ def llm_layouts(recipe: Recipe, config: PretrainedConfig, per_node: int) -> Iter
     pipelines = [d for d in divisors(world) if d <= config.num_hidden_layers]
     tokens = list(dict.fromkeys([recipe.train.llm_tokens_per_microbatch, *TOKENS]))
     has_experts = mixture_of(config) is not None
-    recomputes = [mode for mode in RECOMPUTES if not (has_experts and mode == "selective")]
+    recomputes = [mode for mode in RECOMPUTES if not (has_experts and mode in PARTIAL)]
     unpacked = dataclasses.replace(recipe.train, pack_multiple_tokens=None)
     for tp, cp, pp in itertools.product(within, within, pipelines):
         if tp * cp > max(per_node, parallel.tensor * parallel.context):

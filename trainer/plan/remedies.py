@@ -66,6 +66,7 @@ def _options(part: str, recipe: Recipe) -> list[tuple[str, bool]]:
         ],
         "recomputing the LLM's activations": [
             ("train.recompute_llm=selective if there is enough memory", train.recompute_llm == "full"),
+            ("train.recompute_llm=pointwise if there is enough memory", train.recompute_llm == "selective"),
             ("train.recompute_llm=none if there is enough memory", train.recompute_llm != "none"),
         ],
         "tensor-parallel collectives": [("a smaller parallel.tensor, so that its ranks are on one node", True)],
