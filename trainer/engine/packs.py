@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.llm.context import ContextPart
@@ -18,6 +20,8 @@ from model.llm.packing import PackedSequences
 from model.transfer import to_device
 from trainer.parallel.balance import Floats
 from trainer.parallel.plan import Ints
+
+_Number = TypeVar("_Number", bound=np.number[Any])
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,11 @@ class Packs:
         """Return the segments of one pack, in the form that attention needs."""
         if self.part.size > 1:
             return PackedSequences.of_part(self.lengths[microbatch], self.part)
-        lengths, samples = self.lengths[microbatch], self.samples[microbatch]
         noise = None
         if self.noise is not None:
-            ids = np.zeros(len(lengths), dtype=np.int64)  # The segments after the samples are padding.
-            ids[: len(samples)] = self.noise[list(samples)]
-            noise = to_device(ids, self.token_ids.device)
-        return PackedSequences(lengths=lengths, num_samples=len(samples), noise=noise)
+            noise = to_device(self._by_segment(microbatch, self.noise), self.token_ids.device)
+        num_samples = len(self.samples[microbatch])
+        return PackedSequences(lengths=self.lengths[microbatch], num_samples=num_samples, noise=noise)
 
     def rows(self, microbatch: int) -> slice:
         """Return the range that one pack occupies in the rows of all packs."""
@@ -77,10 +79,8 @@ class Packs:
             microbatch: The index of the pack.
             sample_weights: The weight of each sample of the global batch, [num_samples].
         """
-        lengths, samples = self.lengths[microbatch], self.samples[microbatch]
-        by_segment = np.zeros(len(lengths), dtype=np.float32)  # The segments after the samples are padding.
-        by_segment[: len(samples)] = sample_weights[list(samples)]
-        rows = np.repeat(by_segment, lengths)
+        by_segment = self._by_segment(microbatch, sample_weights.astype(np.float32))
+        rows = np.repeat(by_segment, self.lengths[microbatch])
         if self.part.size > 1:
             rows = rows[self.part.rows(len(rows))]
         return to_device(rows, self.labels.device)
@@ -105,6 +105,13 @@ class Packs:
         sizes, rows = to_device([lengths, places], device)
         # `unsafe` skips a check of the lengths that would make the host wait for the device.
         return sums.index_copy_(0, rows, torch.segment_reduce(torch.cat(parts), "sum", lengths=sizes, unsafe=True))
+
+    def _by_segment(self, microbatch: int, values: NDArray[_Number]) -> NDArray[_Number]:
+        """Return the values of the samples of a pack's segments, given those of all samples; 0 for padding."""
+        samples = self.samples[microbatch]
+        found = np.zeros(len(self.lengths[microbatch]), dtype=values.dtype)
+        found[: len(samples)] = values[list(samples)]
+        return found
 
     def _whole(self, values: Tensor) -> Tensor:
         """Extend `values` [t] of this rank's rows to all rows of a pack, with zeros for the rows of other ranks."""

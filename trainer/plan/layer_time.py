@@ -170,7 +170,7 @@ def recomputed_seconds(
         return 0.0
     if recompute == "full":
         return layer_seconds(config, rates, tp, rows, squares, learned=False).forward
-    values, attends = _forward_values(config, rates, tp), recompute == "selective"
+    values, attends = _values(config, rates, tp)[0], recompute == "selective"
     moved = values.norms + values.gate + (values.rotary if attends else 0.0)
     starts = rates.starts(_LAYER_KERNELS[rates.mechanisms.fused_kernels][0])
     attention = _attention(config, rates, tp, rows, squares).forward if attends else 0.0
@@ -178,7 +178,7 @@ def recomputed_seconds(
 
 
 class _Values(NamedTuple):
-    """The values that element-wise operations of a layer read and write per token."""
+    """The values that element-wise operations of a layer read and write per token on one rank."""
 
     norms: float
     residuals: float
@@ -186,36 +186,32 @@ class _Values(NamedTuple):
     gate: float
 
 
-def _forward_values(config: PretrainedConfig, rates: RankRates, tp: int) -> _Values:
-    """Return the values that the forward pass of a layer reads and writes per token on one rank.
+def _values(config: PretrainedConfig, rates: RankRates, tp: int) -> tuple[_Values, _Values]:
+    """Return the values that a layer reads and writes in the forward and in the backward pass.
 
-    The two norms read and write 4 h values, and the two residuals 6 h. SwiGLU reads and writes 3 f values, and other
-    activations 5 f (`model.llm.mlp`). With fused kernels, the rotary embedding reads and writes 2 (H + G) d values.
-    PyTorch's separate kernels read and write 10 (H + G) d, and the segments are copied into batches for attention and
-    back.
+    The two norms read and write 4 h values forward, and the two residuals 6 h. Together, they read and write 12 h
+    backward. SwiGLU reads and writes 3 f values forward and 5 f backward, and other activations 5 f and 15 f
+    (`model.llm.mlp`). With fused kernels, the rotary embedding reads and writes 2 (H + G) d values. PyTorch's separate
+    kernels read and write 10 (H + G) d forward and 12 (H + G) d backward, and the segments are copied into batches for
+    attention and back.
     """
     h, f, d = config.hidden_size, config.intermediate_size / tp, head_dim(config)
     queries, groups = config.num_attention_heads / tp * d, config.num_key_value_heads / tp * d
     whole = h / tp if rates.mechanisms.sequence_parallel else h
-    fuses_gate = rates.mechanisms.fused_kernels or _fuses_gate(config)
-    fused, copies = rates.mechanisms.fused_kernels, 2 * (queries + 2 * groups) + 4 * queries
-    rotary = 2 * (queries + groups) if fused else 10 * (queries + groups) + copies
-    return _Values(4 * whole, 6 * whole, rotary, (3 if fuses_gate else 5) * f)
+    gate = (3 * f, 5 * f) if rates.mechanisms.fused_kernels or _fuses_gate(config) else (5 * f, 15 * f)
+    if rates.mechanisms.fused_kernels:
+        rotary = (2 * (queries + groups),) * 2
+    else:
+        copies = 2 * (queries + 2 * groups) + 4 * queries
+        rotary = (10 * (queries + groups) + copies, 12 * (queries + groups) + copies)
+    return _Values(4 * whole, 6 * whole, rotary[0], gate[0]), _Values(4.8 * whole, 7.2 * whole, rotary[1], gate[1])
 
 
 def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: float) -> tuple[float, float]:
-    """Return the forward and backward time of norms, residuals, rotary embedding and activation in seconds.
-
-    In the backward pass, norms and residuals read and write 12 h values, SwiGLU 5 f, and other activations 15 f. The
-    rotary embedding takes as long as in the forward pass with fused kernels; PyTorch's separate kernels read and write
-    2 (H + G) d more.
-    """
-    ahead = _forward_values(config, rates, tp)
-    f, heads = config.intermediate_size / tp, config.num_attention_heads + config.num_key_value_heads
-    more = 0 if rates.mechanisms.fused_kernels else 2 * heads / tp * head_dim(config)
-    fuses_gate = rates.mechanisms.fused_kernels or _fuses_gate(config)
-    back = 1.2 * (ahead.norms + ahead.residuals) + ahead.rotary + more + (5 if fuses_gate else 15) * f
-    forward, backward = (rates.memory(rows * v * rates.bytes_per_value) for v in (sum(ahead), back))
+    """Return the forward and backward time of norms, residuals, rotary embedding and activation in seconds."""
+    forward, backward = (
+        rates.memory(rows * sum(values) * rates.bytes_per_value) for values in _values(config, rates, tp)
+    )
     return forward, backward
 
 
