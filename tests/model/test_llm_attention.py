@@ -17,7 +17,7 @@ from model.llm import attention as attention_module
 from model.llm import scores, varlen
 from model.llm.attention import PackedAttention
 from model.llm.features import AttentionLayer, Scales
-from model.llm.megatron import transformer_config
+from model.llm.layer_config import transformer_config
 from model.llm.packing import KVCache, PackedSequences
 from model.llm.reference import resolve_hf_config
 from model.llm.rotary import rotary_embeddings

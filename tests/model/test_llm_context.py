@@ -15,7 +15,7 @@ from model.llm import context
 from model.llm.attention import PackedAttention
 from model.llm.context import ContextPart, crosses_chunks
 from model.llm.features import AttentionLayer, Scales
-from model.llm.megatron import transformer_config
+from model.llm.layer_config import transformer_config
 from model.llm.packing import PackedSequences
 from model.llm.reference import resolve_hf_config
 from model.llm.rotary import rotary_embeddings
